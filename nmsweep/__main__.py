@@ -1,0 +1,5 @@
+"""`python -m nmsweep`."""
+
+from nmsweep.cli import main
+
+main()

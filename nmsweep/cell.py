@@ -1,0 +1,163 @@
+"""What a cell is: everything that can change one of its numbers, hashed; and where it lies."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nmsweep.config import CELL_SCHEMA, Method, RunConfig, short_hash
+from nmsweep.data.tasks import TEXT_TASKS, TaskSource, find_task
+from nmsweep.errors import DataError, InputError
+from nmsweep.models import ModelSpec, check_model, fingerprint, skeleton, target_linears
+from nmsweep.record import cell_folder
+from nmsweep.sparsity.install import check_divisible
+from nmsweep.sparsity.method import Sparsification, build_sparsification
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell's identity.
+
+    Attributes:
+        cell_id: 12 hex digits; equal for equal numbers.
+        dense_cell_id: the id of the dense cell it is compared with; its own id where it is dense.
+        part_id: the same without the task list.
+        folder: where its record lies when it is finished.
+        sources: its tasks and their data.
+        sparsification: what makes it sparse; None where it is dense.
+    """
+
+    cfg: RunConfig
+    cell_id: str
+    dense_cell_id: str
+    part_id: str
+    folder: Path
+    sources: Sequence[TaskSource]
+    sparsification: Sparsification | None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.sparsification is None
+
+
+def device_kind(device: str) -> str:
+    """``cpu``, ``cuda``, …, for ``auto`` what this machine has."""
+    if device == "auto":
+        import torch
+
+        return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    return device.split(":")[0]
+
+
+def model_spec(cfg: RunConfig) -> ModelSpec:
+    return ModelSpec.from_node(cfg.model)
+
+
+def identify(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> Cell:
+    """Work out a cell's identity; no weights are loaded.
+
+    Args:
+        cfg: the cell's config.
+        say: told about tasks that are left out because their data is missing (`eval.skip_missing`).
+
+    Raises:
+        InputError: a model, task or method that cannot be had.
+    """
+    sources = task_sources(cfg, say)
+    sparsification = None if cfg.pattern.is_dense else sparsification_of(cfg)
+    model = fingerprint(model_spec(cfg))
+    part = _identity(cfg, model, sparsification)
+    dense_part = _identity(cfg.dense(), model, None)
+    tasks = {source.task: [source.version, source.fingerprint()] for source in sources}
+    cell_id = short_hash({**part, "tasks": tasks})
+    criterion = cfg.criterion.name if cfg.criterion else "none"
+    folder = cell_folder(cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, cell_id)
+    return Cell(
+        cfg, cell_id, short_hash({**dense_part, "tasks": tasks}), short_hash(part), folder, sources, sparsification
+    )
+
+
+def task_sources(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> list[TaskSource]:
+    """The cell's tasks with their data.
+
+    Raises:
+        InputError: a task that does not exist, or whose data is missing from the mirror; all of them together.
+    """
+    sources, errors = [], []
+    for task in cfg.tasks:
+        try:
+            sources.append(find_task(task, cfg.data.mirror))
+        except DataError as error:
+            if cfg.eval.skip_missing and "data.mirror" in str(error):
+                say(f"    {task} is left out: {cfg.data.mirror} has no data for it (eval.skip_missing=true)")
+            else:
+                errors.append(str(error))
+    if not sources and not errors:
+        errors.append(f"tasks: none of {', '.join(cfg.tasks)} has data in {cfg.data.mirror}; nothing would be measured")
+    if errors:
+        raise InputError(*errors)
+    return sources
+
+
+def sparsification_of(cfg: RunConfig) -> Sparsification:
+    assert cfg.criterion is not None
+    return build_sparsification(cfg.pattern, cfg.criterion, cfg.mitigations)
+
+
+def _identity(cfg: RunConfig, model: str, sparsification: Sparsification | None) -> dict[str, Any]:
+    """Everything that can change a number, less the tasks."""
+    identity: dict[str, Any] = {
+        "schema": CELL_SCHEMA,
+        "model": model,
+        "pattern": str(cfg.pattern),
+        "profile": cfg.profile,
+        "dtype": cfg.dtype,
+        "device": device_kind(cfg.device),
+        "seed": cfg.seed,
+        "eval": cfg.eval.model_dump(include={"limit", "seqlen", "num_fewshot", "chat_template", "system_prompt"}),
+    }
+    if sparsification is None:
+        return identity
+    assert cfg.criterion is not None
+    return identity | {
+        "criterion": _method_identity(cfg.criterion, sparsification.criterion.version),
+        "mitigation": [
+            _method_identity(method, made.version)
+            for method, made in zip(cfg.mitigations, sparsification.mitigations, strict=True)
+        ],
+        "targets": sorted(cfg.targets),
+        "scope": cfg.scope,
+    }
+
+
+def _method_identity(method: Method, version: int) -> Mapping[str, Any]:
+    return {"name": method.name, "version": version, "params": dict(method.params)}
+
+
+def check(cfg: RunConfig) -> list[str]:
+    """Everything that can be found wrong with a cell before its weights are loaded: one message each."""
+    messages: list[str] = list(check_model(model_spec(cfg)))
+    steps: list[Callable[[], object]] = [lambda: task_sources(cfg)]
+    if not cfg.pattern.is_dense:
+        steps.append(lambda: sparsification_of(cfg))
+        if not messages:
+            steps.append(lambda: messages.extend(_check_targets(cfg)))
+    if any(task in TEXT_TASKS for task in cfg.tasks) and cfg.scope == "decode":
+        messages.append("scope: decode leaves nothing sparse in a perplexity or log-likelihood task; take scope=all")
+    for step in steps:
+        try:
+            step()
+        except InputError as error:
+            messages.extend(error.messages)
+    return messages
+
+
+def _check_targets(cfg: RunConfig) -> list[str]:
+    linears = target_linears(_kept_skeleton(model_spec(cfg)), cfg.targets)
+    return check_divisible(linears, cfg.pattern)
+
+
+@cache
+def _kept_skeleton(spec: ModelSpec) -> Any:
+    return skeleton(spec)

@@ -1,0 +1,290 @@
+"""The typed schema of a run, its cross-field rules, and the identity of a cell.
+
+`parse_run` is the only way from a composed Hydra config to a `RunConfig`; it reports every mistake at once.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from nmsweep.errors import InputError, nearest
+from nmsweep.pattern import Pattern, parse_pattern
+
+CELL_SCHEMA = 1
+"""Version of what goes into a cell's identity; a change gives every cell a new id."""
+
+TARGET_PRESETS = ("all", "mlp", "attn", "paper", "amber")
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+}
+_SCOPE = re.compile(r"all|prefill|decode|skip_first:\d+|skip_first:\d+(\.\d+)?%")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+def _reported(parse: Callable[[Any], Any]) -> BeforeValidator:
+    """Let an InputError of `parse` be collected by pydantic beside the other mistakes."""
+
+    def collect(value: Any) -> Any:
+        try:
+            return parse(value)
+        except InputError as error:
+            raise PydanticCustomError("nmsweep", "{text}", {"text": str(error)}) from error
+
+    return BeforeValidator(collect)
+
+
+def split_names(value: Any) -> tuple[str, ...]:
+    """Read ``a+b`` or ``[a, b]`` as names; ``none``, null and the empty string are no names."""
+    parts = value.split("+") if isinstance(value, str) else [] if value is None else list(value)
+    return tuple(name for part in parts if (name := str(part).strip()) not in ("", "none"))
+
+
+def _parse_dtype(value: Any) -> Any:
+    return _DTYPES.get(str(value), str(value))
+
+
+def _parse_scope(value: Any) -> str:
+    text = str(value)
+    if not _SCOPE.fullmatch(text):
+        raise InputError(f"scope: {text!r} is no scope; allowed: all, prefill, decode, skip_first:K, skip_first:p%")
+    return text
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Method(_Node):
+    """A criterion or a mitigation as its YAML file gives it.
+
+    Attributes:
+        name: the file's name, and the name in every record.
+        target: dotted path of its class.
+        params: the constructor's arguments.
+    """
+
+    name: str
+    target: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def from_node(cls, name: str, node: Mapping[str, Any]) -> "Method":
+        rest = {key: value for key, value in node.items() if key not in ("_target_", "name")}
+        return cls(name=name, target=str(node["_target_"]), params=rest)
+
+
+class EvalConfig(_Node):
+    """How a cell is measured. Units: `seqlen`, `batch_tokens` in tokens; `limit` in items or windows of a task."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    seqlen: Annotated[int, Field(ge=2)] = 2048
+    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    scoring: Literal["packed", "stock"] = "packed"
+    batch_tokens: Annotated[int, Field(ge=1)] = 4096
+    skip_missing: bool = False
+    chat_template: bool = False
+    system_prompt: str | None = None
+
+
+class DataConfig(_Node):
+    """Where the data comes from: the hub, or a folder of local JSONL files (`mirror`)."""
+
+    mirror: Path | None = None
+
+
+class CalibrationConfig(_Node):
+    """Text that calibrated stages see; never the text that is evaluated. `seqlen` in tokens, `n_samples` in windows."""
+
+    source: str = "auto"
+    n_samples: Annotated[int, Field(ge=1)] = 32
+    seqlen: Annotated[int, Field(ge=2)] = 512
+    prefix: Literal["sparse", "dense"] = "sparse"
+
+
+class RunConfig(_Node):
+    """One cell, fully resolved. Field by field: docs/config.md."""
+
+    model: dict[str, Any]
+    pattern: Annotated[Pattern, _reported(parse_pattern)]
+    criterion: Method | None
+    mitigations: tuple[Method, ...]
+    targets: Annotated[tuple[str, ...], BeforeValidator(split_names)]
+    scope: Annotated[str, _reported(_parse_scope)] = "all"
+    profile: Literal["strict", "paper", "paper_code"] = "strict"
+    tasks: tuple[str, ...]
+    eval: EvalConfig
+    data: DataConfig
+    calibration: CalibrationConfig
+    dtype: Annotated[Literal["bfloat16", "float16", "float32", "float64"], BeforeValidator(_parse_dtype)] = "bfloat16"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    results_dir: Path = Path("results")
+    baseline: bool = True
+    force: bool = False
+    plugins: tuple[str, ...] = ()
+
+    @property
+    def model_name(self) -> str:
+        """The model as it stands in records and folder names."""
+        name = str(self.model["name"])
+        if self.model.get("path") and not self.model.get("keep_name"):
+            name = Path(str(self.model["path"])).resolve().name
+        return name
+
+    @property
+    def mitigation(self) -> str:
+        """The active mitigations as one word, ``shift+var``; ``none`` without any."""
+        return "+".join(method.name for method in self.mitigations) or "none"
+
+    def dense(self) -> "RunConfig":
+        """The dense cell that this one is compared with; the cell itself where it is dense."""
+        if self.pattern.is_dense:
+            return self
+        null = {"pattern": Pattern("dense"), "criterion": None, "mitigations": (), "targets": (), "scope": "all"}
+        return self.model_copy(update=null)
+
+    def dump(self) -> dict[str, Any]:
+        """The effective config as plain values, in the words that the command line takes."""
+        return {
+            "model": dict(self.model),
+            "pattern": str(self.pattern),
+            "criterion": self.criterion and {"name": self.criterion.name, **self.criterion.params},
+            "mitigation": self.mitigation,
+            "mitigations": {method.name: dict(method.params) for method in self.mitigations},
+            "targets": "+".join(self.targets) or None,
+            "scope": self.scope,
+            "profile": self.profile,
+            "tasks": list(self.tasks),
+            **{key: getattr(self, key).model_dump(mode="json") for key in ("eval", "data", "calibration")},
+            **{key: getattr(self, key) for key in ("dtype", "device", "seed", "baseline", "plugins")},
+            "results_dir": str(self.results_dir),
+        }
+
+
+def parse_run(raw: Mapping[str, Any]) -> RunConfig:
+    """Check a composed config and type it.
+
+    Args:
+        raw: the resolved config as plain containers, Hydra's own node left out.
+
+    Raises:
+        InputError: one message for each mistake found, all together.
+    """
+    errors: list[str] = []
+    fields = dict(raw)
+    presets = fields.pop("task_presets", {})
+    known = fields.pop("mitigations", None) or {}
+    plugins = split_names(fields.get("plugins"))
+    fields["plugins"] = plugins
+
+    names = split_names(fields.pop("mitigation", None))
+    errors += [f"mitigation: {name!r} is not known; {nearest(name, known)}" for name in names if name not in known]
+    errors += [
+        f"mitigation: {name} is named {names.count(name)} times; name each stage once"
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    active = sorted({name for name in names if name in known})
+    nodes = [(f"mitigations.{name}", name, known[name]) for name in active]
+    criterion = fields.get("criterion")
+    if isinstance(criterion, Mapping):
+        nodes.append(("criterion", str(criterion.get("name", "")), criterion))
+    else:
+        errors.append(f"criterion: {criterion!r} is no criterion; choose one of `nmsweep list`")
+    for where, _, node in nodes:
+        errors += _target_errors(where, node, plugins)
+    if errors and any("_target_" in error for error in errors):
+        raise InputError(*errors)
+    fields["criterion"] = Method.from_node(nodes[-1][1], criterion) if isinstance(criterion, Mapping) else None
+    fields["mitigations"] = tuple(Method.from_node(name, node) for _, name, node in nodes if name in active)
+    fields["tasks"] = expand_tasks(fields.get("tasks"), presets)
+    if not fields["tasks"]:
+        errors.append(
+            f"tasks: nothing to measure; name a preset ({', '.join(presets)}) or tasks, such as tasks=arc_easy+boolq"
+        )
+    errors += [f"tasks: {task!r} is no task name" for task in fields["tasks"] if not _SAFE_NAME.fullmatch(task)]
+    model = fields.get("model")
+    if not isinstance(model, Mapping) or not _SAFE_NAME.fullmatch(str(model.get("name", ""))):
+        errors.append(f"model: {model!r} has no usable name; letters, digits, '.', '_', '+' and '-' are allowed")
+    try:
+        cfg = RunConfig.model_validate(fields)
+    except ValidationError as error:
+        raise InputError(*errors, *map(_describe, error.errors())) from None
+    errors += _cross_field_errors(cfg)
+    if errors:
+        raise InputError(*errors)
+    return _normalised(cfg)
+
+
+def expand_tasks(value: Any, presets: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """Presets and tasks, ``paper+lambada_openai`` or a list, as sorted task names without doubles."""
+    tasks: set[str] = set()
+    for name in split_names(value):
+        tasks.update(presets.get(name, (name,)))
+    return tuple(sorted(tasks))
+
+
+def _normalised(cfg: RunConfig) -> RunConfig:
+    if cfg.pattern.is_dense:
+        return cfg.model_copy(update={"criterion": None, "mitigations": (), "targets": (), "scope": "all"})
+    return cfg
+
+
+def _target_errors(where: str, node: Mapping[str, Any], plugins: tuple[str, ...]) -> list[str]:
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        return [f"{where}: _target_ is {target!r}; name the class, such as nmsweep.sparsity.criteria.act.Act"]
+    package = target.split(".")[0]
+    if package != "nmsweep" and package not in plugins:
+        return [
+            f"{where}: _target_ {target} is of package {package}; allowed: nmsweep and what `plugins:` lists; add plugins=[{package}]"
+        ]
+    return []
+
+
+def _cross_field_errors(cfg: RunConfig) -> list[str]:
+    errors = []
+    if cfg.pattern.is_dense and cfg.mitigations:
+        errors.append(
+            f"mitigation: {cfg.mitigation} has no effect with pattern=dense; take mitigation=none or another pattern"
+        )
+    if not cfg.pattern.is_dense and not cfg.targets:
+        errors.append(f"targets: nothing is named; allowed: {', '.join(TARGET_PRESETS)}, or globs such as '*.mlp.*'")
+    if cfg.model.get("path") and not Path(str(cfg.model["path"])).exists():
+        errors.append(f"model.path: {cfg.model['path']} does not exist; name a safetensors folder or a .gguf file")
+    if cfg.data.mirror and not cfg.data.mirror.is_dir():
+        errors.append(
+            f"data.mirror: {cfg.data.mirror} is no folder; name one laid out as <task>/<split>.jsonl, or leave it out"
+        )
+    return errors
+
+
+def _describe(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "nmsweep":
+        return str(error["msg"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: is no key of the config; see `nmsweep --cfg job` for all keys"
+    return f"{where}: {error['input']!r} is not valid; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def canonical_json(value: Any) -> str:
+    """The one text that equal values have: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
+
+
+def short_hash(value: Any, digits: int = 12) -> str:
+    """First hex `digits` of the sha256 of `canonical_json(value)`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:digits]

@@ -1,0 +1,1 @@
+"""Where task data comes from: shipped with the package, a local mirror, or the hub."""

@@ -1,0 +1,221 @@
+"""Where a task's items or text lie, and what identifies them. No torch, nothing downloaded.
+
+A task is either *text* for perplexity (`wikitext2`, `mini_prose`) or an lm-evaluation-harness task. The harness's own
+YAML says how an item becomes a request; only where the items are read from is ever changed.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from nmsweep.errors import DataError, nearest
+
+MINI_FOLDER = Path(__file__).parent / "mini"
+"""The shipped items and texts."""
+
+MINI_TASKS = {
+    "mini_cloze": ("winogrande", "cloze.jsonl"),
+    "mini_continuation": ("hellaswag", "continuation.jsonl"),
+    "mini_science": ("arc_easy", "science.jsonl"),
+    "mini_yesno": ("boolq", "yesno.jsonl"),
+}
+"""Shipped task: the harness task whose form it has, and its file."""
+
+TEXT_TASKS = ("mini_prose", "wikitext2")
+"""Tasks that are one text, measured by its perplexity."""
+
+_YAML_FILES = {
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "lambada_openai": "lambada/lambada_openai.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "rte": "glue/rte/default.yaml",
+    "winogrande": "winogrande/default.yaml",
+}
+"""Files of common tasks below lm_eval/tasks: the harness needs ten seconds to index all its tasks, one file needs none."""
+
+_WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """One task and where its data is.
+
+    Attributes:
+        task: the name in records.
+        kind: ``"text"`` or ``"harness"``.
+        config: the harness's own YAML as plain values, functions unresolved; empty for a text.
+        yaml_file: that YAML; None for a text.
+        files: local file of each split; empty where the hub is asked.
+        split: the split that is evaluated.
+    """
+
+    task: str
+    kind: Literal["text", "harness"]
+    config: Mapping[str, Any]
+    yaml_file: Path | None
+    files: Mapping[str, Path]
+    split: str
+
+    @property
+    def version(self) -> str:
+        """The harness's version of the task, with the harness's own; ``1`` for a text."""
+        if self.kind == "text" or self.task in MINI_TASKS:
+            return "1"
+        return f"{(self.config.get('metadata') or {}).get('version', 0)}/{version('lm_eval')}"
+
+    def fingerprint(self) -> str:
+        """sha256 of the evaluated split: of its file's bytes, or of what the hub calls its revision."""
+        if self.split in self.files:
+            return file_sha256(self.files[self.split])
+        return hub_fingerprint(*self.hub_name, self.split)
+
+    @property
+    def hub_name(self) -> tuple[str, str | None]:
+        if self.kind == "text":
+            return _WIKITEXT_HUB
+        return str(self.config["dataset_path"]), self.config.get("dataset_name")
+
+
+def find_task(task: str, mirror: Path | None) -> TaskSource:
+    """Find a task by name.
+
+    Args:
+        task: a text, a shipped task, or any task of the harness.
+        mirror: a folder laid out as ``<task>/<split>.jsonl``; None for the hub.
+
+    Raises:
+        DataError: no such task, or the mirror lacks its file.
+    """
+    if task == "mini_prose":
+        return TaskSource(task, "text", {}, None, {"test": MINI_FOLDER / "prose.txt"}, "test")
+    if task == "wikitext2":
+        files = {"test": _mirror_file(mirror, "wikitext2", "test.txt")} if mirror else {}
+        return TaskSource(task, "text", {}, None, files, "test")
+    if task in MINI_TASKS:
+        base, name = MINI_TASKS[task]
+        config, file = harness_config(base)
+        return TaskSource(task, "harness", config, file, {_split(config): MINI_FOLDER / name}, _split(config))
+    config, file = harness_config(task)
+    files = _mirror_splits(mirror, task, config) if mirror else {}
+    return TaskSource(task, "harness", config, file, files, _split(config))
+
+
+def _split(config: Mapping[str, Any]) -> str:
+    """The split that the harness evaluates: test if the task has one, else validation."""
+    split = config.get("test_split") or config.get("validation_split")
+    return str(split)
+
+
+def _mirror_file(mirror: Path, task: str, name: str) -> Path:
+    file = mirror / task / name
+    if not file.is_file():
+        have = ", ".join(sorted(p.name for p in mirror.iterdir() if p.is_dir())) or "nothing"
+        raise DataError(
+            f"data.mirror: {mirror} has no {task}/{name}, which task {task} needs; it has {have}; "
+            "leave the task out, fill the mirror with `nmsweep prefetch`, or pass eval.skip_missing=true"
+        )
+    return file
+
+
+def _mirror_splits(mirror: Path, task: str, config: Mapping[str, Any]) -> dict[str, Path]:
+    """Files of the evaluated split, and of the others that are there."""
+    evaluated = _split(config)
+    files = {evaluated: _mirror_file(mirror, task, f"{evaluated}.jsonl")}
+    for key in ("training_split", "validation_split", "fewshot_split"):
+        split = config.get(key)
+        if split and (other := mirror / task / f"{split}.jsonl").is_file():
+            files.setdefault(str(split), other)
+    return files
+
+
+@cache
+def harness_config(task: str) -> tuple[dict[str, Any], Path]:
+    """The harness's own YAML of a task, functions unresolved, and its file.
+
+    Raises:
+        DataError: the harness has no such task, or it is a group of tasks.
+    """
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if task in _YAML_FILES:
+        file = Path(lm_eval.tasks.__file__).parent / _YAML_FILES[task]
+        return dict(load_yaml(file, resolve_func=False, recursive=True)), file
+    index = lm_eval.tasks.TaskManager()
+    if task not in index.all_subtasks:
+        words = [*_YAML_FILES, *MINI_TASKS, *TEXT_TASKS] if not _near(task, index.all_subtasks) else index.all_subtasks
+        raise DataError(f"tasks: {task!r} is no task of the harness; {nearest(task, words)}")
+    entry = index.task_index[task]
+    return dict(entry.cfg), Path(entry.yaml_path)
+
+
+def _near(task: str, names: list[str]) -> bool:
+    return "did you mean" in nearest(task, names)
+
+
+@cache
+def _sha256(file: Path, size: int, mtime_ns: int) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """sha256 of a file, remembered while the file does not change."""
+    stat = file.stat()
+    return _sha256(file, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def hub_fingerprint(path: str, name: str | None, split: str) -> str:
+    """What identifies a split of a hub data set: its revision, from the network or from the local cache.
+
+    Raises:
+        DataError: the hub cannot be reached and nothing is cached.
+    """
+    import datasets
+
+    try:
+        revision = datasets.load_dataset_builder(path, name).hash
+    except Exception as error:  # the library raises a dozen kinds; each means that the data is not to be had
+        raise unreachable(path, error) from error
+    return hashlib.sha256(f"{path}/{name}/{split}@{revision}".encode()).hexdigest()
+
+
+def unreachable(path: str, error: Exception) -> DataError:
+    """The one message for a data set that the hub does not give."""
+    return DataError(
+        f"data {path}: the hub does not give it ({type(error).__name__}); pass data.mirror=DIR with local files, "
+        "run `nmsweep prefetch` on a connected machine, or use tasks=mini"
+    )
+
+
+def read_text(source: TaskSource) -> str:
+    """The text of a text task.
+
+    WikiText-2 is ``"\\n\\n".join(rows)`` over the rows of the hub's data set: the lines of ``wiki.test.raw``, each with its
+    newline, a blank line being the empty string.
+    """
+    if source.task == "wikitext2":
+        return "\n\n".join(_wikitext_rows(source))
+    return source.files[source.split].read_text(encoding="utf-8")
+
+
+def _wikitext_rows(source: TaskSource) -> list[str]:
+    if source.split in source.files:
+        with source.files[source.split].open(encoding="utf-8", newline="\n") as handle:
+            return ["" if not line.strip() else line for line in handle]
+    import datasets
+
+    path, name = source.hub_name
+    try:
+        return list(datasets.load_dataset(path, name, split=source.split)["text"])
+    except Exception as error:
+        raise unreachable(path, error) from error

@@ -1,0 +1,51 @@
+"""Everything that may reach a user as a message instead of a traceback.
+
+A message reads *subject: what came; what is allowed; what to do*, on one line and with the values in it.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class NmsweepError(Exception):
+    """Root of all errors shown without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(NmsweepError):
+    """The user asked for something that cannot be; nothing was written. Exit code 2.
+
+    Args:
+        messages: one line for each mistake; all mistakes of a command are reported together.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *messages: str) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = messages
+
+
+class ModelError(InputError):
+    """A model cannot be had: missing, gated, unreachable or corrupt."""
+
+
+class DataError(InputError):
+    """A task's data cannot be had, or is not what the task needs."""
+
+
+class NonFiniteError(NmsweepError):
+    """NaN or infinity where a number was expected: the cell has failed, it has no number."""
+
+
+def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
+    """Spell out what is allowed, nearest names first.
+
+    Returns:
+        ``"did you mean a, b? (allowed: …)"``, without the first half where nothing is near.
+    """
+    names: Sequence[str] = sorted(set(known))
+    close = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)
+    allowed = ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
+    return (f"did you mean {' or '.join(close)}? " if close else "") + f"allowed: {allowed}"

@@ -1,0 +1,111 @@
+"""Which channels survive: `dense`, `N:M`, `p%`, `threshold:p%`, as plain numbers (no torch).
+
+Source: METHODS, "Patterns"; arXiv:2509.22166 for N:M, arXiv:2408.14690 (TEAL) for thresholds.
+"""
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from nmsweep.errors import InputError
+
+Kind = Literal["dense", "n:m", "unstructured", "threshold"]
+
+_NM = re.compile(r"(\d+):(\d+)")
+_PERCENT = re.compile(r"(threshold:)?(\d+(?:\.\d+)?)%")
+_ALLOWED = "allowed: dense, N:M with 0 < N <= M (N kept of M), p% with 0 < p < 100 (share set to zero), threshold:p%"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A rule that keeps some channels of each token.
+
+    Attributes:
+        kind: which rule.
+        n: channels **kept** in each group; 0 unless `kind` is ``"n:m"``.
+        m: consecutive channels of a group; 0 unless `kind` is ``"n:m"``.
+        percent: share of channels masked, in percent; 0 unless unstructured or threshold.
+    """
+
+    kind: Kind
+    n: int = 0
+    m: int = 0
+    percent: float = 0.0
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "dense":
+                return "dense"
+            case "n:m":
+                return f"{self.n}:{self.m}"
+            case "unstructured":
+                return f"{self.percent:g}%"
+            case "threshold":
+                return f"threshold:{self.percent:g}%"
+
+    @property
+    def is_dense(self) -> bool:
+        return self.kind == "dense"
+
+    @property
+    def sparsity(self) -> float:
+        """Nominal share of channels masked, 0 to 1."""
+        return 1 - self.n / self.m if self.kind == "n:m" else self.percent / 100
+
+    @property
+    def slug(self) -> str:
+        """The pattern as it stands in a folder's name: ``8-16``, ``50pct``."""
+        return str(self).replace(":", "-").replace("%", "pct")
+
+    def kept(self, n_channels: int) -> int:
+        """Channels kept of a token with `n_channels`; the expected number for a threshold."""
+        if self.kind == "n:m":
+            return n_channels // self.m * self.n
+        return max(1, round(n_channels * (1 - self.percent / 100)))
+
+    @property
+    def metadata_bits(self) -> float | None:
+        """Theoretical bits of metadata per element, ⌈log₂ C(M, N)⌉ / M; None unless N:M."""
+        if self.kind != "n:m":
+            return None
+        return math.ceil(math.log2(math.comb(self.m, self.n))) / self.m
+
+
+def parse_pattern(value: object) -> Pattern:
+    """Read a pattern as a user or a YAML file writes it.
+
+    YAML 1.1 reads an unquoted ``8:16`` as the base-60 integer 496. No bare number is a pattern, so
+    ``divmod(496, 60)`` gives the text back; a warning says to quote it.
+
+    Raises:
+        InputError: `value` is no pattern.
+    """
+    if isinstance(value, Pattern):
+        return value
+    text = str(value).strip()
+    if isinstance(value, bool) or value is None:
+        raise InputError(f"pattern: {value!r} is not a pattern; {_ALLOWED}")
+    if text == "dense":
+        return Pattern("dense")
+    if text.isdigit():
+        n, m = divmod(int(text), 60)
+        if not 1 <= n <= m:
+            raise InputError(f'pattern: {text} is a number; {_ALLOWED}; in YAML write it in quotes, such as "8:16"')
+        warnings.warn(
+            f'pattern {text} is read as {n}:{m}: YAML turns an unquoted {n}:{m} into a number; quote it: "{n}:{m}"',
+            stacklevel=2,
+        )
+        return Pattern("n:m", n, m)
+    if hit := _NM.fullmatch(text):
+        n, m = int(hit[1]), int(hit[2])
+        if not 0 < n <= m:
+            raise InputError(f"pattern: {text!r} keeps {n} of {m}; {_ALLOWED}")
+        return Pattern("n:m", n, m)
+    if hit := _PERCENT.fullmatch(text):
+        percent = float(hit[2])
+        if not 0 < percent < 100:
+            raise InputError(f"pattern: {text!r} is outside 0 to 100; {_ALLOWED}")
+        return Pattern("threshold" if hit[1] else "unstructured", percent=percent)
+    raise InputError(f"pattern: {text!r} is not a pattern; {_ALLOWED}")

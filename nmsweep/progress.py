@@ -1,0 +1,104 @@
+"""One display for a sweep: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _TokensPerSecond(ProgressColumn):
+    """Speed of the current stage."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.fields.get("speed")
+        return Text(f"{speed:,.0f} tokens/s" if speed else "")
+
+
+class Display:
+    """What a user sees while cells run.
+
+    Args:
+        n_cells: cells that will run; grows when a dense baseline turns out to be missing.
+        stream: where it is shown; stderr by default.
+    """
+
+    def __init__(self, n_cells: int = 0, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stderr)
+        self._live = self._console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), _TokensPerSecond(),
+            console=self._console, transient=True, disable=not self._live,
+        )  # fmt: skip
+        self._n_cells = n_cells
+        self._n_done = 0
+        self._cells = self._bar.add_task("cells", total=n_cells)
+        self._stage = self._bar.add_task("", total=None, visible=False)
+        self._cell = ""
+        self._tokens = 0
+        self._since = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def expect(self, n_cells: int) -> None:
+        """So many cells will run."""
+        self._n_cells = n_cells
+        self._bar.update(self._cells, total=n_cells)
+
+    def cell(self, name: str) -> None:
+        """A cell begins."""
+        self._cell = name
+        if self._n_done >= self._n_cells:
+            self.expect(self._n_done + 1)
+        self.say(f"[{self._n_done + 1}/{self._n_cells}] {name}")
+
+    def stage(self, name: str, n_steps: int | None = None) -> None:
+        """A stage of the current cell begins; `n_steps` tasks or blocks, None if unknown."""
+        self._tokens, self._since = 0, time.monotonic()
+        self._bar.reset(
+            self._stage, total=n_steps, visible=True, description=f"  {escape(self._cell)}: {name}", speed=None
+        )
+
+    def tokens(self, n_tokens: int) -> None:
+        """So many tokens were just computed."""
+        self._tokens += n_tokens
+        elapsed = time.monotonic() - self._since
+        self._bar.update(self._stage, speed=self._tokens / elapsed if elapsed > 0 else None)
+
+    def step(self) -> None:
+        """One step of the current stage is done."""
+        self._bar.advance(self._stage)
+
+    def finished(self, outcome: str) -> None:
+        """The current cell is over."""
+        self._n_done += 1
+        self._bar.update(self._cells, completed=self._n_done)
+        self._bar.update(self._stage, visible=False)
+        self.say(f"    {outcome}")
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        if self._live:
+            self._console.print(escape(text), highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._console.file, flush=True)

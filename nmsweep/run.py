@@ -1,0 +1,214 @@
+"""One cell, from its config to its record: read `run` aloud."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nmsweep import __version__
+from nmsweep.cell import Cell, device_kind, identify
+from nmsweep.config import RunConfig
+from nmsweep.data.tasks import TaskSource
+from nmsweep.evaluate import harness, perplexity
+from nmsweep.evaluate.result import TaskResult
+from nmsweep.models import LoadedModel
+from nmsweep.record import CellRecord, LayerCount, Part, Parts, clear_failure, find_cell, read_cell, write_cell
+from nmsweep.session import Session
+from nmsweep.sparsity.install import Installed, installed
+
+
+def run(cfg: RunConfig, session: Session) -> CellRecord:
+    """Run one cell, unless its record exists already.
+
+    The flow: identity → (dense baseline) → model → sparsify → measure each task, keeping it → record.
+
+    Args:
+        cfg: the cell.
+        session: what is kept from the cell before.
+
+    Returns:
+        The cell's record, as its folder holds it.
+
+    Raises:
+        NmsweepError: the cell cannot be computed; what was finished of it is kept.
+    """
+    cell = identify(cfg, session.display.say)
+    if not cfg.force and (folder := find_cell(cfg.results_dir, cell.cell_id)):
+        return read_cell(folder)
+    if not cell.is_dense and cfg.baseline and not find_cell(cfg.results_dir, cell.dense_cell_id):
+        run(cfg.dense(), session)
+
+    session.display.cell(cell.folder.name)
+    parts = Parts(cfg.results_dir, cell.part_id)
+    if cfg.force:
+        parts.forget()
+    loaded = session.model(cfg)
+    with sparse(cell, loaded) as layers:
+        done = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
+    record = write(cell, loaded, done)
+    session.display.finished(summary(record))
+    return record
+
+
+def sparse(cell: Cell, loaded: LoadedModel) -> AbstractContextManager[Installed | None]:
+    """The model made sparse as the cell says, for as long as the block lasts."""
+    if cell.sparsification is None:
+        return nullcontext()
+    return installed(loaded.model, cell.sparsification, cell.cfg.targets)
+
+
+def measure(
+    cell: Cell, source: TaskSource, loaded: LoadedModel, layers: Installed | None, parts: Parts, session: Session
+) -> Part:
+    """Measure one task, unless an earlier run of this cell has; keep it on disk at once."""
+    identity = {"version": source.version, "data": source.fingerprint()}
+    if kept := parts.read(source.task, identity):
+        return kept
+    session.display.stage(source.task)
+    if layers:
+        layers.reset_counts()
+    started = time.perf_counter()
+    result = _evaluate(cell.cfg, source, loaded, session)
+    seconds = time.perf_counter() - started
+    provenance = {
+        "time_s": round(seconds, 3),
+        "tokens": result.n_tokens,
+        "scoring": result.scoring,
+        "batch_tokens": cell.cfg.eval.batch_tokens,
+    }
+    part = Part(source.task, identity, result.metrics, layers.counts() if layers else [], result.samples, provenance)
+    parts.write(part)
+    return part
+
+
+def _evaluate(cfg: RunConfig, source: TaskSource, loaded: LoadedModel, session: Session) -> TaskResult:
+    model, tokenizer, advance = loaded.model, loaded.tokenizer, session.display.tokens
+    if source.kind == "text":
+        bos = False if cfg.profile != "strict" else None
+        return perplexity.perplexity(
+            model, tokenizer, source,
+            seqlen=cfg.eval.seqlen, limit=cfg.eval.limit, batch_tokens=cfg.eval.batch_tokens, bos=bos, advance=advance,
+        )  # fmt: skip
+    return harness.measure(
+        model, tokenizer, source,
+        limit=cfg.eval.limit, num_fewshot=cfg.eval.num_fewshot, batch_tokens=cfg.eval.batch_tokens,
+        chat_template=cfg.eval.chat_template, system_prompt=cfg.eval.system_prompt, advance=advance,
+    )  # fmt: skip
+
+
+def write(cell: Cell, loaded: LoadedModel, parts: Sequence[Part]) -> CellRecord:
+    """Put a cell's parts together and write its record."""
+    cfg = cell.cfg
+    layers = total_counts(parts)
+    channels, kept = sum(layer.channels for layer in layers), sum(layer.kept for layer in layers)
+    shared = {
+        "cell_id": cell.cell_id, "dense_cell_id": cell.dense_cell_id, "model": cfg.model_name, "revision": loaded.revision,
+        "operand": cell.sparsification.criterion.operand if cell.sparsification else "none",
+        "pattern": str(cfg.pattern), "n": cfg.pattern.n or None, "m": cfg.pattern.m or None,
+        "criterion": cfg.criterion.name if cfg.criterion else "none", "mitigation": cfg.mitigation,
+        "targets": "+".join(cfg.targets) or "none", "scope": cfg.scope, "profile": cfg.profile, "dtype": cfg.dtype,
+        "sparsity": 1 - kept / channels if channels else 0.0,
+        "flops_share": sum(layer.flops_share for layer in layers), "seed": cfg.seed, "status": "done",
+    }  # fmt: skip
+    provenance = {
+        "cell_id": cell.cell_id, "dense_cell_id": cell.dense_cell_id, "part_id": cell.part_id, "status": "done",
+        "model": {"name": cfg.model_name, "fingerprint": loaded.fingerprint, "revision": loaded.revision},
+        "tasks": {part.task: {**part.identity, **part.provenance} for part in parts},
+        "time_s": round(sum(part.provenance["time_s"] for part in parts), 3),
+        "tokens": sum(part.provenance["tokens"] for part in parts),
+        "peak_memory_bytes": peak_memory_bytes(cfg),
+        "device": device_name(cfg), "dtype": cfg.dtype, "seed": cfg.seed,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **environment(),
+    }  # fmt: skip
+    samples = pd.concat([part.samples for part in parts], ignore_index=True)
+    metrics = [metric for part in parts for metric in part.metrics]
+    record = write_cell(cell.folder, cfg.dump(), shared, metrics, layers, samples, provenance)
+    clear_failure(cell.folder)
+    return record
+
+
+def total_counts(parts: Sequence[Part]) -> list[LayerCount]:
+    """The layers' channel counts summed over a cell's tasks."""
+    by_layer: dict[str, list[LayerCount]] = defaultdict(list)
+    for part in parts:
+        for layer in part.layers:
+            by_layer[layer.layer].append(layer)
+    return [
+        LayerCount(
+            name,
+            same[0].in_features,
+            same[0].out_features,
+            sum(c.channels for c in same),
+            sum(c.kept for c in same),
+            same[0].flops_share,
+        )
+        for name, same in by_layer.items()
+    ]
+
+
+def summary(record: CellRecord) -> str:
+    """A cell's numbers on one line."""
+    main = record.metrics.drop_duplicates("task", keep="first")
+    numbers = ", ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in main.itertuples())
+    return f"{numbers} ({record.provenance['time_s']:.0f} s)"
+
+
+def peak_memory_bytes(cfg: RunConfig) -> int:
+    """Most memory in use so far: of the GPU where there is one, else of this process."""
+    if device_kind(cfg.device) == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(cfg: RunConfig) -> str:
+    """The device as its maker calls it."""
+    if device_kind(cfg.device) == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and git state that the numbers were made with."""
+    packages = ("torch", "transformers", "lm_eval", "datasets", "numpy", "tokenizers", "triton", "numba")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = ""
+    return {
+        "versions": {"nmsweep": __version__, "python": platform.python_version(), **versions},
+        "git": git_state(Path(__file__).parent.parent),
+        "command": " ".join(["nmsweep", *map(json.dumps, sys.argv[1:])])
+        if any(" " in word for word in sys.argv)
+        else " ".join(["nmsweep", *sys.argv[1:]]),
+    }
+
+
+def git_state(folder: Path) -> str:
+    """Commit of nmsweep's own checkout, ``-dirty`` with changes; empty for an installed package."""
+    if not (folder / ".git").exists():
+        return ""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip()

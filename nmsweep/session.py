@@ -1,0 +1,35 @@
+"""What is kept between the cells of one process: the model, the display."""
+
+import logging
+from dataclasses import dataclass, field
+
+from nmsweep.cell import device_kind, model_spec
+from nmsweep.config import RunConfig, short_hash
+from nmsweep.models import LoadedModel, load_model
+from nmsweep.progress import Display
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """One model at a time stays loaded; asking for another lets it go first."""
+
+    display: Display = field(default_factory=Display)
+    n_loads: int = 0
+    _key: str = ""
+    _loaded: LoadedModel | None = None
+
+    def model(self, cfg: RunConfig) -> LoadedModel:
+        """The cell's model, loaded if it is not the one that is there."""
+        device = device_kind(cfg.device) if cfg.device == "auto" else cfg.device
+        key = short_hash([cfg.model, cfg.dtype, device, cfg.seed])
+        if self._loaded is None or key != self._key:
+            self._loaded = None  # two models may not fit
+            self.display.stage("loading the model")
+            self._loaded = load_model(model_spec(cfg), dtype=cfg.dtype, device=device)
+            self._key = key
+            self.n_loads += 1
+            log.info("model load %d: %s, %s on %s", self.n_loads, cfg.model_name, cfg.dtype, device)
+            self.display.say(f"    loaded {cfg.model_name} in {cfg.dtype} on {device}")
+        return self._loaded

@@ -1,0 +1,1 @@
+"""One file for each criterion: the channel weight w that it gives."""

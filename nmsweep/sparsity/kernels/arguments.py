@@ -1,0 +1,79 @@
+"""The checked arguments of one call of the fused primitive, in the form that every backend takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STATS = ("none", "median", "mean")
+
+
+@dataclass(slots=True)
+class Arguments:
+    """One call, checked. `m == hidden` is the unstructured pattern."""
+
+    x: Tensor  # [*, hidden], floating
+    n: int  # kept of each m
+    m: int  # divides hidden
+    weight: Tensor | None  # [hidden], or [k, hidden] where row r of x uses row r // rows_per_weight
+    rows_per_weight: int
+    stat: str  # one of STATS
+    eta: Tensor | None  # scalar or [hidden]; None where stat says all
+    var: bool
+
+    def expanded_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight in a shape that broadcasts against x."""
+        assert self.weight is not None
+        weight = self.weight.to(device=self.x.device, dtype=dtype)
+        if weight.ndim == 1:
+            return weight
+        return weight.repeat_interleave(self.rows_per_weight, dim=0).view(self.x.shape)
+
+
+def check(
+    x: Tensor, n: int, m: int, kept: int, weight: Tensor | None, stat: str, eta: Tensor | None, var: bool
+) -> Arguments:
+    """Check the shapes of one call.
+
+    Raises:
+        ValueError: a shape, dtype or budget that has no meaning; the message names both sides.
+    """
+    if not x.is_floating_point() or x.ndim == 0:
+        raise ValueError(f"prune: x is {x.dtype} {list(x.shape)}; it needs a floating dtype and at least one dimension")
+    hidden = x.shape[-1]
+    if kept:
+        n, m = kept, hidden
+    if not 0 < n <= m:
+        raise ValueError(f"prune: {n} kept of {m}; at least 1 and at most {m} can be kept")
+    if hidden % m:
+        raise ValueError(f"prune: {hidden} channels are not a multiple of M = {m}")
+    if stat not in STATS:
+        raise ValueError(f"prune: eta={stat!r}; allowed are None, 'median', 'mean' or a tensor")
+    if eta is not None and eta.numel() != 1 and tuple(eta.shape) != (hidden,):
+        raise ValueError(f"prune: eta has shape {list(eta.shape)}; allowed are a scalar or [{hidden}]")
+    rows_per_weight = 1
+    if weight is not None:
+        weight, rows_per_weight = _fold_weight(x, weight)
+    return Arguments(x, n, m, weight, rows_per_weight, stat, eta, var)
+
+
+def _fold_weight(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+    """The weight as [hidden] or [k, hidden], with the rows of x that share one of its rows."""
+    shape, hidden = tuple(weight.shape), x.shape[-1]
+    if shape == (hidden,):
+        return weight, 1
+    if x.ndim == 3 and shape in ((x.shape[0], hidden), (x.shape[0], 1, hidden)):
+        return weight.reshape(-1, hidden), x.shape[1]
+    if shape == tuple(x.shape):
+        return weight.reshape(-1, hidden), 1
+    raise ValueError(
+        f"prune: weight has shape {list(shape)} for x {list(x.shape)}; allowed are [hidden], [batch, hidden] for "
+        "x [batch, tokens, hidden], or the shape of x"
+    )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x is centred, scored and rescaled."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

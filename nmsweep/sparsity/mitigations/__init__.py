@@ -1,0 +1,1 @@
+"""One file for each mitigation: the slot of the formula that it fills."""

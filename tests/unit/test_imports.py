@@ -1,0 +1,56 @@
+"""Who may import whom, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import nmsweep
+
+ROOT = Path(nmsweep.__file__).parent
+ORDER = [
+    {"errors", "pattern"}, {"config"}, {"record", "catalogue", "progress"}, {"data", "models"}, {"sparsity"}, {"calibrate"}, {"evaluate"},
+    {"cell"}, {"session"}, {"run"}, {"sweep"}, {"compose", "listing", "report", "bench"}, {"cli"},
+]  # fmt: skip
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+REPORT_MAY = {"errors", "pattern", "config", "record", "report"}
+
+
+def imported(file: Path) -> set[str]:
+    """The parts of nmsweep that a file imports at its top level or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names |= {module.split(".")[1] for module in modules if module.startswith("nmsweep.")}
+    return names
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_imports_go_one_way() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in sorted(ROOT.rglob("*.py"))
+        for name in sorted(imported(file))
+        if (here := LEVEL.get(part_of(file))) is not None and name in LEVEL and name != part_of(file) and LEVEL[name] > here
+    ]
+    assert not wrong
+
+
+def test_every_part_has_a_place_in_the_order() -> None:
+    parts = {part_of(file) for file in ROOT.rglob("*.py")} - {"__init__", "__main__", "lm_eval", "loggers", "conf"}
+    assert parts <= set(LEVEL)
+
+
+def test_report_needs_records_only() -> None:
+    used = {name for file in (ROOT / "report").rglob("*.py") for name in imported(file)}
+    assert used <= REPORT_MAY
+
+
+def test_the_command_line_starts_without_anything_heavy() -> None:
+    code = "import sys, nmsweep.cli, nmsweep.compose; print([m for m in ('torch', 'transformers', 'pandas', 'lm_eval') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
