@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
     if filename.startswith(str(Path(__file__).parent)) or (category is UserWarning and "pattern" in str(message)):
         print(f"nmsweep: warning: {message}", file=sys.stderr)
 
@@ -87,12 +87,12 @@ def _run_cells(words: list[str], overrides: list[str], multirun: bool, config_di
     errors: list[str] = []
     missing: list[RunConfig] = []
     for cfg in configs:
-        messages = check(cfg)
+        try:
+            found = find_cell(cfg.results_dir, identify(cfg).cell_id)
+            messages = [] if found and not cfg.force else check(cfg)
+        except InputError:  # one mistake; `check` finds them all
+            found, messages = None, check(cfg)
         errors += [message for message in messages if message not in errors]
-        if messages:
-            continue
-        cell = identify(cfg)
-        found = find_cell(cfg.results_dir, cell.cell_id)
         if found is None or cfg.force:
             missing.append(cfg)
         elif len(configs) == 1:

@@ -57,9 +57,8 @@ def cells_of(words: Sequence[str], *, multirun: bool, config_dir: Path | None) -
         errors += found
         if not multirun:
             for override in [o for o in overrides if o.is_sweep_override()]:
-                errors.append(
-                    f"{override.key_or_group}: {override.value_string if hasattr(override, 'value_string') else override.input_line.split('=', 1)[1]} are several values; add -m to sweep over them"
-                )
+                values = str(override.input_line).partition("=")[2]
+                errors.append(f"{override.key_or_group}: {values} are several values; add -m to sweep over them")
                 overrides.remove(override)
         base = _compose(loader, search, [o for o in overrides if not o.is_sweep_override()])
         swept = multirun or base.hydra.mode == RunMode.MULTIRUN

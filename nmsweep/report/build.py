@@ -21,6 +21,8 @@ def make_report(results_dir: Path, console: Console | None = None) -> None:
         InputError: there is nothing to report, or a record cannot be read.
     """
     out = console or Console()
+    if not out.is_terminal:
+        out.width = max(out.width, 120)  # a pipe has no width of its own
     tidy = read_tidy(results_dir)
     write_text(results_dir / "tidy.csv", tidy.to_csv(index=False))
     folder = results_dir / "report"
@@ -72,14 +74,14 @@ def _shown(rows: pd.DataFrame) -> pd.DataFrame:
     shown = rows[_CELL].copy()
     for task in sorted(_tasks(rows)):
         shown[task] = [_number(value, percent=not _is_text(task)) for value in rows[task]]
-    for column, title in (("drop", "mean drop (points)"), ("relative_drop", "mean relative drop")):
+    for column, title in (("drop", "mean drop"), ("relative_drop", "relative")):
         if column in rows:
             shown[title] = [
                 _number(value, percent=True) + ("" if pd.isna(value) else " %" if column == "relative_drop" else "")
                 for value in rows[column]
             ]
     if "ratio" in rows:
-        shown["perplexity ratio"] = [_number(value, percent=False) for value in rows["ratio"]]
+        shown["ppl ratio"] = [_number(value, percent=False) for value in rows["ratio"]]
     return shown
 
 
@@ -97,7 +99,7 @@ def _markdown(tidy: pd.DataFrame, chosen: pd.DataFrame, summary: pd.DataFrame) -
     lines = [
         "# Summary",
         "",
-        "Accuracies in percent; drops against the dense cell of the same model; perplexity is never part of a mean.",
+        "Accuracies in percent; drops (points, and relative to dense) against the dense cell of the same model; perplexity is never part of a mean.",
         "",
     ]
     for data, rows in summary.groupby("data", sort=False):
@@ -131,10 +133,16 @@ def _escape(value: object) -> str:
 
 
 def _terminal(data: str, rows: pd.DataFrame) -> Table:
+    """The main table for a terminal: what all rows share stands in the title."""
     shown = _shown(rows)
-    table = Table(title=f"{data} tasks", title_justify="left", show_edge=False, pad_edge=False)
-    for column in shown.columns:
+    sparse = rows[rows["pattern"] != "dense"]
+    constant = [
+        column for column in _CELL if column != "pattern" and (sparse if len(sparse) else rows)[column].nunique() == 1
+    ]
+    words = [str((sparse if len(sparse) else rows)[column].iloc[0]) for column in constant if column != "mitigation"]
+    table = Table(title=", ".join([f"{data} tasks", *words]), title_justify="left", show_edge=False, pad_edge=False)
+    for column in shown.columns.drop(constant):
         table.add_column(column.removeprefix("mini_"), justify="left" if column in _CELL else "right", overflow="fold")
-    for row in shown.itertuples(index=False):
+    for row in shown.drop(columns=constant).itertuples(index=False):
         table.add_row(*[str(value).replace("[", "\\[") for value in row])
     return table

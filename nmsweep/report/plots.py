@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
+from matplotlib.axes import Axes
 
 mpl.use("Agg")  # files only: a cluster node has no display
 import matplotlib.pyplot as plt
@@ -43,7 +44,7 @@ def plot_drops(summary: pd.DataFrame, folder: Path) -> list[Path]:
     return files
 
 
-def _panel(axis: plt.Axes, rows: pd.DataFrame, column: str, label: str) -> None:
+def _panel(axis: Axes, rows: pd.DataFrame, column: str, label: str) -> None:
     patterns = list(dict.fromkeys(rows["pattern"]))
     many_models = rows["model"].nunique() > 1
     series = rows.groupby(["model", "criterion", "mitigation"], sort=False)

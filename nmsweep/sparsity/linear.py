@@ -1,33 +1,72 @@
 """The formula, for one linear layer and one token's input x [in_features]; every other file only fills its slots.
 
+    (x, W) ← (Qᵀx, WQ)                      Q: Slots.rotation, with WQ in Slots.folded; without it nothing changes
     z  = x − η                              η: Slots.eta
-    s  = |z| · w                            w: Slots.weight or Slots.dynamic
-    k  = keep(s, pattern)                   exactly N kept of each M consecutive channels
+    s  = |z| · w                            w: Slots.weight or Slots.dynamic; Slots.priority replaces s
+    k  = keep(s, pattern)                   exactly N kept of each M consecutive channels; or s ≥ Slots.threshold
     u  = k ? x + (ν−1)·z : η                ν: Slots.nu; without it u = k ? x : η, kept channels bit for bit
     y  = (1+γ) ⊙ [ W u + U V (1−k)⊙z ] + β + b
 
 Everything down to `u` is one call of the fused primitive in `kernels`; layers that share an input share one `u`.
+A token outside the scope has k = 1 everywhere, ν = 1, γ = 0, β = 0: it sees the dense layer.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nmsweep.pattern import Pattern
 from nmsweep.sparsity.kernels import prune
-from nmsweep.sparsity.method import Slots, Tokens, as_tensor
+from nmsweep.sparsity.kernels.reference import centre, keep, variance_ratio
+from nmsweep.sparsity.method import Memory, Slots, Tokens, as_tensor
+from nmsweep.sparsity.scope import Scope
 
 
 class TokenView:
-    """The current forward pass's `Tokens`, shared by all layers of an installed model."""
+    """What all layers of an installed model share.
 
-    tokens: Tokens = Tokens()
+    Attributes:
+        tokens: of the current forward pass.
+        scope: which tokens are pruned.
+        dense: whether the layers act as the dense ones, for a teacher's pass.
+        fade: the share of the pruned part that is still there, 1 to 0 in the course of a `decay` schedule.
+        pattern: takes the place of the layers' own in the course of a `step` schedule.
+    """
+
+    def __init__(self, scope: Scope | None = None) -> None:
+        self.tokens = Tokens()
+        self.scope = scope or Scope()
+        self.dense = False
+        self.fade = 0.0
+        self.pattern: Pattern | None = None
+
+    @contextmanager
+    def as_dense(self, dense: bool = True) -> Iterator[None]:
+        """The layers are dense inside the block."""
+        before, self.dense = self.dense, dense
+        try:
+            yield
+        finally:
+            self.dense = before
+
+
+class Pruned(NamedTuple):
+    """What the layers of one input see: u [*, in]; (1−k)⊙z in fp32 where a residual needs it; [*] bool or None for all."""
+
+    u: Tensor
+    removed: Tensor | None
+    in_scope: Tensor | None
 
 
 class SharedInput:
     """The pruned input `u` of the layers that read one tensor (q/k/v; gate/up), computed once.
 
     Args:
-        slots: the slots of the layers; η, w and ν are equal for all of them.
+        slots: the slots of the layers; what decides `u` is equal for all of them.
         n_readers: how many layers read it; the tensor is let go after the last.
         view: what is known about the tokens.
         device: where the channel counts live.
@@ -38,16 +77,13 @@ class SharedInput:
         self.n_readers = n_readers
         self.view = view
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # kept, total: never read during a forward pass
+        self.memory: dict[str, Tensor] = {}
         self._x: Tensor | None = None
-        self._pruned: tuple[Tensor, Tensor | None] | None = None
+        self._pruned: Pruned | None = None
         self._reads = 0
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Prune x [*, in].
-
-        Returns:
-            u [*, in] in the dtype of x, and the mask k (bool) where a residual needs it.
-        """
+    def __call__(self, x: Tensor) -> Pruned:
+        """Prune x [batch, seq, in]."""
         if self._x is not x or self._pruned is None:
             self._x, self._pruned, self._reads = x, self._prune(x), 0
         pruned = self._pruned
@@ -60,31 +96,25 @@ class SharedInput:
         """Let go of the tensors of an unfinished pass."""
         self._x = self._pruned = None
 
-    def _prune(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        slots, pattern = self.slots, self.slots.pattern
-        hidden = x.shape[-1]
-        weight = (
-            slots.weight if slots.dynamic is None else slots.dynamic.token_weight(self._centred(x), self.view.tokens)
-        )
-        budget: dict[str, int] = (
-            {"n": pattern.n, "m": pattern.m} if pattern.kind == "n:m" else {"kept": pattern.kept(hidden)}
-        )
-        if slots.residual is None:
-            return prune(x, **budget, weight=weight, eta=slots.eta, var=slots.nu, counts=self.counts), None
-        return prune(x, **budget, weight=weight, eta=slots.eta, var=slots.nu, counts=self.counts, return_mask=True)
-
-    def _centred(self, x: Tensor) -> Tensor:
-        """z in fp32 (float64 for float64 x)."""
-        eta = self.slots.eta
-        wide = as_tensor(x, x)
-        if eta is None:
-            return wide
-        if eta == "median":
-            return wide - as_tensor(x.median(dim=-1, keepdim=True).values, x)
-        if eta == "mean":
-            return wide - as_tensor(token_mean(x), x)
-        assert isinstance(eta, Tensor)
-        return wide - as_tensor(eta.to(x.dtype), x)
+    def _prune(self, x: Tensor) -> Pruned:
+        slots, view = self.slots, self.view
+        if view.tokens.past == 0:
+            self.memory.clear()
+        x = rotated(x, slots)
+        scope = view.scope.tokens(x, view.tokens)
+        pattern = view.pattern or slots.pattern
+        if scope is True and slots.residual is None and not view.fade:
+            return Pruned(pruned(x, slots, pattern, view.tokens, self.memory, self.counts)[0], None, None)
+        u, mask = pruned(x, slots, pattern, view.tokens, self.memory)
+        if scope is not True:
+            inside = torch.as_tensor(scope, device=x.device).expand(x.shape[:-1])
+            u, mask = torch.where(inside[..., None], u, x), mask | ~inside[..., None]
+        self.counts += torch.stack([mask.sum(), mask.new_tensor(mask.numel(), dtype=torch.int64)])
+        removed = torch.where(mask, 0.0, centred(x, slots)) if slots.residual is not None or view.fade else None
+        if view.fade:
+            assert removed is not None
+            u = u + (view.fade * removed).to(u.dtype)
+        return Pruned(u, None if slots.residual is None else removed, None if scope is True else inside)
 
 
 class SparseLinear(nn.Module):
@@ -120,26 +150,95 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*, in] to y [*, out]."""
-        u, mask = self.shared(x)
+        if self.shared.view.dense:
+            return F.linear(x, self.weight, self.bias)
+        u, removed, in_scope = self.shared(x)
         slots = self.slots
+        weight = self.weight if slots.folded is None else slots.folded
         if slots.residual is None and slots.gamma is None and slots.beta is None:
-            return F.linear(u, self.weight, self.bias)
-        y = as_tensor(F.linear(u, self.weight), x)
+            return F.linear(u, weight, self.bias)
+        y = as_tensor(F.linear(u, weight), x)
         if slots.residual is not None:
-            assert mask is not None
+            assert removed is not None
             U, V = slots.residual
-            removed = torch.where(mask, 0.0, self.shared._centred(x))
             y = y + F.linear(F.linear(removed, V), U)
+        correction: Tensor | float = 0.0
         if slots.gamma is not None:
-            y = y + slots.gamma * y  # 1+γ is never formed: it would round small γ away
-        for addend in (slots.beta, self.bias):
-            if addend is not None:
-                y = y + addend
-        return y.to(x.dtype)
+            correction = slots.gamma * y  # 1+γ is never formed: it would round small γ away
+        if slots.beta is not None:
+            correction = correction + slots.beta
+        if in_scope is not None:
+            correction = in_scope[..., None] * correction
+        y = y + correction
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
-def token_mean(x: Tensor) -> Tensor:
-    """The mean over channels as the kernels define it: [*, 1], dtype of x."""
-    from nmsweep.sparsity.kernels.reference import token_mean as reference_mean
+def rotated(x: Tensor, slots: Slots) -> Tensor:
+    """Qᵀx in the dtype of x; x itself without a rotation."""
+    return x if slots.rotation is None else (as_tensor(x, x) @ slots.rotation).to(x.dtype)
 
-    return reference_mean(x)
+
+def filling(x: Tensor, slots: Slots) -> Tensor | None:
+    """η in the dtype of x: [*, 1], a scalar or [in]; None is 0. A statistic of the token is a constant for autograd."""
+    if isinstance(slots.eta, Tensor):
+        return centre(x, "none", slots.eta)
+    return centre(x.detach(), slots.eta or "none", None)
+
+
+def centred(x: Tensor, slots: Slots) -> Tensor:
+    """z in fp32 (float64 for float64 x), for x that is rotated already."""
+    eta = filling(x, slots)
+    return as_tensor(x, x) if eta is None else as_tensor(x, x) - as_tensor(eta, x)
+
+
+def score(x: Tensor, slots: Slots, tokens: Tokens, memory: Memory) -> Tensor:
+    """s in fp32 (float64 for float64 x), [batch, seq, in], for x that is rotated already; higher is kept."""
+    if slots.priority is not None:
+        return slots.priority.expand(x.shape)
+    z = centred(x.detach(), slots)
+    weight = slots.weight if slots.dynamic is None else slots.dynamic.token_weight(z, tokens, memory)
+    return (z if weight is None else z * weight).abs()
+
+
+def pruned(
+    x: Tensor, slots: Slots, pattern: Pattern, tokens: Tokens, memory: Memory, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """u and the mask k of x [batch, seq, in], which is rotated already.
+
+    With `counts` the mask may be an empty tensor: the channels are counted instead, in the same pass.
+    """
+    if slots.threshold is not None or slots.priority is not None:
+        mask = _keep(score(x, slots, tokens, memory), slots, pattern)
+        if counts is not None:
+            counts += torch.stack([mask.sum(), mask.new_tensor(mask.numel(), dtype=torch.int64)])
+        return _fill(x, mask, slots), mask
+    weight = slots.weight
+    if slots.dynamic is not None:
+        weight = slots.dynamic.token_weight(centred(x.detach(), slots), tokens, memory)
+    budget: dict[str, int] = (
+        {"n": pattern.n, "m": pattern.m} if pattern.kind == "n:m" else {"kept": pattern.kept(x.shape[-1])}
+    )
+    if counts is not None:
+        u = prune(x, **budget, weight=weight, eta=slots.eta, var=slots.nu, counts=counts)
+        return u, x.new_empty(0, dtype=torch.bool)
+    return prune(x, **budget, weight=weight, eta=slots.eta, var=slots.nu, return_mask=True)
+
+
+def _keep(s: Tensor, slots: Slots, pattern: Pattern) -> Tensor:
+    """The mask of given scores, for what the fused primitive does not rank."""
+    if slots.threshold is not None:
+        return s >= slots.threshold
+    n, m = (pattern.n, pattern.m) if pattern.kind == "n:m" else (pattern.kept(s.shape[-1]), s.shape[-1])
+    return keep(s[:1, :1], n, m).expand(s.shape)  # the priority is the same for every token
+
+
+def _fill(x: Tensor, mask: Tensor, slots: Slots) -> Tensor:
+    """u of a given mask."""
+    eta = filling(x, slots)
+    fill = x.new_zeros(()) if eta is None else eta
+    if not slots.nu:
+        return torch.where(mask, x, fill)
+    z = centred(x, slots)
+    nu = variance_ratio(z.detach(), mask)
+    rescaled = (as_tensor(x, x) + (nu - 1) * z).to(x.dtype)
+    return torch.where(mask, torch.where(nu == 1, x, rescaled), fill)

@@ -5,7 +5,7 @@ A new one is one file with one class here or in a package of your own, and one Y
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -16,11 +16,17 @@ from nmsweep.config import Method
 from nmsweep.errors import InputError
 from nmsweep.pattern import Pattern
 
-Slot = Literal["eta", "nu", "gamma", "beta", "residual", "rotation"]
-"""Slots of the formula that a mitigation can fill; the criterion fills the weight."""
+Slot = Literal["rotation", "eta", "weight", "threshold", "nu", "residual", "gamma", "beta"]
+"""Slots of the formula; the criterion fills the weight, the pattern the threshold, mitigations the others."""
+
+SLOT_ORDER: tuple[Slot, ...] = ("rotation", "eta", "weight", "threshold", "nu", "residual", "gamma", "beta")
+"""Slots are filled and calibrated in this order: each statistic is of the tensor that its slot will see."""
 
 State = Mapping[str, Tensor]
 """What calibration found out for one layer, by name; empty where nothing is calibrated."""
+
+Memory = MutableMapping[str, Tensor]
+"""What a dynamic criterion keeps of a sequence between the passes of one generation."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,17 @@ class Layer:
     Attributes:
         name: module path in the model.
         linear: the dense layer; `weight` [out, in], `bias` [out] or None.
+        folded: W Q [out, in] where the input is rotated; None without a rotation.
     """
 
     name: str
     linear: nn.Linear
+    folded: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        return self.linear.weight.detach()
+        """The matrix that the pruned input meets: W, or W Q with a rotation."""
+        return self.linear.weight.detach() if self.folded is None else self.folded
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,12 @@ class Tokens:
     Attributes:
         padding: [batch, seq] bool, True for padding; None without any.
         past: tokens already in the key-value cache; 0 for a fresh sequence.
+        position: [batch, seq] or [1, seq], each token's place in its own sequence; None for `past`, `past` + 1, …
     """
 
     padding: Tensor | None = None
     past: int = 0
+    position: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,32 +73,117 @@ class Slots:
         eta: η: None is 0; "median" or "mean" of each token; a scalar or [in] tensor.
         weight: w, [in] fp32 ≥ 0; None is 1.
         dynamic: the criterion, where w depends on the input; then `weight` is None.
+        priority: [in] fp32, replaces the score where a criterion does not look at the input at all.
+        threshold: scalar fp32; a channel is kept where its score is not below it.
         nu: whether ν is the variance ratio of the token; else ν = 1.
         gamma, beta: γ, β, [out] fp32; None is 0.
         residual: U [out, r] and V [r, in] of the low-rank residual; None without it.
+        rotation: Q [in, in] fp32, orthogonal; None without it.
+        folded: W Q [out, in] in the dtype of the model; None without a rotation.
     """
 
     pattern: Pattern
     eta: Tensor | Literal["median", "mean"] | None = None
     weight: Tensor | None = None
     dynamic: "Criterion | None" = None
+    priority: Tensor | None = None
+    threshold: Tensor | None = None
     nu: bool = False
     gamma: Tensor | None = None
     beta: Tensor | None = None
     residual: tuple[Tensor, Tensor] | None = None
+    rotation: Tensor | None = None
+    folded: Tensor | None = None
+
+    def same_input(self, other: "Slots") -> bool:
+        """Whether two layers that read one tensor also see one pruned tensor."""
+        names = ("pattern", "eta", "weight", "dynamic", "priority", "threshold", "nu", "rotation")
+        return (self.residual is None) == (other.residual is None) and all(
+            _same(getattr(self, name), getattr(other, name)) for name in names
+        )
 
 
-class Criterion:
-    """Says what a channel is worth: the score is ``|z| · w``, higher is kept.
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+
+
+class Fitter(ABC):
+    """A streaming statistic of one layer's input; frozen into a `State` when the text is over.
+
+    Attributes:
+        sees: what `update` is given: the layer's input, the loss's gradient with respect to it, or nothing (weights only).
+    """
+
+    sees: ClassVar[Literal["input", "gradient", "nothing"]] = "input"
+
+    @abstractmethod
+    def update(self, x: Tensor, scope: Tensor | None = None) -> None:
+        """Take in a window.
+
+        Args:
+            x: [batch, seq, in], what the dense layer is given, in the dtype of the model.
+            scope: [batch, seq] bool, the tokens that are pruned; None for all.
+        """
+
+    @abstractmethod
+    def result(self) -> dict[str, Tensor]:
+        """The layer's state that this statistic gives, by name."""
+
+
+class Stage:
+    """Fills one slot of the formula.
 
     Attributes:
         version: raise it when the numbers change; it is part of a cell's identity.
+        slot: the slot it fills; two stages of one slot do not compose.
+        calibration: what its state is made from: nothing, the weights alone, a text, or learning on a text.
+        per_input: whether its state depends on the layer's input alone, so that q/k/v (gate/up) share it.
+    """
+
+    version: ClassVar[int] = 1
+    slot: ClassVar[Slot]
+    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "none"
+    per_input: ClassVar[bool] = True
+
+    def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
+        """The layer's slots with this stage's own one filled."""
+        raise NotImplementedError
+
+    def fitter(self, layer: Layer, slots: Slots) -> Fitter | None:
+        """What calibration collects for this stage; `slots` holds the stages before it. None where it needs nothing."""
+        return None
+
+    def masters(self, layer: Layer) -> dict[str, Tensor]:
+        """The parameters that a learned stage starts from, by name, fp32 (float64 for a float64 model)."""
+        return {}
+
+    def found(self, layer: Layer, state: State, name: str) -> Tensor:
+        """One entry of the layer's state, on the layer's device.
+
+        Raises:
+            InputError: the layer was not calibrated.
+        """
+        if name not in state:
+            stage = type(self).__name__
+            raise InputError(
+                f"{stage}: no calibrated state {name!r} for {layer.name}; it has {', '.join(sorted(state)) or 'none'}; "
+                "calibrate the model first (nmsweep.calibrate.fit) and pass its state"
+            )
+        return as_tensor(state[name], layer.weight)
+
+
+class Criterion(Stage):
+    """Says what a channel is worth: the score is ``|z| · w``, higher is kept.
+
+    Attributes:
         operand: what is pruned.
         dynamic: whether w depends on the input (`token_weight`) and not on the layer alone (`weight`).
         across_tokens: whether w of one token depends on other tokens.
     """
 
-    version: ClassVar[int] = 1
+    slot: ClassVar[Slot] = "weight"
     operand: ClassVar[Literal["activations", "weights"]] = "activations"
     dynamic: ClassVar[bool] = False
     across_tokens: ClassVar[bool] = False
@@ -96,26 +192,40 @@ class Criterion:
         """w of a layer, [in] fp32 ≥ 0; None stands for ones."""
         return None
 
-    def token_weight(self, z: Tensor, tokens: Tokens) -> Tensor:
+    def token_weight(self, z: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
         """w of a batch of inputs, [batch, 1, in] or [batch, seq, in] fp32, for a dynamic criterion.
 
         Args:
             z: [batch, seq, in] fp32, the centred input.
             tokens: what is known about the rows.
+            memory: what this layer kept of the sequence in earlier passes; empty at its beginning.
         """
         raise NotImplementedError(f"{type(self).__name__} is not dynamic")
 
+    def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
+        if self.dynamic:
+            return replace(slots, dynamic=self)
+        return replace(slots, weight=self.weight(layer, state))
 
-class Mitigation(ABC):
-    """A correction: fills one slot of the formula.
 
-    Attributes:
-        version: raise it when the numbers change; it is part of a cell's identity.
-        slot: the slot it fills; two mitigations of one slot do not compose.
+class WeightCriterion(Criterion, ABC):
+    """A baseline that prunes the weights instead of the activations, under the same patterns along in_features.
+
+    For ``p%`` the budget is that of each output row.
     """
 
-    version: ClassVar[int] = 1
-    slot: ClassVar[Slot]
+    operand: ClassVar[Literal["activations", "weights"]] = "weights"
+
+    @abstractmethod
+    def pruned(self, layer: Layer, pattern: Pattern, state: State) -> tuple[Tensor, int]:
+        """The weight to compute with, [out, in] in its own dtype, and how many of its entries are kept."""
+
+    def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
+        return slots
+
+
+class Mitigation(Stage, ABC):
+    """A correction: fills one slot of the formula."""
 
     @abstractmethod
     def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
@@ -130,15 +240,36 @@ class Sparsification:
     criterion: Criterion
     mitigations: Sequence[Mitigation] = field(default_factory=tuple)
 
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages in the order of their slots."""
+        stages: list[Stage] = [self.criterion, *self.mitigations]
+        if self.pattern.kind == "threshold":
+            from nmsweep.sparsity.threshold import Threshold
+
+            stages.append(Threshold(self.pattern))
+        return sorted(stages, key=lambda stage: SLOT_ORDER.index(stage.slot))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any stage has a state."""
+        return any(stage.calibration != "none" for stage in self.stages)
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether any stage's state comes from a calibration text."""
+        return any(stage.calibration in ("text", "learned") for stage in self.stages)
+
+    @property
+    def learned(self) -> bool:
+        """Whether any stage is trained."""
+        return any(stage.calibration == "learned" for stage in self.stages)
+
     def slots(self, layer: Layer, state: State) -> Slots:
         """Fill all slots of one layer."""
         slots = Slots(self.pattern)
-        if self.criterion.dynamic:
-            slots = replace(slots, dynamic=self.criterion)
-        else:
-            slots = replace(slots, weight=self.criterion.weight(layer, state))
-        for mitigation in self.mitigations:
-            slots = mitigation.fill(slots, layer, state)
+        for stage in self.stages:
+            slots = stage.fill(slots, replace(layer, folded=slots.folded), state)
         return slots
 
 
@@ -162,11 +293,13 @@ def build(method: Method) -> Any:
     return made
 
 
-def build_sparsification(pattern: Pattern, criterion: Method, mitigations: Sequence[Method]) -> Sparsification:
+def build_sparsification(
+    pattern: Pattern, criterion: Method, mitigations: Sequence[Method], scope: str = "all"
+) -> Sparsification:
     """Make the sparsification that a config names.
 
     Raises:
-        InputError: a class that cannot be made, or two mitigations of one slot.
+        InputError: a class that cannot be made, two mitigations of one slot, or stages that cannot act together.
     """
     made = [(method.name, build(method)) for method in mitigations]
     by_slot: dict[str, str] = {}
@@ -181,9 +314,26 @@ def build_sparsification(pattern: Pattern, criterion: Method, mitigations: Seque
     ranks = build(criterion)
     if not isinstance(ranks, Criterion):
         errors.append(f"criterion: {criterion.name} is a mitigation; use it as mitigation={criterion.name}")
+    elif ranks.operand == "weights":
+        errors += _weight_errors(criterion.name, pattern, [method.name for method in mitigations], scope)
     if errors:
         raise InputError(*errors)
     return Sparsification(pattern, ranks, tuple(mitigation for _, mitigation in made))
+
+
+def _weight_errors(criterion: str, pattern: Pattern, mitigations: Sequence[str], scope: str) -> list[str]:
+    """What has no meaning where weights are pruned and every token sees the same ones."""
+    errors = []
+    if mitigations:
+        errors.append(
+            f"mitigation: {'+'.join(mitigations)} corrects activations, but criterion {criterion} prunes weights; "
+            "take mitigation=none, or a criterion of activations such as act"
+        )
+    if pattern.kind == "threshold":
+        errors.append(f"pattern: {pattern} is of activations, but criterion {criterion} prunes weights; take N:M or p%")
+    if scope != "all":
+        errors.append(f"scope: {scope} chooses tokens, but criterion {criterion} prunes weights; take scope=all")
+    return errors
 
 
 def as_tensor(value: Tensor, like: Tensor) -> Tensor:

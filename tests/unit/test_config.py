@@ -21,7 +21,13 @@ def messages(*words: str, multirun: bool = False) -> list[str]:
 
 def test_the_default_is_the_documented_cell() -> None:
     cfg = one()
-    assert (cfg.model_name, str(cfg.pattern), cfg.criterion.name, cfg.mitigation, cfg.dtype) == ("smollm2", "8:16", "act", "none", "bfloat16")
+    assert (cfg.model_name, str(cfg.pattern), cfg.criterion.name, cfg.mitigation, cfg.dtype) == (
+        "smollm2",
+        "8:16",
+        "act",
+        "none",
+        "bfloat16",
+    )
     assert cfg.tasks == ("mini_cloze", "mini_continuation", "mini_prose", "mini_science", "mini_yesno")
 
 

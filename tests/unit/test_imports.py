@@ -35,7 +35,10 @@ def test_imports_go_one_way() -> None:
         f"{file.relative_to(ROOT)} imports {name}"
         for file in sorted(ROOT.rglob("*.py"))
         for name in sorted(imported(file))
-        if (here := LEVEL.get(part_of(file))) is not None and name in LEVEL and name != part_of(file) and LEVEL[name] > here
+        if (here := LEVEL.get(part_of(file))) is not None
+        and name in LEVEL
+        and name != part_of(file)
+        and LEVEL[name] > here
     ]
     assert not wrong
 

@@ -10,7 +10,10 @@ def test_a_pattern_reads_what_it_writes(text: str) -> None:
     assert parse_pattern(str(parse_pattern(text))) == parse_pattern(text)
 
 
-@pytest.mark.parametrize("text", ["0:4", "5:4", "8-16", "150%", "0%", "100%", "-1:4", "2:4:8", "", "none", "dense ly", "4", "60", None, True, 2.5])
+@pytest.mark.parametrize(
+    "text",
+    ["0:4", "5:4", "8-16", "150%", "0%", "100%", "-1:4", "2:4:8", "", "none", "dense ly", "4", "60", None, True, 2.5],
+)
 def test_what_is_no_pattern_is_refused_and_says_what_is_allowed(text: object) -> None:
     with pytest.raises(InputError, match="N kept of M"):
         parse_pattern(text)
@@ -30,7 +33,9 @@ def test_budget_of_a_token_follows_the_definition() -> None:
     assert parse_pattern("3:4").sparsity == 0.25
 
 
-@pytest.mark.parametrize(("text", "bits"), [("2:4", 0.75), ("4:8", 0.875), ("8:16", 0.875), ("16:32", 0.9375), ("4:4", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "bits"), [("2:4", 0.75), ("4:8", 0.875), ("8:16", 0.875), ("16:32", 0.9375), ("4:4", 0.0)]
+)
 def test_metadata_bits_are_those_of_the_binomial(text: str, bits: float) -> None:
     assert parse_pattern(text).metadata_bits == bits
 

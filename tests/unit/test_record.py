@@ -7,8 +7,20 @@ import pytest
 
 from nmsweep.errors import InputError
 from nmsweep.record import (
-    LAYER_COLUMNS, METRIC_COLUMNS, LayerCount, Metric, Part, Parts, cell_folder, clear_failure, find_cell, read_cell, whole_folder,
-    write_cell, write_failure, write_text,
+    LAYER_COLUMNS,
+    METRIC_COLUMNS,
+    LayerCount,
+    Metric,
+    Part,
+    Parts,
+    cell_folder,
+    clear_failure,
+    find_cell,
+    read_cell,
+    whole_folder,
+    write_cell,
+    write_failure,
+    write_text,
 )  # fmt: skip
 
 METRICS = [Metric("boolq", "acc", 0.5, 0.1, 4), Metric("wikitext2", "perplexity", 12.25, None, 3)]
@@ -17,7 +29,15 @@ SAMPLES = pd.DataFrame({"task": ["boolq"], "item": [0], "loglikelihoods": [[-1.5
 
 
 def write(folder: Path) -> None:
-    shared = {"cell_id": "abc", "model": "none", "criterion": "none", "pattern": "2:4", "n": 2, "m": 4, "status": "done"}
+    shared = {
+        "cell_id": "abc",
+        "model": "none",
+        "criterion": "none",
+        "pattern": "2:4",
+        "n": 2,
+        "m": 4,
+        "status": "done",
+    }
     write_cell(folder, {"pattern": "2:4"}, shared, METRICS, LAYERS, SAMPLES, {"cell_id": "abc", "status": "done"})
 
 

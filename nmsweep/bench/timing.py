@@ -1,0 +1,104 @@
+"""Interleaved timing: every contender runs once a round, so that drift of the machine hits all of them alike."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one contender, in seconds, one for each round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is timed.
+
+    Attributes:
+        run: the timed part.
+        around: a context in which it runs; entering and leaving it is not timed.
+    """
+
+    run: Callable[[], object]
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def interleave(contenders: Mapping[str, Contender], device: str, rounds: int, warm_up: int = 2) -> dict[str, Timing]:
+    """Run all contenders once a round, in turn.
+
+    Args:
+        contenders: what to run, by name.
+        device: what it runs on; waited for before and after each run.
+        rounds: measured rounds.
+        warm_up: rounds before them that are not measured.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warm_up + rounds):
+        for name, contender in contenders.items():
+            with contender.around():
+                synchronize(device)
+                start = time.perf_counter()
+                contender.run()
+                synchronize(device)
+                elapsed = time.perf_counter() - start
+            if number >= warm_up:
+                times[name].append(elapsed)
+    return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
+
+
+def peak_bytes(contender: Contender, device: str) -> int:
+    """Most GPU memory in use during one run, in bytes; 0 without a GPU."""
+    if not device.startswith("cuda"):
+        return 0
+    with contender.around():
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats()
+        contender.run()
+        synchronize(device)
+        return int(torch.cuda.max_memory_allocated())
+
+
+def ratios(times: Mapping[str, Timing], base: str) -> dict[str, tuple[float, float, float]]:
+    """Median, lower and upper quartile of each contender's time over the base's of the same round."""
+    found = {}
+    for name, timing in times.items():
+        each = [ours / theirs for ours, theirs in zip(timing.seconds, times[base].seconds, strict=True)]
+        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
+        found[name] = (middle, low, high)
+    return found
+
+
+def machine(device: str) -> str:
+    """The hardware and versions that a benchmark's numbers belong to."""
+    if device.startswith("cuda"):
+        where = torch.cuda.get_device_name()
+    else:
+        where = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{where}; torch {torch.__version__}; Python {platform.python_version()}"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(
+                (line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), platform.machine()
+            )
+    except OSError:
+        return platform.processor() or platform.machine()

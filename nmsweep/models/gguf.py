@@ -1,0 +1,263 @@
+"""GGUF files: checked, and converted once to a folder of safetensors.
+
+transformers reads a GGUF's config and tokenizer. The weights are read here, with gguf's own dequantisation: its loader
+needs a third package, takes longer, and leaves a quantizer on the model that forbids saving it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from nmsweep.errors import ModelError
+from nmsweep.models.cache import built_once, cache_dir, kept_sha256, known_sha256
+from nmsweep.models.quiet import no_progress_bar
+
+CONVERSION = 1
+"""Version of the conversion; raised when the same GGUF file would give other numbers. Part of the fingerprint."""
+
+MAGIC = b"GGUF"
+
+_ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3")
+_WAYS_OUT = "get the file again, or take model.path=DIR with a safetensors checkpoint"
+
+log = logging.getLogger(__name__)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or the only one in the folder that it is; None where safetensors are meant.
+
+    Raises:
+        ModelError: a folder with several GGUF files and no safetensors.
+    """
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if not files or any(path.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ModelError(f"model.path {path}: holds {len(files)} GGUF files ({names}); name one: model.path={files[0]}")
+    return files[0]
+
+
+def check_gguf(file: Path) -> list[str]:
+    """What is wrong with a GGUF file, from its header and its length: one message, or none."""
+    try:
+        with file.open("rb") as opened:
+            magic = opened.read(4)
+        if magic != MAGIC:
+            return [f"model.path {file}: begins with {magic!r}; a GGUF file begins with {MAGIC!r}; {_WAYS_OUT}"]
+        if known_sha256(file):  # looked at before, and not changed since; a large vocabulary takes seconds to read
+            return []
+        architecture = _field(_reader(file), "general.architecture")
+    except ModelError as error:
+        return list(error.messages)
+    except OSError as error:
+        return [
+            f"model.path {file}: {error.strerror or error}; a readable file is needed; check the path and its permissions"
+        ]
+    if architecture not in _ARCHITECTURES:
+        return [
+            f"model.path {file}: GGUF architecture {architecture!r}; allowed: {', '.join(_ARCHITECTURES)}; "
+            "take the model's safetensors checkpoint"
+        ]
+    return []
+
+
+def converted(gguf_sha256: str, file: Callable[[Path], Path], say: Callable[[str], None] = log.info) -> Path:
+    """The folder that a GGUF file was converted to: config, tokenizer, safetensors. Made if it is not there.
+
+    Args:
+        gguf_sha256: of the file; with `CONVERSION` the folder's name.
+        file: gives the GGUF; called only if the folder is not there, with an empty folder that it may use.
+        say: told what takes long.
+    """
+    final = converted_folder(gguf_sha256)
+    return built_once(final, partial(_convert_into, file=file, say=say))
+
+
+def converted_folder(gguf_sha256: str) -> Path:
+    return cache_dir() / "models" / f"gguf-{gguf_sha256[:16]}-{CONVERSION}"
+
+
+def gguf_config(file: Path) -> PretrainedConfig:
+    """The config of a local GGUF: from its conversion where there is one, else from its header."""
+    known = known_sha256(file)
+    if known and (folder := converted_folder(known)).is_dir():
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return config
+    return _read_config(file, _reader(file))
+
+
+def gguf_folder(file: Path, say: Callable[[str], None] = log.info) -> Path:
+    """The converted folder of a local GGUF file."""
+    return converted(kept_sha256(file), lambda work: file, say)
+
+
+def _convert_into(work: Path, file: Callable[[Path], Path], say: Callable[[str], None]) -> None:
+    scratch = work / "download"
+    scratch.mkdir()
+    source = file(scratch)
+    say(f"converting {source.name} to safetensors, once ({work.parent})")
+    convert_gguf(source, work)
+    for leftover in scratch.iterdir():
+        leftover.unlink()
+    scratch.rmdir()
+    for made in work.glob("*.*"):
+        made.chmod(0o644)  # safetensors writes 0600, which would keep other users of a shared cache out
+
+
+def convert_gguf(file: Path, out: Path) -> None:
+    """Write a GGUF as config, tokenizer and safetensors into the folder `out`.
+
+    Weights are stored in bfloat16; in float32 where the file has float16 or float32 matrices, so that none is rounded.
+
+    Raises:
+        ModelError: the file is damaged, of another architecture, or lacks weights.
+    """
+    reader = _reader(file)
+    config = _read_config(file, reader)
+    dtype = _stored_dtype(reader)
+    weights = dict(_tensors(reader, config, dtype))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    result = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing or result.unexpected_keys:
+        raise ModelError(
+            f"GGUF {file.name}: {len(missing)} weights of the architecture are missing ({', '.join(missing[:3])}) and "
+            f"{len(result.unexpected_keys)} are unknown ({', '.join(result.unexpected_keys[:3])}); {_WAYS_OUT}"
+        )
+    with no_progress_bar():
+        model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).save_pretrained(out)
+
+
+def _reader(file: Path) -> Any:
+    """Parse a GGUF's header and map its tensors.
+
+    Raises:
+        ModelError: it is no GGUF file, or a part of it is missing.
+    """
+    import gguf
+
+    try:
+        return gguf.GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        size = file.stat().st_size
+        raise ModelError(
+            f"GGUF {file}: damaged or cut short at {size:,} bytes ({reason}); a whole file is needed; {_WAYS_OUT}"
+        ) from error
+
+
+def _read_config(file: Path, reader: Any) -> PretrainedConfig:
+    """The config as transformers reads it, corrected where it loses what the file says.
+
+    Differs: transformers (seen in 5.23) ignores the tensor `rope_freqs`, with which llama.cpp writes the long-context
+    rope of Llama 3.1 and 3.2; drops `rope.scaling` of Gemma3; and keeps 1e-5 as its float32 neighbour.
+    """
+    config: PretrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    architecture = _field(reader, "general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise ModelError(
+            f"GGUF {file}: architecture {architecture!r}; allowed: {', '.join(_ARCHITECTURES)}; {_WAYS_OUT}"
+        )
+    import numpy as np
+
+    config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
+    config.name_or_path = config._model_name_or_path = ""  # a title, which would pass for a path
+    scaling = _field(reader, f"{architecture}.rope.scaling.type")
+    if scaling == "linear" and architecture == "gemma3":
+        factor = float(_field(reader, f"{architecture}.rope.scaling.factor"))
+        config.rope_parameters["full_attention"].update(rope_type="linear", factor=factor)
+    elif scaling not in (None, "none"):
+        raise ModelError(f"GGUF {file}: rope scaling {scaling!r}; allowed: none, and linear for gemma3; {_WAYS_OUT}")
+    if factors := [tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]:
+        config.rope_parameters = {**config.rope_parameters, **_llama3_rope(config, torch.tensor(factors[0].data))}
+    return config
+
+
+def _llama3_rope(config: PretrainedConfig, factors: Tensor) -> dict[str, Any]:
+    """The Llama-3 rope whose frequencies are the plain ones divided by `factors` [head_dim / 2], float32.
+
+    Raises:
+        ModelError: no setting gives these factors.
+    """
+    theta, head_dim = config.rope_parameters["rope_theta"], 2 * len(factors)
+    wavelength = 2 * torch.pi * theta ** (torch.arange(0, head_dim, 2).double() / head_dim)
+    # Llama 3.1 and 3.2 differ in the factor alone; the other three numbers are those of all published checkpoints
+    factor, low, high, n_original = float(factors.max()), 1.0, 4.0, 8192
+    smooth = ((n_original / wavelength - low) / (high - low)).clamp(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if not torch.allclose(expected, factors.double(), rtol=1e-3):
+        raise ModelError(
+            f"GGUF: rope_freqs up to {factor:g} are not those of Llama 3.1 or 3.2; allowed: theirs; {_WAYS_OUT}"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": n_original,
+    }
+
+
+def _stored_dtype(reader: Any) -> torch.dtype:
+    wide = any(tensor.tensor_type.name in ("F16", "F32", "F64") and len(tensor.shape) > 1 for tensor in reader.tensors)
+    return torch.float32 if wide else torch.bfloat16
+
+
+def _tensors(reader: Any, config: PretrainedConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The file's weights under their names in transformers, [out, in], in `dtype`."""
+    import gguf
+    import numpy as np
+
+    names = _names(reader, config)
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":  # went into the config
+            continue
+        weight = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        yield names.get(tensor.name, tensor.name), _undo_llama_cpp(tensor.name, weight, config).to(dtype)
+
+
+def _names(reader: Any, config: PretrainedConfig) -> dict[str, str]:
+    """Tensor name in the file -> parameter name in transformers."""
+    import gguf
+
+    architecture = _field(reader, "general.architecture")
+    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    to_gguf = gguf.get_tensor_name_map(key, config.num_hidden_layers)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).state_dict()  # type: ignore[no-untyped-call]
+    names = {}
+    for parameter in parameters:
+        stem, _, suffix = parameter.rpartition(".")
+        names[f"{to_gguf.get_name(stem) or stem}.{suffix}"] = parameter
+    return names
+
+
+def _undo_llama_cpp(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
+    """Undo what llama.cpp's converter changes: rows of q and k for Llama's rope, and 1 added to Gemma's norms.
+
+    Source: convert_hf_to_gguf.py of llama.cpp, `LlamaModel.permute` and `Gemma2Model.modify_tensors`.
+    """
+    if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
+        return weight - 1
+    if config.model_type == "llama" and (".attn_q." in name or ".attn_k." in name):
+        n_heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+        halves = weight.reshape(n_heads, weight.shape[0] // n_heads // 2, 2, *weight.shape[1:])
+        return halves.transpose(1, 2).reshape(weight.shape)
+    return weight
+
+
+def _field(reader: Any, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()

@@ -1,0 +1,153 @@
+"""Models with random weights, built from config objects: for tests, and for speed at a real model's shape."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from nmsweep.errors import InputError, nearest
+
+_VERSION = 1
+"""Raised when the same seed would give other weights."""
+
+_SPECIAL = ("<pad>", "<eos>", "<bos>")
+_N_TOKENS = len(_SPECIAL) + 256
+_IDS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 4096, "vocab_size": 260, **_IDS,
+}  # fmt: skip
+
+
+def _tiny_llama() -> PretrainedConfig:
+    return LlamaConfig(num_hidden_layers=2, tie_word_embeddings=False, **_SMALL)
+
+
+def _tiny_qwen2() -> PretrainedConfig:
+    return Qwen2Config(num_hidden_layers=2, tie_word_embeddings=False, **_SMALL)
+
+
+def _tiny_gemma3() -> PretrainedConfig:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return Gemma3TextConfig(
+        num_hidden_layers=4, layer_types=kinds, sliding_window=16, head_dim=32, query_pre_attn_scalar=32, **_SMALL
+    )
+
+
+def _llama_8b() -> PretrainedConfig:
+    """The dimensions of Llama-3.1-8B."""
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False, **_IDS,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    )  # fmt: skip
+
+
+SHAPES: Mapping[str, Callable[[], PretrainedConfig]] = {
+    "tiny-llama": _tiny_llama,
+    "tiny-qwen2": _tiny_qwen2,
+    "tiny-gemma3": _tiny_gemma3,
+    "llama-8b": _llama_8b,
+}
+
+
+def tiny_config(shape: str) -> PretrainedConfig:
+    """The config of a random model.
+
+    Raises:
+        InputError: an unknown shape.
+    """
+    if shape not in SHAPES:
+        raise InputError(f"model.shape: {shape!r} is not known; {nearest(shape, SHAPES)}")
+    return SHAPES[shape]()
+
+
+def tiny_model(shape: str, seed: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Build a random model; the global random state stays as it was.
+
+    The small ones are drawn on the CPU in float32, so that every device and dtype gets the same weights. The large one
+    is drawn where and in the dtype that it is used in: only its shape matters.
+
+    Args:
+        shape: one of `SHAPES`.
+        seed: of the weights.
+    """
+    small = shape.startswith("tiny-")
+    birthplace = torch.device("cpu") if small else device
+    gpus = [birthplace.index or 0] if birthplace.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus, enabled=True), birthplace:
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            tiny_config(shape), dtype=torch.float32 if small else dtype, attn_implementation="sdpa"
+        )
+        if small:
+            _draw(model)
+    placed: PreTrainedModel = model.to(device=device, dtype=dtype).eval()
+    return placed
+
+
+def _draw(model: nn.Module) -> None:
+    """Weights that act like trained ones: no flat outputs, biases and norm gains that matter."""
+    offset = 0.0 if "Gemma" in type(model).__name__ else 1.0  # Gemma's norms multiply by 1 + weight
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(offset, 0.1)
+            elif name.endswith(".bias"):
+                parameter.normal_(0.0, 0.5)
+            else:
+                parameter.normal_(0.0, 0.1)
+
+
+def tiny_tokenizer(shape: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a byte, made without files; Gemma's adds a BOS, as the real one does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*_SPECIAL, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    adds_bos = shape == "tiny-gemma3"
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", vocab["<bos>"])]
+        )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        add_bos_token=adds_bos,
+        clean_up_tokenization_spaces=False,
+        model_max_length=tiny_config(shape).max_position_embeddings,
+    )
+
+
+@cache
+def tiny_fingerprint(shape: str, seed: int) -> str:
+    """Hex sha256 of config and weights; of the recipe where the weights are drawn on the device."""
+    config = tiny_config(shape).to_dict()
+    config.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps([_VERSION, config, shape, seed], sort_keys=True, default=str).encode())
+    if shape.startswith("tiny-"):
+        model = tiny_model(shape, seed, torch.float32, torch.device("cpu"))
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

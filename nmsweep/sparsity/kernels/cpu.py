@@ -1,0 +1,174 @@
+"""The primitive on CPU: compiled by numba, run by the threads that torch already has.
+
+Magnitude alone takes one pass over memory (`_plain`). Everything else goes chunk by chunk of whole tokens through scratch that stays
+in cache (`_general`): η of each token, keys, masks, ν, result. Keys are integers: the bit pattern of a float ≥ 0 is monotonic.
+
+Bit patterns are arrays of uint16 for bfloat16, int16 for float16 and uint32 for float32, so the compiler specialises by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import carray, njit, types
+from torch import Tensor
+
+from .arguments import Arguments
+from .cpu_lanes import LANES, call_blocks, fetch_add, float_bits, from_float, kth_of_16, kth_of_32, pointer, to_float
+from .cpu_select import LARGEST_M, block_kernel, compiled, lanes, source_stamp
+
+_STORAGE = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+_CENTRES = {"none": 0, "median": 1, "mean": 2}
+_CHUNK = 8192  # elements: the keys and masks of a chunk stay in the second-level cache
+_ALONE = 16384  # elements below which waking a second thread costs more than it saves
+
+_FIELDS = (
+    "next_chunk kept n_chunks chunk x u hidden n m padded_m select weight rows_per_weight centre eta eta_bits eta_step "
+    "infinity var mask nu total"
+).split()  # the first two are shared by the threads; `chunk` is rows, or blocks in _plain; `total` is rows, or elements
+
+
+class _Call(ctypes.Structure):
+    """One call as compiled code reads it: addresses (0 where absent), sizes and choices."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS]  # noqa: RUF012
+
+
+_RECORD = numba.from_dtype(np.dtype([(name, np.int64) for name in _FIELDS]))
+_BODY = types.void(types.CPointer(_RECORD))
+
+
+def supports(args: Arguments) -> bool:
+    """Whether this backend can run the call; else the reference does."""
+    return args.x.dtype in _STORAGE and args.x.device.type == "cpu"
+
+
+def prune(
+    args: Arguments, *, mask: Tensor | None = None, nu: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
+    """u of one call; `mask` bool [*, hidden] and `nu` fp32 [*, 1] are filled and `counts` int64 [2] is added to, where given."""
+    x = args.x if args.x.is_contiguous() else args.x.contiguous()
+    u = torch.empty_like(x)
+    n, m, dtype, total = args.n, args.m, x.dtype, x.numel()
+    bits = 8 * x.element_size()
+    call = _Call(x=x.data_ptr(), u=u.data_ptr(), n=n, m=m, infinity=_INFINITY[dtype])
+    magnitude = args.weight is None and args.eta is None and args.stat == "none"
+    network = m <= LARGEST_M
+    if magnitude and network and m & (m - 1) == 0 and mask is None and not args.var:
+        block = lanes(bits) * m
+        call.select = _address(n, m, bits, call.infinity)
+        call.total = total
+        call.chunk = max(1, 2 * _CHUNK // block)
+        call.n_chunks = -(-total // (call.chunk * block))
+        body = _plain_body(_STORAGE[dtype])
+    else:
+        hidden = x.shape[-1]
+        narrow = magnitude and bits == 16
+        held = _bind(call, args)  # noqa: F841  what the addresses in `call` point to
+        call.hidden, call.total, call.var = hidden, total // hidden, args.var
+        call.padded_m = 1 << (m - 1).bit_length()
+        call.select = _address(n, call.padded_m, 16 if narrow else 32, -1) if network else 0
+        call.mask = mask.data_ptr() if mask is not None else 0
+        call.nu = nu.data_ptr() if nu is not None else 0
+        call.chunk = max(1, _CHUNK // hidden)
+        call.n_chunks = -(-call.total // call.chunk)
+        body = _general_body(_STORAGE[dtype], np.uint16 if bits == 16 else np.uint32, np.uint16 if narrow else np.uint32)
+    _run(body, call, 1 if total < _ALONE else min(torch.get_num_threads(), call.n_chunks))
+    if counts is not None:
+        counts[0] += call.kept
+        counts[1] += total
+    return u
+
+
+def _bind(call: _Call, args: Arguments) -> list[Tensor]:
+    """Put weight and η into the call; the tensors that must outlive it."""
+    call.centre = _CENTRES[args.stat]
+    hold: list[Tensor] = []
+    if args.weight is not None:
+        weight = args.weight.to(torch.float32).contiguous()
+        call.weight = weight.data_ptr()
+        call.rows_per_weight = args.rows_per_weight if weight.ndim == 2 else args.x.numel()
+        hold.append(weight)
+    if args.eta is not None:
+        patterns = (args.eta.detach().to(args.x.dtype) + 0.0).contiguous()
+        values = patterns.to(torch.float32)
+        call.eta, call.eta_bits, call.eta_step = values.data_ptr(), patterns.data_ptr(), int(values.numel() > 1)
+        hold += [patterns, values]
+    return hold
+
+
+# ---- compiled ----------------------------------------------------------------------------------------------------------------------
+
+
+@njit
+def _plain(p: Any, storage: Any) -> None:
+    """Keep by magnitude: x and u as one stream of blocks; the last one goes through padded scratch."""
+    call = carray(p, 1)[0]
+    shared = carray(p, 1).ctypes.data
+    itemsize = storage(0).itemsize
+    width = 512 // (8 * itemsize) * call.m
+    n_blocks = call.total // width
+    kept = 0
+    while True:
+        chunk = fetch_add(shared, 1)
+        if chunk >= call.n_chunks:
+            break
+        first = chunk * call.chunk
+        offset = first * width * itemsize
+        kept += call_blocks(call.select, call.x + offset, call.u + offset, min(call.chunk, n_blocks - first))
+        rest = call.total - n_blocks * width
+        if chunk == call.n_chunks - 1 and rest > 0:
+            x = carray(pointer(call.x), (call.total,), storage)
+            u = carray(pointer(call.u), (call.total,), storage)
+            scratch = np.zeros(width, storage)
+            scratch[:rest] = x[call.total - rest :]
+            kept += call_blocks(call.select, scratch.ctypes.data, scratch.ctypes.data, 1)
+            kept -= call.n * ((width - rest) // call.m)  # the groups of the padding
+            u[call.total - rest :] = scratch[:rest]
+    fetch_add(shared + 8, kept)
+
+
+@njit
+def _general(p: Any, storage: Any, unsigned: Any, key_type: Any) -> None:
+    """Any call: chunks of whole tokens through scratch."""
+    call = carray(p, 1)[0]
+    shared = carray(p, 1).ctypes.data
+    hidden, m, padded_m = call.hidden, call.m, call.padded_m
+    x_all = carray(pointer(call.x), (call.total, hidden), storage)
+    u_all = carray(pointer(call.u), (call.total, hidden), storage)
+    mask_all = carray(pointer(call.mask), (call.total, hidden), np.uint8)
+    nu_all = carray(pointer(call.nu), (call.total,), np.float32)
+    width = 512 // (8 * key_type(0).itemsize) * padded_m
+    groups = call.chunk * (hidden // m)
+    room = (groups * padded_m + width - 1) // width * width
+    keys = np.empty((call.chunk, hidden), key_type)
+    masks = np.empty((call.chunk, hidden), key_type)
+    flat_keys, flat_masks = keys.reshape(-1), masks.reshape(-1)
+    blocks = np.empty(room, key_type)
+    ordered = np.empty(hidden + LANES, unsigned)
+    candidates = np.empty(m + LANES, key_type)
+    halves = np.empty(hidden + LANES, np.uint16)
+    eta = np.zeros((call.chunk, 1), np.float32)
+    eta_bits = np.zeros((call.chunk, 1), storage)
+    if call.eta != 0:
+        size = hidden if call.eta_step else 1
+        eta[:, 0] = carray(pointer(call.eta), (1,), np.float32)[0]
+        eta_bits[:, 0] = carray(pointer(call.eta_bits), (1,), storage)[0]
+    eta_vector = carray(pointer(call.eta), (hidden,), np.float32)
+    fill_vector = carray(pointer(call.eta_bits), (hidden,), storage)
+    kept = 0
+    while True:
+        chunk = fetch_add(shared, 1)
+        if chunk >= call.n_chunks:
+            break
+        first = chunk * call.chunk
+        rows = min(call.chunk, call.total - first)

@@ -1,0 +1,195 @@
+"""Words of the cpu backend that numba lacks: pointers, bit patterns as floats, calls by address, order statistics on 16-bit lanes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+LANES = 32  # 16-bit lanes of one 512-bit vector
+PAD = 0xFFFF  # fills a buffer of 16-bit keys up to whole vectors: never below a candidate
+
+
+@intrinsic
+def pointer(typing: Any, address: Any) -> Any:
+    """An integer address as a void pointer, for carray."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def call_blocks(typing: Any, function: Any, source: Any, target: Any, blocks: Any) -> Any:
+    """Call a block kernel of cpu_select by its address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.IntType(64)
+        kind = ir.FunctionType(number, [number] * 3).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
+
+    return types.int64(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def fetch_add(typing: Any, address: Any, amount: Any) -> Any:
+    """Atomically add to the int64 at an address; the value before. This is how threads share work and totals."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, arguments[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def to_float(typing: Any, pattern: Any) -> Any:
+    """The fp32 value of a bit pattern, exact: uint16 is bfloat16, int16 is float16, uint32 is float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = arguments[0]
+        if pattern == types.int16:
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+        if pattern == types.uint16:
+            value = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(value, ir.FloatType())
+
+    return types.float32(pattern), codegen
+
+
+@intrinsic
+def from_float(typing: Any, value: Any, like: Any) -> Any:
+    """The bit pattern, of the type of the array `like`, of an fp32 value rounded to nearest even; NaN stays NaN."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = arguments[0]
+        if like.dtype == types.int16:
+            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        word = ir.IntType(32)
+        bits = builder.bitcast(value, word)
+        if like.dtype == types.uint32:
+            return bits
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+        nan = builder.fcmp_unordered("uno", value, value)
+        rounded = builder.select(nan, ir.Constant(word, 0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
+
+    return like.dtype(types.float32, like), codegen
+
+
+@intrinsic
+def float_bits(typing: Any, value: Any) -> Any:
+    """The bit pattern of an fp32 value as int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def count_below(typing: Any, address: Any, vectors: Any, candidate: Any) -> Any:
+    """How many unsigned 16-bit keys of `vectors` whole vectors at an address are below the candidate."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half, word, number = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+        vector = ir.VectorType(half, LANES)
+        base = builder.inttoptr(arguments[0], vector.as_pointer())
+        candidate = builder.trunc(arguments[2], half)
+        splat = builder.insert_element(ir.Constant(vector, ir.Undefined), candidate, ir.Constant(word, 0))
+        splat = builder.shuffle_vector(splat, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
+        total = cgutils.alloca_once_value(builder, ir.Constant(vector, [0] * LANES))
+        with cgutils.for_range(builder, arguments[1]) as loop:
+            keys = builder.load(builder.gep(base, [loop.index]), align=2)
+            below = builder.sext(builder.icmp_unsigned("<", keys, splat), vector)
+            builder.store(builder.sub(builder.load(total), below), total)
+        wide = ir.VectorType(word, LANES)
+        kind = ir.FunctionType(word, [wide])
+        add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{LANES}i32")
+        return builder.zext(builder.call(add, [builder.zext(builder.load(total), wide)]), number)
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def equal_bits(typing: Any, address: Any, candidate: Any) -> Any:
+    """Bit mask of the lanes of one vector of 16-bit keys that equal the candidate."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half, word = ir.IntType(16), ir.IntType(32)
+        vector = ir.VectorType(half, LANES)
+        base = builder.inttoptr(arguments[0], vector.as_pointer())
+        candidate = builder.trunc(arguments[1], half)
+        splat = builder.insert_element(ir.Constant(vector, ir.Undefined), candidate, ir.Constant(word, 0))
+        splat = builder.shuffle_vector(splat, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
+        equal = builder.icmp_unsigned("==", builder.load(base, align=2), splat)
+        return builder.zext(builder.bitcast(equal, word), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def lowest_bit(typing: Any, bits: Any) -> Any:
+    """Number of the lowest set bit."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
+
+
+@njit
+def whole_vectors(count: int) -> int:
+    """Vectors of 16-bit lanes that hold `count` keys."""
+    return (count + LANES - 1) // LANES
+
+
+@njit
+def pad(keys: Any, count: int) -> int:
+    """Fill keys[count:] up to whole vectors; their number."""
+    vectors = whole_vectors(count)
+    for i in range(count, vectors * LANES):
+        keys[i] = PAD
+    return vectors
+
+
+@njit
+def kth_of_16(keys: Any, count: int, k: int) -> int:
+    """The k-th smallest (from 0) of the uint16 keys[:count], bit by bit from the top; the array has room for padding."""
+    vectors = pad(keys, count)
+    found = 0
+    for bit in range(15, -1, -1):
+        candidate = found | (1 << bit)
+        if count_below(keys.ctypes.data, vectors, candidate) <= k:
+            found = candidate
+    return found
+
+
+@njit
+def kth_of_32(keys: Any, count: int, k: int, halves: Any) -> int:
+    """The k-th smallest (from 0) of the uint32 keys[:count].
+
+    halves: uint16 scratch with room for padding: first the upper halves of all keys, then the lower halves of those that share the
+    upper half of the answer, which are few.
+    """
+    for i in range(count):
+        halves[i] = keys[i] >> np.uint32(16)
+    upper = kth_of_16(halves, count, k)
+    vectors = whole_vectors(count)
+    k -= count_below(halves.ctypes.data, vectors, upper)
+    found = 0
+    for vector in range(vectors):
+        bits = equal_bits(halves.ctypes.data + vector * LANES * 2, upper)
+        while bits:
+            place = vector * LANES + lowest_bit(bits)
+            bits &= bits - 1
+            if place < count:  # the padding may equal the answer
+                halves[found] = keys[place] & np.uint32(0xFFFF)
+                found += 1
+    return (upper << 16) | kth_of_16(halves, found, k)
