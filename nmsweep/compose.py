@@ -108,7 +108,7 @@ def _known(loader: ConfigLoaderImpl, search: list[str], overrides: list[Override
     keys: list[Override] = []
     for override in overrides:
         group = override.key_or_group
-        choices = loader.get_group_options(group) if not group.startswith("hydra.") else []
+        choices = _options(loader, search, group)
         if not choices or override.is_delete():
             keys.append(override)
             continue
@@ -125,6 +125,11 @@ def _known(loader: ConfigLoaderImpl, search: list[str], overrides: list[Override
         else:
             errors.append(f"{key}: is no key of the config; {nearest(key, _all_keys(base, loader))}")
     return [o for o in overrides if o in good], errors
+
+
+def _options(loader: ConfigLoaderImpl, search: list[str], group: str) -> list[str]:
+    """The options of a config group; none if it is no group."""
+    return [] if group.startswith("hydra.") else loader.get_group_options(group, config_name="config", overrides=search)
 
 
 def _exists(cfg: DictConfig, key: str) -> bool:

@@ -43,9 +43,10 @@ def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Spell out what is allowed, nearest names first.
 
     Returns:
-        ``"did you mean a, b? (allowed: …)"``, without the first half where nothing is near.
+        ``"did you mean a or b? allowed: …"``: the near ones, and all if they are few or nothing is near.
     """
     names: Sequence[str] = sorted(set(known))
     close = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)
-    allowed = ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
-    return (f"did you mean {' or '.join(close)}? " if close else "") + f"allowed: {allowed}"
+    allowed = ", ".join(names if len(names) <= 40 else [*names[:8], f"… ({len(names)} in all)"])
+    near = f"did you mean {' or '.join(close)}?" if close else ""
+    return near if near and len(names) > 40 else f"{near} allowed: {allowed}".strip()

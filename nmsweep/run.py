@@ -78,7 +78,7 @@ def measure(
     if layers:
         layers.reset_counts()
     started = time.perf_counter()
-    result = _evaluate(cell.cfg, source, loaded, session)
+    result = _evaluate(cell, source, loaded, session)
     seconds = time.perf_counter() - started
     provenance = {
         "time_s": round(seconds, 3),
@@ -91,7 +91,8 @@ def measure(
     return part
 
 
-def _evaluate(cfg: RunConfig, source: TaskSource, loaded: LoadedModel, session: Session) -> TaskResult:
+def _evaluate(cell: Cell, source: TaskSource, loaded: LoadedModel, session: Session) -> TaskResult:
+    cfg = cell.cfg
     model, tokenizer, advance = loaded.model, loaded.tokenizer, session.display.tokens
     if source.kind == "text":
         bos = False if cfg.profile != "strict" else None
@@ -103,6 +104,8 @@ def _evaluate(cfg: RunConfig, source: TaskSource, loaded: LoadedModel, session: 
         model, tokenizer, source,
         limit=cfg.eval.limit, num_fewshot=cfg.eval.num_fewshot, batch_tokens=cfg.eval.batch_tokens,
         chat_template=cfg.eval.chat_template, system_prompt=cfg.eval.system_prompt, advance=advance,
+        scoring=cfg.eval.scoring,
+        across_tokens=cell.sparsification is not None and cell.sparsification.criterion.across_tokens,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import pandas as pd
@@ -15,11 +15,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from nmsweep.data.tasks import MINI_TASKS, TaskSource, unreachable
 from nmsweep.errors import DataError, NonFiniteError
+from nmsweep.evaluate.packing import Request
 from nmsweep.evaluate.result import Advance, TaskResult
+from nmsweep.evaluate.scoring import Budget, score, why_single_rows
 from nmsweep.record import Metric
 
-Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""A log-likelihood request of the harness: its texts, context tokens, continuation tokens."""
+Scoring = Literal["packed", "stock"]
 
 
 class NMSweepLM(HFLM):  # type: ignore[misc]
@@ -28,27 +29,64 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
     Args:
         model: a causal language model of transformers, dense or sparse.
         tokenizer: its tokenizer.
-        batch_tokens: padded tokens computed at once; the batch size follows from the longest request.
+        batch_tokens: padded tokens computed at once.
         advance: progress.
+        scoring: ``"packed"``, see `scoring`; ``"stock"`` for the harness's own path, whose batch size follows from the
+            longest request.
+        across_tokens: whether the criterion's choice for one token depends on others; then nothing shares a row.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int, advance: Advance) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_tokens: int,
+        advance: Advance,
+        scoring: Scoring = "packed",
+        across_tokens: bool = False,
+    ) -> None:
         with _quiet():  # it warns that arguments are ignored for a model object; none is relied on
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
-        self.batch_tokens = batch_tokens
-        self.advance = advance
+        self.budget = Budget(batch_tokens)
+        self.scoring = scoring
+        self.why_single_rows = why_single_rows(model, across_tokens)
         self.n_tokens = 0
+        self._show = advance
+
+    def how(self) -> str:
+        """How requests were answered, for the record."""
+        if self.scoring == "stock":
+            return f"stock, {self.budget}"
+        if self.why_single_rows:
+            return f"packed, but one continuation a row: {self.why_single_rows}; {self.budget}"
+        return f"packed, {self.budget}"
+
+    def advance(self, n_tokens: int) -> None:
+        self.n_tokens += n_tokens
+        self._show(n_tokens)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=1)
-        self.batch_size_per_gpu = max(1, self.batch_tokens // min(longest, self.max_length))
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+        if self.scoring == "stock":
+            longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=1)
+            self.batch_size_per_gpu = max(1, self.budget.tokens // min(longest, self.max_length))
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+        answers = score(
+            self.model,
+            requests,
+            max_length=self.max_length,
+            budget=self.budget,
+            single_rows=self.why_single_rows is not None,
+            advance=self.advance,
+        )
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:  # parts of a rolling request have none
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
 
     def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
         logits = super()._model_call(inps, *args, **kwargs)
-        self.n_tokens += inps.numel()
         self.advance(inps.numel())
         return logits
 
@@ -138,6 +176,8 @@ def measure(
     chat_template: bool,
     system_prompt: str | None,
     advance: Advance,
+    scoring: Scoring = "packed",
+    across_tokens: bool = False,
 ) -> TaskResult:
     """Run one task of the harness.
 
@@ -150,13 +190,14 @@ def measure(
         batch_tokens: padded tokens computed at once.
         chat_template, system_prompt: as the harness names them.
         advance: progress.
+        scoring, across_tokens: as for `NMSweepLM`.
 
     Raises:
         DataError: its data cannot be had or has another form.
         NonFiniteError: the model gives NaN or infinity.
     """
     task = kept_task(source, num_fewshot)
-    lm = NMSweepLM(model, tokenizer, batch_tokens, advance)
+    lm = NMSweepLM(model, tokenizer, batch_tokens, advance, scoring, across_tokens)
     with _quiet():
         results = harness_evaluate(
             lm,
@@ -177,9 +218,7 @@ def measure(
         for name, _, _ in [column.partition(",")]
         if "," in column and "stderr" not in name and isinstance(scores[column], int | float)
     ]
-    return TaskResult(
-        sorted(metrics, key=lambda metric: metric.metric), table, lm.n_tokens, f"stock, {batch_tokens} tokens a batch"
-    )
+    return TaskResult(sorted(metrics, key=lambda metric: metric.metric), table, lm.n_tokens, lm.how())
 
 
 def _stderr(scores: Mapping[str, Any], column: str) -> float | None:

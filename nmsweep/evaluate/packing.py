@@ -7,6 +7,7 @@ an item, items about one passage, and WinoGrande's two contexts are all the same
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,7 +136,7 @@ def pack(sequences: Sequence[Query], attention_ratio: float, max_tokens: int) ->
     Returns:
         Groups of rows; the group without a prefix first.
     """
-    common = np.array([shared(a.ids, b.ids) for a, b in zip(sequences, sequences[1:], strict=False)], dtype=np.int64)
+    common = np.array([shared(a.ids, b.ids) for a, b in pairwise(sequences)], dtype=np.int64)
     groups, rest = [], []
     at = 0
     for start, stop, depth in [*prefixes(sequences, common), (len(sequences), len(sequences), 0)]:

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ MASKED_SLOWDOWN = 4
 
 PREFIX_SHARE = 4
 """A cached prefix token takes about this part of a computed one's memory: keys and values, but no MLP."""
+
+PADDING_SHARE = 1 / 16
+"""Padding that a batch may have, as a share of the budget; beyond it a smaller batch is sooner."""
 
 
 @dataclass
@@ -125,7 +129,8 @@ class PrefixCache(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if not self.filled:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer, batch = self.layers[layer_idx], len(key_states)
+        layer: Any = self.layers[layer_idx]
+        batch = len(key_states)
         return (
             torch.cat([layer.keys.expand(batch, -1, -1, -1), key_states], dim=2),
             torch.cat([layer.values.expand(batch, -1, -1, -1), value_states], dim=2),
@@ -153,7 +158,7 @@ class _Scorer:
         """Run a group's rows, longest first, as many at once as the budget allows."""
         cache = None
         if len(group.prefix):
-            cache = self._guarded(lambda: self._fill(group.prefix))
+            cache = self._fill(group.prefix)
             if cache is None:  # no memory for the prefix alone: each sequence has to try for itself
                 yield from self.run(one_each([query for row in group.rows for query in row.queries])[0])
                 return
@@ -197,12 +202,13 @@ class _Scorer:
         return None
 
     def _forward(self, rows: Sequence[Row], n_prefix: int, cache: PrefixCache | None) -> tuple[Tensor, Tensor]:
-        width = max(map(len, rows))
-        ids, depth, end = self._lay_out(rows, width)
+        device, width = self.model.device, max(map(len, rows))
+        ids, depth, end = _lay_out(rows, width).to(device)
         if self.single_rows:
-            hidden = _hidden_with_padding(self.model, ids, end > torch.arange(width, device=end.device) + 1)
-        elif cache is None and not any(row.branches for row in rows):
-            hidden = decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state  # causal is all that is needed
+            lengths = torch.tensor([len(row) for row in rows], device=device)
+            hidden = _hidden_with_padding(self.model, ids, lengths)
+        elif cache is None and not any(row.branches for row in rows):  # the model's own causal mask is all it needs
+            hidden = decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         else:
             hidden = decoder(self.model)(
                 input_ids=ids,
@@ -214,3 +220,122 @@ class _Scorer:
         cells = np.concatenate([row.cells + at * width for at, row in enumerate(rows)])
         targets = np.concatenate([row.targets for row in rows])
         return _target_logprobs(self.model, hidden.flatten(0, 1), cells, targets)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _size(rows: Sequence[Row], n_prefix: int) -> int:
+    """Padded tokens of a batch, those of its prefix counted as the memory they take."""
+    return len(rows) * (max(map(len, rows)) + n_prefix // PREFIX_SHARE)
+
+
+def _n_fitting(rows: Sequence[Row], budget: int, n_prefix: int) -> int:
+    """How many of the rows, longest first, fit a budget; fewer where padding would take too much of it."""
+    longest = len(rows[0])
+    most = max(1, budget // (longest + n_prefix // PREFIX_SHARE))
+    padding = 0
+    for n, row in enumerate(rows[:most]):
+        padding += longest - len(row)
+        if padding > budget * PADDING_SHARE:
+            return max(1, n)
+    return min(most, len(rows))
+
+
+def _split(row: Row, n_prefix: int) -> list[Row]:
+    """A row's sequences in two rows."""
+    half = len(row.queries) // 2
+    parts: list[Sequence[Query]] = [row.queries[:half], row.queries[half:]]
+    return sorted((make_row(part, n_prefix) for part in parts), key=len, reverse=True)
+
+
+def _lay_out(rows: Sequence[Row], width: int) -> Tensor:
+    """Token, depth and end of each place, [3, batch, width] int64; padding is token 0 at depth 0 that sees only itself."""
+    layout = np.zeros((3, len(rows), width), dtype=np.int64)
+    layout[2] = np.arange(1, width + 1)
+    for at, row in enumerate(rows):
+        layout[:, at, : len(row)] = row.ids, row.depth, row.end
+    return torch.from_numpy(layout)
+
+
+def attention_masks(model: Any, depth: Tensor, end: Tensor, n_prefix: int) -> Tensor | dict[str, Tensor]:
+    """What each token of some rows attends to, in the form that the model takes.
+
+    Args:
+        model: a causal language model of transformers with sdpa or eager attention.
+        depth, end: [batch, width], as in `Row`.
+        n_prefix: cached tokens before each row.
+
+    Returns:
+        [batch, 1, width, n_prefix + width] in the model's dtype, 0 where a token attends and -inf where not; one for each
+        kind of layer where the model has several.
+    """
+    config = model.config.get_text_config()
+    place = torch.arange(depth.shape[1], device=depth.device)
+    sees = (place[:, None] >= place) & (place[:, None] < end[:, None, :])  # [batch, query, key]
+    sees = torch.nn.functional.pad(sees, (n_prefix, 0), value=True)
+    kinds = _layer_types(config)
+    window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
+    near = sees
+    if window is not None:
+        cached = torch.arange(n_prefix, device=depth.device).expand(len(depth), -1)
+        near = sees & (depth[:, :, None] - torch.cat([cached, depth], dim=1)[:, None, :] < window)
+    if len(kinds) > 1:
+        return {
+            "full_attention": _additive(sees, model.dtype),
+            "sliding_attention": _additive(near, model.dtype),
+        }
+    return _additive(near, model.dtype)
+
+
+def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean [batch, query, key] as a mask to add, [batch, 1, query, key]; a boolean one is converted by every layer."""
+    batch, n_queries, n_keys = sees.shape
+    padded = -(-n_keys // 8) * 8  # the GPU's kernel wants rows aligned and would copy the mask in every layer
+    mask = torch.zeros(batch, 1, n_queries, padded, dtype=dtype, device=sees.device)[..., :n_keys]
+    return mask.masked_fill_(~sees[:, None], -math.inf)
+
+
+def _hidden_with_padding(model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Last hidden states of sequences [batch, width], the whole model being told what is padding."""
+    kept: list[Tensor] = []
+    hook = decoder(model).register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
+    none: dict[str, Tensor] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        none["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=ids.device)
+    try:
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        model(input_ids=ids, attention_mask=real.long(), use_cache=False, **none)
+    finally:
+        hook.remove()
+    return kept[0]
+
+
+def _target_logprobs(model: Any, hidden: Tensor, cells: Ints, targets: Ints) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target at its cell, and whether it is the most likely token.
+
+    Several targets may share a cell, which is the first token of an item's choices: its logits are computed once.
+
+    Args:
+        model: a causal language model of transformers.
+        hidden: [tokens, hidden], last hidden states.
+        cells: [k], places in `hidden`.
+        targets: [k], tokens.
+    """
+    places, back = np.unique(cells, return_inverse=True)
+    order = np.argsort(back, kind="stable")
+    step = slice_tokens(model)
+    device = hidden.device
+    wanted = hidden[torch.from_numpy(places).to(device)]
+    which, target = torch.from_numpy(np.stack([back[order], targets[order]])).to(device)
+    starts = np.searchsorted(back[order], np.arange(0, len(places) + step, step)).tolist()
+    logprobs, greedy = [], []
+    for at, (begin, stop) in enumerate(pairwise(starts)):
+        logits = token_logits(model, wanted[at * step : (at + 1) * step])
+        rows, tokens = which[begin:stop] - at * step, target[begin:stop]
+        logprobs.append(logits[rows, tokens] - logits.logsumexp(-1)[rows])
+        greedy.append(logits.argmax(-1)[rows] == tokens)
+    position = torch.from_numpy(np.argsort(order)).to(device)
+    return torch.cat(logprobs)[position], torch.cat(greedy)[position]

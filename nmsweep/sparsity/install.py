@@ -1,5 +1,6 @@
 """Make a model sparse in place, and always dense again."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ from nmsweep.models.targets import input_groups, linear_flops, target_linears
 from nmsweep.pattern import Pattern, parse_pattern
 from nmsweep.record import LayerCount
 from nmsweep.sparsity.linear import SharedInput, SparseLinear, TokenView
-from nmsweep.sparsity.method import Layer, Slots, Sparsification, State, Tokens, build_sparsification
+from nmsweep.sparsity.method import (
+    Layer,
+    Slots,
+    Sparsification,
+    State,
+    Tokens,
+    WeightCriterion,
+    build_sparsification,
+)
+from nmsweep.sparsity.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -25,19 +35,24 @@ class Installed:
 
     Attributes:
         model: the model, changed in place.
-        layers: its sparse layers by module path, in the order they run.
+        layers: its sparse layers by module path, in the order they run; empty where the weights are pruned instead.
         flops_share: the share of the model's linear FLOPs that each of them has.
         view: what the layers know about the tokens of the current pass.
+        weights: entries and kept entries of every pruned weight; empty where activations are pruned.
     """
 
     model: nn.Module
     layers: Mapping[str, SparseLinear]
     flops_share: Mapping[str, float]
     view: TokenView
+    weights: Sequence[LayerCount] = ()
 
     def counts(self) -> list[LayerCount]:
-        """Channels seen and kept by every layer since `reset_counts`, counted from the masks. Waits for the device."""
-        return [
+        """Channels seen and kept by every layer since `reset_counts`, counted from the masks. Waits for the device.
+
+        Where weights are pruned these are the entries of the weight, the same at any time.
+        """
+        return list(self.weights) or [
             LayerCount(name, layer.in_features, layer.out_features, total, kept, self.flops_share[name])
             for name, layer in self.layers.items()
             for kept, total in [layer.shared.counts.tolist()]
@@ -49,19 +64,84 @@ class Installed:
 
 
 def check_divisible(linears: Mapping[str, nn.Linear], pattern: Pattern) -> list[str]:
-    """One message for each distinct input width that M does not divide."""
+    """One message if M does not divide the input width of some target; it names a layer of each such width."""
     if pattern.kind != "n:m":
         return []
-    messages: dict[int, str] = {}
-    for name, linear in linears.items():
-        width = linear.in_features
-        if width % pattern.m and width not in messages:
-            divisors = [str(m) for m in range(1, min(width, 64) + 1) if width % m == 0]
-            messages[width] = (
-                f"pattern {pattern}: {name} has {width} inputs, not a multiple of {pattern.m}; "
-                f"choose M from {', '.join(divisors)}, … or drop this target"
-            )
-    return list(messages.values())
+    layer_of = {linear.in_features: name for name, linear in reversed(linears.items())}
+    bad = [f"{layer_of[width]} has {width} inputs" for width in sorted(layer_of) if width % pattern.m]
+    common = math.gcd(*layer_of)
+    divisors = ", ".join(str(m) for m in range(1, min(common, 64) + 1) if common % m == 0)
+    where = f"pattern {pattern}: {' and '.join(bad)}, not a multiple of {pattern.m}"
+    return [f"{where}; choose M from {divisors}, or drop these targets"] if bad else []
+
+
+class Surgery:
+    """Puts sparse layers into a model, an input group at a time, and the dense ones back.
+
+    Args:
+        model: a causal language model of transformers.
+        sparsification: pattern, criterion and mitigations.
+        linears: the target layers by module path.
+        scope: which tokens are pruned.
+    """
+
+    def __init__(
+        self, model: nn.Module, sparsification: Sparsification, linears: Mapping[str, nn.Linear], scope: str = "all"
+    ) -> None:
+        self.model = model
+        self.sparsification = sparsification
+        self.linears = linears
+        self.view = TokenView(Scope.parse(scope))
+        self.layers: dict[str, SparseLinear] = {}
+        self.kept_weights: dict[str, int] = {}
+        self._weights = {name: linear.weight for name, linear in linears.items()}
+        self._hooks = [
+            module.register_forward_pre_hook(_watch_tokens(self.view), with_kwargs=True)
+            for module in dict.fromkeys((model, model.get_decoder()))  # type: ignore[operator]
+        ]
+
+    def put(self, group: Sequence[str], state: Mapping[str, State]) -> None:
+        """Make the layers of one input sparse.
+
+        Args:
+            group: module paths of layers that read one tensor.
+            state: calibrated state for each layer by module path.
+        """
+        made = self.sparsification
+        if isinstance(made.criterion, WeightCriterion):
+            for name in group:
+                layer = Layer(name, self.linears[name])
+                weight, self.kept_weights[name] = made.criterion.pruned(layer, made.pattern, state.get(name, {}))
+                self.linears[name].weight = nn.Parameter(weight, requires_grad=False)
+            return
+        slots = {name: made.slots(Layer(name, self.linears[name]), state.get(name, {})) for name in group}
+        for members in _equal_inputs(slots):
+            shared = SharedInput(slots[members[0]], len(members), self.view, self._weights[members[0]].device)
+            for name in members:
+                self.layers[name] = SparseLinear(self.linears[name], shared, slots[name])
+                _put(self.model, name, self.layers[name])
+
+    def restore(self) -> None:
+        """Make the model what it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for name, linear in self.linears.items():
+            linear.weight = self._weights[name]
+            _put(self.model, name, linear)
+
+
+def dense_targets(model: nn.Module, pattern: Pattern, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The target layers of a model that is dense now, by module path.
+
+    Raises:
+        InputError: a target that matches nothing, an input width that M does not divide, or a model that is sparse.
+    """
+    linears = target_linears(model, targets)
+    if errors := check_divisible(linears, pattern):
+        raise InputError(*errors)
+    if any(isinstance(linear, SparseLinear) for linear in linears.values()):
+        raise InputError("sparsify: the model is sparse already; leave the other block first")
+    return linears
 
 
 @contextmanager
@@ -70,6 +150,7 @@ def installed(
     sparsification: Sparsification,
     targets: Sequence[str],
     state: Mapping[str, State] | None = None,
+    scope: str = "all",
 ) -> Iterator[Installed]:
     """Make `model` sparse inside the block and dense again after it, also after an error.
 
@@ -78,47 +159,40 @@ def installed(
         sparsification: pattern, criterion and mitigations.
         targets: presets or globs that say which layers.
         state: calibrated state for each layer by module path.
+        scope: which tokens are pruned, as `config` reads it.
 
     Raises:
-        InputError: a target that matches nothing, or an input width that M does not divide.
+        InputError: a target that matches nothing, an input width that M does not divide, or a state that is missing.
     """
-    linears = target_linears(model, targets)
-    if errors := check_divisible(linears, sparsification.pattern):
-        raise InputError(*errors)
-    if any(isinstance(linear, SparseLinear) for linear in linears.values()):
-        raise InputError("sparsify: the model is sparse already; leave the other block first")
-    view = TokenView()
-    slots = {
-        name: sparsification.slots(Layer(name, linear), (state or {}).get(name, {})) for name, linear in linears.items()
-    }
-    sparse: dict[str, SparseLinear] = {}
-    for group in input_groups(model, list(linears)):
-        for members in _equal_inputs(group, slots):
-            shared = SharedInput(slots[members[0]], len(members), view, linears[members[0]].weight.device)
-            sparse.update({name: SparseLinear(linears[name], shared, slots[name]) for name in members})
-    ordered = {name: sparse[name] for name in linears}
+    linears = dense_targets(model, sparsification.pattern, targets)
     flops = linear_flops(model)
     total = sum(flops.values())
     share = {name: flops[name] / total for name in linears}
-    watch = model.register_forward_pre_hook(_watch_tokens(view), with_kwargs=True)
+    surgery = Surgery(model, sparsification, linears, scope)
     try:
-        for name, layer in ordered.items():
-            _put(model, name, layer)
-        yield Installed(model, ordered, share, view)
+        for group in input_groups(model, list(linears)):
+            surgery.put(group, state or {})
+        ordered = {name: surgery.layers[name] for name in linears if name in surgery.layers}
+        weights = [
+            LayerCount(name, linear.in_features, linear.out_features, linear.weight.numel(), kept, share[name])
+            for name, linear in linears.items()
+            if (kept := surgery.kept_weights.get(name)) is not None
+        ]
+        yield Installed(model, ordered, share, surgery.view, weights)
     finally:
-        watch.remove()
-        for name, linear in linears.items():
-            _put(model, name, linear)
+        surgery.restore()
 
 
-def _equal_inputs(group: Sequence[str], slots: Mapping[str, Slots]) -> list[list[str]]:
-    """Split layers of one input into those whose pruned input is the same tensor: no weight or the same one, same η."""
-    split: dict[tuple[int, int | str], list[str]] = {}
-    for name in group:
-        eta = slots[name].eta
-        key = (id(slots[name].weight), id(eta) if isinstance(eta, torch.Tensor) else str(eta))
-        split.setdefault(key, []).append(name)
-    return list(split.values())
+def _equal_inputs(slots: Mapping[str, Slots]) -> list[list[str]]:
+    """Split layers of one input into those whose pruned input is the same tensor."""
+    split: list[list[str]] = []
+    for name, own in slots.items():
+        found = next((members for members in split if own.same_input(slots[members[0]])), None)
+        if found is None:
+            split.append([name])
+        else:
+            found.append(name)
+    return split
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -127,14 +201,20 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _watch_tokens(view: TokenView) -> Any:
-    """A hook that tells the layers which tokens are padding and how many are in the cache already."""
+    """A hook that tells the layers which tokens are padding, where they stand, and how many are in the cache already.
+
+    It watches the decoder, which evaluation calls by itself, and the whole model, because some models hand their decoder a
+    ready attention mask from which padding can no longer be read.
+    """
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        padding = mask == 0 if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        cache = kwargs.get("past_key_values")
+        mask, cache, position = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
         past = int(cache.get_seq_length()) if cache is not None else 0
-        view.tokens = Tokens(padding, past)
+        padding = view.tokens.padding if isinstance(mask, dict) else None
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            rows = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
+            padding = (mask == 0)[:, -rows.shape[1] :]
+        view.tokens = Tokens(padding, past, position)
 
     return before
 
@@ -148,6 +228,8 @@ def sparsify(
     mitigation: str | Sequence[str] = "none",
     targets: str | Sequence[str] = "all",
     mitigations: Mapping[str, Mapping[str, Any]] | None = None,
+    scope: str = "all",
+    state: Mapping[str, State] | None = None,
     config_dir: str | Path | None = None,
 ) -> Iterator[Installed]:
     """Make a transformers model sparse inside a `with` block, without a config file.
@@ -163,23 +245,28 @@ def sparsify(
         mitigation: names, ``"shift+var"`` or a list.
         targets: preset or globs.
         mitigations: parameters by mitigation, ``{"shift": {"stat": "mean"}}``.
+        scope: which tokens are pruned: ``"all"``, ``"prefill"``, ``"decode"``, ``"skip_first:4"``, ``"skip_first:50%"``.
+        state: what `nmsweep.calibrate.fit` gave for calibrated stages.
         config_dir: a folder of your own with ``criterion/`` and ``mitigations/``.
 
     Raises:
         InputError: as on the command line, all mistakes together.
     """
-    made, names = _from_names(pattern, criterion, mitigation, targets, mitigations or {}, config_dir)
-    with installed(model, made, names) as sparse:
+    made, names = sparsification_from_names(
+        pattern, criterion, mitigation, targets, mitigations or {}, config_dir, scope
+    )
+    with installed(model, made, names, state, scope) as sparse:
         yield sparse
 
 
-def _from_names(
+def sparsification_from_names(
     pattern: str,
     criterion: str | Mapping[str, Any],
     mitigation: str | Sequence[str],
     targets: str | Sequence[str],
     parameters: Mapping[str, Mapping[str, Any]],
-    config_dir: str | Path | None,
+    config_dir: str | Path | None = None,
+    scope: str = "all",
 ) -> tuple[Sparsification, tuple[str, ...]]:
     """Turn names into a sparsification and target names; all mistakes together."""
     folder = Path(config_dir) if config_dir else None
@@ -189,6 +276,7 @@ def _from_names(
     methods: list[Method] = []
     parsed = Pattern("dense")
     try:
+        parse_scope(scope)
         parsed = parse_pattern(pattern)
         if parsed.is_dense:
             errors.append("pattern: dense leaves nothing to do here; use the model as it is")
@@ -210,4 +298,4 @@ def _from_names(
             errors += error.messages
     if errors:
         raise InputError(*errors)
-    return build_sparsification(parsed, methods[0], methods[1:]), split_names(targets)
+    return build_sparsification(parsed, methods[0], methods[1:], scope), split_names(targets)
