@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nmsweep.calibrate import store as calibrate
+from nmsweep.calibrate.text import check_disjoint, find_source
 from nmsweep.config import CELL_SCHEMA, Method, RunConfig, short_hash
 from nmsweep.data.tasks import TEXT_TASKS, TaskSource, find_task
 from nmsweep.errors import DataError, InputError
@@ -26,6 +28,8 @@ class Cell:
         folder: where its record lies when it is finished.
         sources: its tasks and their data.
         sparsification: what makes it sparse; None where it is dense.
+        calibration_text: what its calibrated stages see; None where no stage sees a text.
+        calibration_id: hash of everything that their state depends on; empty where no stage has one.
     """
 
     cfg: RunConfig
@@ -35,10 +39,18 @@ class Cell:
     folder: Path
     sources: Sequence[TaskSource]
     sparsification: Sparsification | None
+    calibration_text: TaskSource | None = None
+    calibration_id: str = ""
 
     @property
     def is_dense(self) -> bool:
         return self.sparsification is None
+
+    @property
+    def across_tokens(self) -> bool:
+        """Whether what is pruned of one token depends on others of its sequence, or on how many there are."""
+        made = self.sparsification
+        return made is not None and (made.criterion.across_tokens or self.cfg.scope.endswith("%"))
 
 
 def device_kind(device: str) -> str:
@@ -67,15 +79,18 @@ def identify(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> 
     sources = task_sources(cfg, say)
     sparsification = None if cfg.pattern.is_dense else sparsification_of(cfg)
     model = fingerprint(model_spec(cfg))
-    part = _identity(cfg, model, sparsification)
+    text = calibration_text(cfg, sources) if sparsification and sparsification.uses_text else None
+    part = _identity(cfg, model, sparsification, text)
     dense_part = _identity(cfg.dense(), model, None)
     tasks = {source.task: [source.version, source.fingerprint()] for source in sources}
     cell_id = short_hash({**part, "tasks": tasks})
     criterion = cfg.criterion.name if cfg.criterion else "none"
     folder = cell_folder(cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, cell_id)
-    return Cell(
-        cfg, cell_id, short_hash({**dense_part, "tasks": tasks}), short_hash(part), folder, sources, sparsification
-    )
+    dense_id = short_hash({**dense_part, "tasks": tasks})
+    state_id = ""
+    if sparsification and sparsification.calibrated:
+        state_id = short_hash({**part, "eval": None, "calibration_version": calibrate.VERSION}, 20)
+    return Cell(cfg, cell_id, dense_id, short_hash(part), folder, sources, sparsification, text, state_id)
 
 
 def task_sources(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> list[TaskSource]:
@@ -102,10 +117,23 @@ def task_sources(cfg: RunConfig, say: Callable[[str], None] = lambda text: None)
 
 def sparsification_of(cfg: RunConfig) -> Sparsification:
     assert cfg.criterion is not None
-    return build_sparsification(cfg.pattern, cfg.criterion, cfg.mitigations)
+    return build_sparsification(cfg.pattern, cfg.criterion, cfg.mitigations, cfg.scope)
 
 
-def _identity(cfg: RunConfig, model: str, sparsification: Sparsification | None) -> dict[str, Any]:
+def calibration_text(cfg: RunConfig, evaluated: Sequence[TaskSource]) -> TaskSource:
+    """The text that calibrated stages see.
+
+    Raises:
+        DataError: it cannot be had, or has text in common with what is evaluated.
+    """
+    found = find_source(cfg.calibration.source, cfg.tasks, cfg.data.mirror)
+    check_disjoint(found, evaluated)
+    return found
+
+
+def _identity(
+    cfg: RunConfig, model: str, sparsification: Sparsification | None, text: TaskSource | None = None
+) -> dict[str, Any]:
     """Everything that can change a number, less the tasks."""
     identity: dict[str, Any] = {
         "schema": CELL_SCHEMA,
@@ -120,6 +148,12 @@ def _identity(cfg: RunConfig, model: str, sparsification: Sparsification | None)
     if sparsification is None:
         return identity
     assert cfg.criterion is not None
+    if text is not None:
+        unused = (
+            {"source"} if sparsification.learned else {"source", "teacher", "objective", "schedule", "lr", "epochs"}
+        )
+        used = cfg.calibration.model_dump(exclude=unused)
+        identity["calibration"] = {**used, "text": text.fingerprint()}
     return identity | {
         "criterion": _method_identity(cfg.criterion, sparsification.criterion.version),
         "mitigation": [
@@ -140,7 +174,7 @@ def check(cfg: RunConfig) -> list[str]:
     messages: list[str] = list(check_model(model_spec(cfg)))
     steps: list[Callable[[], object]] = [lambda: task_sources(cfg)]
     if not cfg.pattern.is_dense:
-        steps.append(lambda: sparsification_of(cfg))
+        steps.append(lambda: _check_calibration(cfg))
         if not messages:
             steps.append(lambda: messages.extend(_check_targets(cfg)))
     if any(task in TEXT_TASKS for task in cfg.tasks) and cfg.scope == "decode":
@@ -149,8 +183,15 @@ def check(cfg: RunConfig) -> list[str]:
         try:
             step()
         except InputError as error:
-            messages.extend(error.messages)
+            messages.extend(message for message in error.messages if message not in messages)
     return messages
+
+
+def _check_calibration(cfg: RunConfig) -> None:
+    """Methods that cannot be made or cannot act together, and a calibration text that cannot be used."""
+    made = sparsification_of(cfg)
+    if made.uses_text:
+        calibration_text(cfg, task_sources(cfg))
 
 
 def _check_targets(cfg: RunConfig) -> list[str]:

@@ -38,7 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
     if filename.startswith(str(Path(__file__).parent)) or (category is UserWarning and "pattern" in str(message)):
         print(f"nmsweep: warning: {message}", file=sys.stderr)
 

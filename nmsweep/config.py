@@ -55,7 +55,7 @@ def _parse_dtype(value: Any) -> Any:
     return _DTYPES.get(str(value), str(value))
 
 
-def _parse_scope(value: Any) -> str:
+def parse_scope(value: Any) -> str:
     text = str(value)
     if not _SCOPE.fullmatch(text):
         raise InputError(f"scope: {text!r} is no scope; allowed: all, prefill, decode, skip_first:K, skip_first:p%")
@@ -105,12 +105,21 @@ class DataConfig(_Node):
 
 
 class CalibrationConfig(_Node):
-    """Text that calibrated stages see; never the text that is evaluated. `seqlen` in tokens, `n_samples` in windows."""
+    """Text that calibrated stages see, never the text that is evaluated; and how learned stages are trained.
+
+    `seqlen` in tokens, `n_samples` in windows (None: 256 where a stage is learned, else 32, or what the text has), `epochs`
+    in passes over the windows.
+    """
 
     source: str = "auto"
-    n_samples: Annotated[int, Field(ge=1)] = 32
+    n_samples: Annotated[int, Field(ge=1)] | None = None
     seqlen: Annotated[int, Field(ge=2)] = 512
     prefix: Literal["sparse", "dense"] = "sparse"
+    teacher: Literal["block", "dense"] = "block"
+    objective: Literal["mse", "kl"] = "mse"
+    schedule: Literal["none", "decay", "step"] = "none"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    epochs: Annotated[int, Field(ge=1)] = 1
 
 
 class RunConfig(_Node):
@@ -121,7 +130,7 @@ class RunConfig(_Node):
     criterion: Method | None
     mitigations: tuple[Method, ...]
     targets: Annotated[tuple[str, ...], BeforeValidator(split_names)]
-    scope: Annotated[str, _reported(_parse_scope)] = "all"
+    scope: Annotated[str, _reported(parse_scope)] = "all"
     profile: Literal["strict", "paper", "paper_code"] = "strict"
     tasks: tuple[str, ...]
     eval: EvalConfig

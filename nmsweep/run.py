@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from nmsweep import __version__
+from nmsweep.calibrate.fit import fit
+from nmsweep.calibrate.store import Calibrated, calibrate
+from nmsweep.calibrate.text import windows
 from nmsweep.cell import Cell, device_kind, identify
 from nmsweep.config import RunConfig
-from nmsweep.data.tasks import TaskSource
+from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.evaluate import harness, perplexity
 from nmsweep.evaluate.result import TaskResult
 from nmsweep.models import LoadedModel
@@ -30,7 +34,7 @@ from nmsweep.sparsity.install import Installed, installed
 def run(cfg: RunConfig, session: Session) -> CellRecord:
     """Run one cell, unless its record exists already.
 
-    The flow: identity → (dense baseline) → model → sparsify → measure each task, keeping it → record.
+    The flow: identity → (dense baseline) → model → calibrate → sparsify → measure each task, keeping it → record.
 
     Args:
         cfg: the cell.
@@ -53,18 +57,43 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
     if cfg.force:
         parts.forget()
     loaded = session.model(cfg)
-    with sparse(cell, loaded) as layers:
+    calibrated = calibration(cell, loaded, session)
+    with sparse(cell, loaded, calibrated) as layers:
         done = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
-    record = write(cell, loaded, done)
+    record = write(cell, loaded, done, calibrated)
     session.display.finished(summary(record))
     return record
 
 
-def sparse(cell: Cell, loaded: LoadedModel) -> AbstractContextManager[Installed | None]:
+def calibration(cell: Cell, loaded: LoadedModel, session: Session) -> Calibrated:
+    """What the cell's calibrated stages know: kept from an earlier cell, or found out now; nothing without such stages."""
+    cfg, made = cell.cfg, cell.sparsification
+    if made is None or not made.calibrated:
+        return Calibrated()
+
+    def make() -> Calibrated:
+        ids = torch.empty(1, 0, dtype=torch.long)
+        if cell.calibration_text is not None:
+            ids = windows(
+                read_text(cell.calibration_text), loaded.tokenizer, seqlen=cfg.calibration.seqlen, seed=cfg.seed,
+                n_samples=cfg.calibration.n_samples or (256 if made.learned else 32),
+                exact=cfg.calibration.n_samples is not None,
+                bos=cfg.profile == "strict" and perplexity.adds_bos(loaded.tokenizer),
+            )  # fmt: skip
+        return fit(
+            loaded.model, ids, made, cfg.targets,
+            scope=cfg.scope, settings=cfg.calibration, seed=cfg.seed, step=session.display.step,
+        )  # fmt: skip
+
+    session.display.stage("calibration", loaded.model.config.get_text_config().num_hidden_layers)
+    return calibrate(cfg.results_dir / ".calibration", cell.calibration_id, make)
+
+
+def sparse(cell: Cell, loaded: LoadedModel, calibrated: Calibrated) -> AbstractContextManager[Installed | None]:
     """The model made sparse as the cell says, for as long as the block lasts."""
     if cell.sparsification is None:
         return nullcontext()
-    return installed(loaded.model, cell.sparsification, cell.cfg.targets)
+    return installed(loaded.model, cell.sparsification, cell.cfg.targets, calibrated.state, cell.cfg.scope)
 
 
 def measure(
@@ -105,11 +134,11 @@ def _evaluate(cell: Cell, source: TaskSource, loaded: LoadedModel, session: Sess
         limit=cfg.eval.limit, num_fewshot=cfg.eval.num_fewshot, batch_tokens=cfg.eval.batch_tokens,
         chat_template=cfg.eval.chat_template, system_prompt=cfg.eval.system_prompt, advance=advance,
         scoring=cfg.eval.scoring,
-        across_tokens=cell.sparsification is not None and cell.sparsification.criterion.across_tokens,
+        across_tokens=cell.across_tokens,
     )  # fmt: skip
 
 
-def write(cell: Cell, loaded: LoadedModel, parts: Sequence[Part]) -> CellRecord:
+def write(cell: Cell, loaded: LoadedModel, parts: Sequence[Part], calibrated: Calibrated) -> CellRecord:
     """Put a cell's parts together and write its record."""
     cfg = cell.cfg
     layers = total_counts(parts)
@@ -131,6 +160,7 @@ def write(cell: Cell, loaded: LoadedModel, parts: Sequence[Part]) -> CellRecord:
         "tokens": sum(part.provenance["tokens"] for part in parts),
         "peak_memory_bytes": peak_memory_bytes(cfg),
         "device": device_name(cfg), "dtype": cfg.dtype, "seed": cfg.seed,
+        "calibration": calibrated.provenance(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **environment(),
     }  # fmt: skip

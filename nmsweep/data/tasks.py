@@ -152,7 +152,9 @@ def harness_config(task: str) -> tuple[dict[str, Any], Path]:
         return dict(load_yaml(file, resolve_func=False, recursive=True)), file
     files = _harness_files(Path(lm_eval.tasks.__file__).parent)
     if task not in files:
-        raise DataError(f"tasks: {task!r} is no task of the harness; {nearest(task, [*files, *MINI_TASKS, *TEXT_TASKS])}")
+        raise DataError(
+            f"tasks: {task!r} is no task of the harness; {nearest(task, [*files, *MINI_TASKS, *TEXT_TASKS])}"
+        )
     return dict(load_yaml(files[task], resolve_func=False, recursive=True)), files[task]
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import datasets
 import pandas as pd
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as harness_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -16,6 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from nmsweep.data.tasks import MINI_TASKS, TaskSource, unreachable
 from nmsweep.errors import DataError, NonFiniteError
 from nmsweep.evaluate.packing import Request
+from nmsweep.evaluate.requests import encoded_pairs, keep_requests, templates_compiled_once, tokenizer_identity
 from nmsweep.evaluate.result import Advance, TaskResult
 from nmsweep.evaluate.scoring import Budget, score, why_single_rows
 from nmsweep.record import Metric
@@ -33,7 +35,8 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
         advance: progress.
         scoring: ``"packed"``, see `scoring`; ``"stock"`` for the harness's own path, whose batch size follows from the
             longest request.
-        across_tokens: whether the criterion's choice for one token depends on others; then nothing shares a row.
+        across_tokens: whether what is pruned of one token depends on other tokens of its sequence (`clact`, a scope in
+            percent); then nothing shares a row.
     """
 
     def __init__(
@@ -45,13 +48,14 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
         scoring: Scoring = "packed",
         across_tokens: bool = False,
     ) -> None:
-        with _quiet():  # it warns that arguments are ignored for a model object; none is relied on
+        with quiet():  # it warns that arguments are ignored for a model object; none is relied on
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.budget = Budget(batch_tokens)
         self.scoring = scoring
         self.why_single_rows = why_single_rows(model, across_tokens)
         self.n_tokens = 0
         self._show = advance
+        self._pairs = encoded_pairs(tokenizer_identity(tokenizer), repr(self.add_bos_token))
 
     def how(self) -> str:
         """How requests were answered, for the record."""
@@ -64,6 +68,26 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
     def advance(self, n_tokens: int) -> None:
         self.n_tokens += n_tokens
         self._show(n_tokens)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._pairs.add([request.args for request in requests], self._encode)
+        return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        pair = (context, continuation)
+        return self._pairs[pair] if pair in self._pairs else super()._encode_pair(context, continuation)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """`tok_encode` of many texts at once, which the tokenizer does in parallel."""
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        found: dict[str, list[int]] = {}
+        for has_bos in (False, True):
+            same = [text for text in texts if text.startswith(bos) == has_bos]
+            special = False if has_bos else self.add_bos_token
+            options = {} if special is None else {"add_special_tokens": special}
+            if same:
+                found.update(zip(same, self.tokenizer(same, verbose=False, **options)["input_ids"], strict=True))
+        return [found[text] for text in texts]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -92,7 +116,7 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The harness and the data library log and draw bars; a cell has one display of its own."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     levels = [logger.level for logger in loggers]
@@ -124,7 +148,7 @@ def load_task(source: TaskSource, num_fewshot: int) -> ConfigurableTask:
     if source.files:
         config |= _local_data(source, config, num_fewshot)
     try:
-        with _quiet():
+        with quiet():
             task = ConfigurableTask(config=config)
     except (OSError, ConnectionError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         if source.files:
@@ -132,7 +156,6 @@ def load_task(source: TaskSource, num_fewshot: int) -> ConfigurableTask:
                 f"task {source.task}: its items in {source.files[source.split]} are not of the task's form: {error!r}"
             ) from error
         raise unreachable(str(source.config.get("dataset_path")), error) from error
-    task.set_fewshot_seed(0)
     return task
 
 
@@ -161,7 +184,7 @@ def kept_task(source: TaskSource, num_fewshot: int) -> ConfigurableTask:
     """`load_task`, once for each task, content and number of examples."""
     key = (source.task, source.fingerprint(), num_fewshot)
     if key not in _kept_tasks:
-        _kept_tasks[key] = load_task(source, num_fewshot)
+        _kept_tasks[key] = keep_requests(load_task(source, num_fewshot))
     return _kept_tasks[key]
 
 
@@ -198,7 +221,7 @@ def measure(
     """
     task = kept_task(source, num_fewshot)
     lm = NMSweepLM(model, tokenizer, batch_tokens, advance, scoring, across_tokens)
-    with _quiet():
+    with quiet(), templates_compiled_once():
         results = harness_evaluate(
             lm,
             {source.task: task},

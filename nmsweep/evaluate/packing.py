@@ -80,6 +80,11 @@ class Row:
         return len(self.ids)
 
     @property
+    def longest(self) -> int:
+        """The tokens of its longest sequence: no part of the row can be shorter and hold it. At most `len(self)`."""
+        return len(self.ids) if not self.branches else int(self.depth.max() - self.depth[0]) + 1
+
+    @property
     def questions(self) -> list[Question]:
         return [question for query in self.queries for question in query.questions]
 
@@ -136,25 +141,15 @@ def pack(sequences: Sequence[Query], attention_ratio: float, max_tokens: int) ->
     Returns:
         Groups of rows; the group without a prefix first.
     """
-    common = np.array([shared(a.ids, b.ids) for a, b in pairwise(sequences)], dtype=np.int64)
-    groups, rest = [], []
-    at = 0
-    for start, stop, depth in [*prefixes(sequences, common), (len(sequences), len(sequences), 0)]:
-        rest.append((at, start))
-        if stop > start:
-            rows = _rows(sequences[start:stop], common[start : stop - 1], depth, attention_ratio, max_tokens)
-            groups.append(Group(sequences[start].ids[:depth], rows))
-        at = stop
-    alone = [
-        row
-        for start, stop in rest
-        if stop > start
-        for row in _rows(sequences[start:stop], common[start : stop - 1], 0, attention_ratio, max_tokens)
-    ]
-    everything = [Group(np.empty(0, np.int64), alone), *groups]
-    for group in everything:
-        group.rows.sort(key=len, reverse=True)
-    return [group for group in everything if group.rows]
+    cached = prefixes(sequences)
+    bounds = [0, *(bound for start, stop, _ in cached for bound in (start, stop)), len(sequences)]
+    rest = [sequences[start:stop] for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
+    alone = [row for part in rest for row in cut(part, 0, attention_ratio, max_tokens)]
+    groups = [Group(np.empty(0, np.int64), alone)]
+    for start, stop, depth in cached:
+        rows = cut(sequences[start:stop], depth, attention_ratio, max_tokens)
+        groups.append(Group(sequences[start].ids[:depth], rows))
+    return [Group(group.prefix, sorted(group.rows, key=len, reverse=True)) for group in groups if group.rows]
 
 
 def one_each(sequences: Sequence[Query]) -> list[Group]:
@@ -162,7 +157,7 @@ def one_each(sequences: Sequence[Query]) -> list[Group]:
     return [Group(np.empty(0, np.int64), sorted((make_row([query], 0) for query in sequences), key=len, reverse=True))]
 
 
-def prefixes(sequences: Sequence[Query], common: Ints) -> list[tuple[int, int, int]]:
+def prefixes(sequences: Sequence[Query]) -> list[tuple[int, int, int]]:
     """Ranges of sequences whose shared prefix is worth computing once: (start, stop, depth), disjoint, in order.
 
     Every node of the prefix tree is a range of the sorted sequences. A node saves its depth for every row but one that
@@ -170,6 +165,7 @@ def prefixes(sequences: Sequence[Query], common: Ints) -> list[tuple[int, int, i
     """
     if len(sequences) < 2:
         return []
+    common = _common(sequences)
     first = np.array([query.first for query in sequences])
     depths = np.minimum(common, np.minimum(first[:-1], first[1:])).tolist()
     lengths = [len(query.ids) for query in sequences]
@@ -196,19 +192,25 @@ def prefixes(sequences: Sequence[Query], common: Ints) -> list[tuple[int, int, i
     return best[1]
 
 
-def _rows(sequences: Sequence[Query], common: Ints, prefix: int, ratio: float, max_tokens: int) -> list[Row]:
+def cut(sequences: Sequence[Query], prefix: int, attention_ratio: float, max_tokens: int) -> list[Row]:
     """Cut sorted sequences into rows: the next one joins if the tokens it saves outweigh its attention's width."""
-    rows, members, length = [], [sequences[0]], len(sequences[0].ids) - prefix
-    for query, depth in zip(sequences[1:], common.tolist(), strict=True):
+    rows: list[Row] = []
+    members: list[Query] = []
+    length = 0
+    for query, depth in zip(sequences, [prefix, *_common(sequences).tolist()], strict=False):
         alone, added = len(query.ids) - prefix, len(query.ids) - depth
         wider = (length + added) ** 2 - length**2 - alone**2
-        if wider <= ratio * (depth - prefix) and length + added <= max_tokens:
-            members.append(query)
-            length += added
-        else:
+        if members and (wider > attention_ratio * (depth - prefix) or length + added > max_tokens):
             rows.append(make_row(members, prefix))
-            members, length = [query], alone
-    return [*rows, make_row(members, prefix)]
+            members, length = [], 0
+        length += added if members else alone
+        members.append(query)
+    return [*rows, make_row(members, prefix)] if members else []
+
+
+def _common(sequences: Sequence[Query]) -> Ints:
+    """Length of the common beginning of each sequence and the next, [n - 1]."""
+    return np.array([shared(a.ids, b.ids) for a, b in pairwise(sequences)], dtype=np.int64)
 
 
 def make_row(members: Sequence[Query], prefix: int) -> Row:

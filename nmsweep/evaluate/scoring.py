@@ -1,6 +1,5 @@
 """Log-likelihoods of many continuations with no token computed twice: `packing` says what to run, this runs it."""
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nmsweep.evaluate.logits import decoder, slice_tokens, token_logits
-from nmsweep.evaluate.packing import Group, Ints, Query, Request, Row, make_row, one_each, pack, queries
+from nmsweep.evaluate.packing import Group, Ints, Request, Row, cut, one_each, pack, queries
 from nmsweep.evaluate.result import Advance
 
 MASKED_SLOWDOWN = 4
@@ -36,9 +35,9 @@ class Budget:
     def __post_init__(self) -> None:
         self.asked = self.tokens
 
-    def halve(self, tried: int) -> None:
-        """A batch of `tried` tokens was too much."""
-        self.tokens = max(1, min(self.tokens, tried) // 2)
+    def halve(self, tried: int, least: int) -> None:
+        """A batch of `tried` tokens was too much; fewer than `least` cannot be tried."""
+        self.tokens = min(self.tokens, max(tried // 2, least))
 
     def __str__(self) -> str:
         fell = f", {self.tokens} after memory ran out" if self.tokens < self.asked else ""
@@ -50,12 +49,12 @@ def why_single_rows(model: Any, across_tokens: bool) -> str | None:
 
     Args:
         model: a causal language model of transformers.
-        across_tokens: whether the criterion's choice for one token depends on others.
+        across_tokens: whether what is pruned of one token depends on other tokens of its sequence.
     """
     config = model.config.get_text_config()
     attention = config._attn_implementation
     if across_tokens:
-        return "the criterion looks across tokens"
+        return "what is pruned depends on other tokens of the sequence"
     if attention not in ("sdpa", "eager"):
         return f"{attention} attention takes no mask of its own"
     if not hasattr(decoder(model), "rotary_emb") or _layer_types(config) - {"full_attention", "sliding_attention"}:
@@ -168,13 +167,24 @@ class _Scorer:
             batch = waiting[: _n_fitting(waiting, self.budget.tokens, n_prefix)]
             found = self._score(batch, n_prefix, cache)
             if found is None:
-                self.budget.halve(_size(batch, n_prefix))
-                if len(batch) == 1:
-                    waiting[:1] = _split(batch[0], n_prefix)
+                tried = _size(batch, n_prefix) if len(batch) > 1 else len(batch[0])
+                self.budget.halve(tried, batch[0].longest)
+                waiting = self._narrower(waiting, n_prefix)
                 continue
             self.advance(sum(map(len, batch)))
             yield batch, *found
             del waiting[: len(batch)]
+
+    def _narrower(self, rows: Sequence[Row], n_prefix: int) -> list[Row]:
+        """The same sequences in rows that keep to the budget, as far as single sequences do."""
+        parts = [
+            part
+            for row in rows
+            for part in (
+                cut(row.queries, n_prefix, math.inf, self.budget.tokens) if len(row) > self.budget.tokens else [row]
+            )
+        ]
+        return sorted(parts, key=len, reverse=True)
 
     def _fill(self, prefix: Ints) -> PrefixCache | None:
         """Compute a prefix; None if memory runs out."""
@@ -195,7 +205,7 @@ class _Scorer:
         try:
             return self._forward(rows, n_prefix, cache)
         except RuntimeError as error:
-            if not out_of_memory(error) or (len(rows) == 1 and len(rows[0].queries) == 1):
+            if not out_of_memory(error) or (len(rows) == 1 and len(rows[0]) == rows[0].longest):
                 raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -206,7 +216,8 @@ class _Scorer:
         ids, depth, end = _lay_out(rows, width).to(device)
         if self.single_rows:
             lengths = torch.tensor([len(row) for row in rows], device=device)
-            hidden = _hidden_with_padding(self.model, ids, lengths)
+            real = (torch.arange(width, device=device) < lengths[:, None]).long()
+            hidden = decoder(self.model)(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state
         elif cache is None and not any(row.branches for row in rows):  # the model's own causal mask is all it needs
             hidden = decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         else:
@@ -242,13 +253,6 @@ def _n_fitting(rows: Sequence[Row], budget: int, n_prefix: int) -> int:
         if padding > budget * PADDING_SHARE:
             return max(1, n)
     return min(most, len(rows))
-
-
-def _split(row: Row, n_prefix: int) -> list[Row]:
-    """A row's sequences in two rows."""
-    half = len(row.queries) // 2
-    parts: list[Sequence[Query]] = [row.queries[:half], row.queries[half:]]
-    return sorted((make_row(part, n_prefix) for part in parts), key=len, reverse=True)
 
 
 def _lay_out(rows: Sequence[Row], width: int) -> Tensor:
@@ -296,21 +300,6 @@ def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     padded = -(-n_keys // 8) * 8  # the GPU's kernel wants rows aligned and would copy the mask in every layer
     mask = torch.zeros(batch, 1, n_queries, padded, dtype=dtype, device=sees.device)[..., :n_keys]
     return mask.masked_fill_(~sees[:, None], -math.inf)
-
-
-def _hidden_with_padding(model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Last hidden states of sequences [batch, width], the whole model being told what is padding."""
-    kept: list[Tensor] = []
-    hook = decoder(model).register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
-    none: dict[str, Tensor] = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        none["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=ids.device)
-    try:
-        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        model(input_ids=ids, attention_mask=real.long(), use_cache=False, **none)
-    finally:
-        hook.remove()
-    return kept[0]
 
 
 def _target_logprobs(model: Any, hidden: Tensor, cells: Ints, targets: Ints) -> tuple[Tensor, Tensor]:

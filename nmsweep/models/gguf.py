@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from nmsweep.errors import ModelError
 from nmsweep.models.cache import built_once, cache_dir, kept_sha256, known_sha256
+from nmsweep.models.gguf_tokenizer import read_tokenizer
 from nmsweep.models.quiet import no_progress_bar
 
 CONVERSION = 1
@@ -124,6 +125,7 @@ def convert_gguf(file: Path, out: Path) -> None:
     reader = _reader(file)
     config = _read_config(file, reader)
     dtype = _stored_dtype(reader)
+    tokenizer = read_tokenizer(file, reader)
     weights = dict(_tensors(reader, config, dtype))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
@@ -137,7 +139,7 @@ def convert_gguf(file: Path, out: Path) -> None:
         )
     with no_progress_bar():
         model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def _reader(file: Path) -> Any:
@@ -194,7 +196,7 @@ def _llama3_rope(config: PretrainedConfig, factors: Tensor) -> dict[str, Any]:
     theta, head_dim = config.rope_parameters["rope_theta"], 2 * len(factors)
     wavelength = 2 * torch.pi * theta ** (torch.arange(0, head_dim, 2).double() / head_dim)
     # Llama 3.1 and 3.2 differ in the factor alone; the other three numbers are those of all published checkpoints
-    factor, low, high, n_original = float(factors.max()), 1.0, 4.0, 8192
+    factor, low, high, n_original = round(float(factors.max()), 3), 1.0, 4.0, 8192
     smooth = ((n_original / wavelength - low) / (high - low)).clamp(0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if not torch.allclose(expected, factors.double(), rtol=1e-3):

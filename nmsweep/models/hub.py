@@ -74,8 +74,8 @@ def hub_fingerprint(spec: ModelSpec) -> str:
     if folder := cached_folder(spec):
         return folder_fingerprint(folder)
     files = _listing(spec)
-    digests = {name: files[name] or "" for name in _weight_names(spec, files)}
-    digests |= {name: files[name] or sha256_file(_small_file(spec, name)) for name in TOKENIZER_FILES if name in files}
+    names = [*_weight_names(spec, files), *(name for name in TOKENIZER_FILES if name in files)]
+    digests = {name: files.get(name) or sha256_file(_small_file(spec, name)) for name in names}
     return content_fingerprint(json.loads(_small_file(spec, "config.json").read_text()), digests)
 
 

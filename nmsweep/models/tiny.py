@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -89,18 +89,46 @@ def tiny_model(shape: str, seed: int, dtype: torch.dtype, device: torch.device) 
         shape: one of `SHAPES`.
         seed: of the weights.
     """
-    small = shape.startswith("tiny-")
-    birthplace = torch.device("cpu") if small else device
-    gpus = [birthplace.index or 0] if birthplace.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus, enabled=True), birthplace:
-        torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            tiny_config(shape), dtype=torch.float32 if small else dtype, attn_implementation="sdpa"
+    with _forked(device):
+        _seed(device, seed)
+        model = _from_config(shape, dtype, device)
+    if shape.startswith("tiny-"):
+        # copied, not cast: `.to(dtype)` would round buffers that a loaded model keeps in float32, rope's among them
+        model.load_state_dict(_drawn(shape, seed))
+    return cast(PreTrainedModel, model.eval())  # type: ignore[no-untyped-call]
+
+
+def _from_config(shape: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            tiny_config(shape), dtype=dtype, attn_implementation="sdpa"
         )
-        if small:
-            _draw(model)
-    placed: PreTrainedModel = model.to(device=device, dtype=dtype).eval()
-    return placed
+    return model
+
+
+def _drawn(shape: str, seed: int) -> dict[str, torch.Tensor]:
+    """The weights of a small model: float32, on the CPU."""
+    cpu = torch.device("cpu")
+    with _forked(cpu):
+        _seed(cpu, seed)
+        model = _from_config(shape, torch.float32, cpu)
+        _draw(model)
+    return model.state_dict()
+
+
+def _forked(device: torch.device) -> Any:
+    """Give the CPU's and the device's global random state back at the end of the block."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the CPU and one device; `torch.manual_seed` would seed every device of the machine."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        with torch.accelerator.device_index(device.index or 0):
+            torch.get_device_module(device).manual_seed(seed)
 
 
 def _draw(model: nn.Module) -> None:
@@ -146,8 +174,7 @@ def tiny_fingerprint(shape: str, seed: int) -> str:
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps([_VERSION, config, shape, seed], sort_keys=True, default=str).encode())
     if shape.startswith("tiny-"):
-        model = tiny_model(shape, seed, torch.float32, torch.device("cpu"))
-        for name, tensor in model.state_dict().items():
+        for name, tensor in _drawn(shape, seed).items():
             digest.update(name.encode())
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

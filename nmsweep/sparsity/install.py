@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nmsweep.catalogue import find_method
-from nmsweep.config import Method, split_names
+from nmsweep.config import Method, parse_scope, split_names
 from nmsweep.errors import InputError
 from nmsweep.models.targets import input_groups, linear_flops, target_linears
 from nmsweep.pattern import Pattern, parse_pattern
@@ -67,7 +67,7 @@ def check_divisible(linears: Mapping[str, nn.Linear], pattern: Pattern) -> list[
     """One message if M does not divide the input width of some target; it names a layer of each such width."""
     if pattern.kind != "n:m":
         return []
-    layer_of = {linear.in_features: name for name, linear in reversed(linears.items())}
+    layer_of = {linear.in_features: name for name, linear in reversed(list(linears.items()))}
     bad = [f"{layer_of[width]} has {width} inputs" for width in sorted(layer_of) if width % pattern.m]
     common = math.gcd(*layer_of)
     divisors = ", ".join(str(m) for m in range(1, min(common, 64) + 1) if common % m == 0)
@@ -95,10 +95,11 @@ class Surgery:
         self.layers: dict[str, SparseLinear] = {}
         self.kept_weights: dict[str, int] = {}
         self._weights = {name: linear.weight for name, linear in linears.items()}
+        watched = dict.fromkeys((model, model.get_decoder()))  # type: ignore[operator]
         self._hooks = [
-            module.register_forward_pre_hook(_watch_tokens(self.view), with_kwargs=True)
-            for module in dict.fromkeys((model, model.get_decoder()))  # type: ignore[operator]
+            module.register_forward_pre_hook(_watch_tokens(self.view), with_kwargs=True) for module in watched
         ]
+        self._hooks.append(model.register_forward_hook(_forget_tokens(self.view), always_call=True))
 
     def put(self, group: Sequence[str], state: Mapping[str, State]) -> None:
         """Make the layers of one input sparse.
@@ -211,12 +212,21 @@ def _watch_tokens(view: TokenView) -> Any:
         mask, cache, position = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
         past = int(cache.get_seq_length()) if cache is not None else 0
         padding = view.tokens.padding if isinstance(mask, dict) else None
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             rows = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
             padding = (mask == 0)[:, -rows.shape[1] :]
         view.tokens = Tokens(padding, past, position)
 
     return before
+
+
+def _forget_tokens(view: TokenView) -> Any:
+    """A hook after the whole model's pass: what it knew is of no other pass."""
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        view.tokens = Tokens()
+
+    return after
 
 
 @contextmanager

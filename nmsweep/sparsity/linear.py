@@ -13,7 +13,7 @@ A token outside the scope has k = 1 everywhere, ν = 1, γ = 0, β = 0: it sees 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -215,13 +215,24 @@ def pruned(
     weight = slots.weight
     if slots.dynamic is not None:
         weight = slots.dynamic.token_weight(centred(x.detach(), slots), tokens, memory)
-    budget: dict[str, int] = (
-        {"n": pattern.n, "m": pattern.m} if pattern.kind == "n:m" else {"kept": pattern.kept(x.shape[-1])}
-    )
+    share = budget(pattern, x.shape[-1])
     if counts is not None:
-        u = prune(x, **budget, weight=weight, eta=slots.eta, var=slots.nu, counts=counts)
+        u = prune(x, **share, weight=weight, eta=slots.eta, var=slots.nu, counts=counts)
         return u, x.new_empty(0, dtype=torch.bool)
-    return prune(x, **budget, weight=weight, eta=slots.eta, var=slots.nu, return_mask=True)
+    return prune(x, **share, weight=weight, eta=slots.eta, var=slots.nu, return_mask=True)
+
+
+class Budget(TypedDict, total=False):
+    """n and m, or kept: as `kernels.prune` takes them."""
+
+    n: int
+    m: int
+    kept: int
+
+
+def budget(pattern: Pattern, width: int) -> Budget:
+    """The budget of a pattern of exact counts in the words of the fused primitive."""
+    return {"n": pattern.n, "m": pattern.m} if pattern.kind == "n:m" else {"kept": pattern.kept(width)}
 
 
 def _keep(s: Tensor, slots: Slots, pattern: Pattern) -> Tensor:

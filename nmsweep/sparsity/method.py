@@ -260,15 +260,21 @@ class Sparsification:
         """Whether any stage's state comes from a calibration text."""
         return any(stage.calibration in ("text", "learned") for stage in self.stages)
 
+    def fills(self, slot: Slot) -> bool:
+        """Whether any stage fills a slot."""
+        return any(stage.slot == slot for stage in self.stages)
+
     @property
     def learned(self) -> bool:
         """Whether any stage is trained."""
         return any(stage.calibration == "learned" for stage in self.stages)
 
-    def slots(self, layer: Layer, state: State) -> Slots:
-        """Fill all slots of one layer."""
+    def slots(self, layer: Layer, state: State, before: Stage | None = None) -> Slots:
+        """Fill all slots of one layer, or those of the stages that come before one."""
         slots = Slots(self.pattern)
         for stage in self.stages:
+            if before is not None and SLOT_ORDER.index(stage.slot) >= SLOT_ORDER.index(before.slot):
+                break
             slots = stage.fill(slots, replace(layer, folded=slots.folded), state)
         return slots
 

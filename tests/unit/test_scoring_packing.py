@@ -3,11 +3,10 @@
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 
 from nmsweep.errors import DataError
-from nmsweep.evaluate.packing import Group, Request, one_each, pack, prefixes, queries, shared
+from nmsweep.evaluate.packing import Group, Request, one_each, pack, prefixes, queries
 
 ANY = 10**6
 
@@ -105,9 +104,7 @@ def test_of_nested_prefixes_the_one_that_saves_more_is_cached() -> None:
 def test_no_prefix_reaches_beyond_the_first_prediction() -> None:
     context = list(range(1, 300))
     items: list[Request] = [(None, context[:-2], [*context[-2:], 400 + i, *range(i, i + 30)]) for i in range(100)]
-    sequences = queries(items, ANY)
-    common = np.array([shared(a.ids, b.ids) for a, b in zip(sequences, sequences[1:], strict=False)])
-    assert [depth for _, _, depth in prefixes(sequences, common)] == [len(context) - 3]
+    assert [depth for _, _, depth in prefixes(queries(items, ANY))] == [len(context) - 3]
 
 
 @pytest.mark.parametrize("max_length", [3, 6, 9])

@@ -28,19 +28,40 @@ from .cpu_select import LARGEST_M, block_kernel, compiled, lanes, source_stamp
 _STORAGE = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 _CENTRES = {"none": 0, "median": 1, "mean": 2}
+_EXPONENT = 0x7FF << 52  # of a float64
 _CHUNK = 8192  # elements: the keys and masks of a chunk stay in the second-level cache
 _ALONE = 16384  # elements below which waking a second thread costs more than it saves
 
-_FIELDS = (
-    "next_chunk kept n_chunks chunk x u hidden n m padded_m select weight rows_per_weight centre eta eta_bits eta_step "
-    "infinity var mask nu total"
-).split()  # the first two are shared by the threads; `chunk` is rows, or blocks in _plain; `total` is rows, or elements
+_FIELDS = [
+    "next_chunk",
+    "kept",
+    "n_chunks",
+    "chunk",
+    "x",
+    "u",
+    "hidden",
+    "n",
+    "m",
+    "padded_m",
+    "select",
+    "weight",
+    "rows_per_weight",
+    "centre",
+    "eta",
+    "eta_bits",
+    "eta_step",
+    "infinity",
+    "var",
+    "mask",
+    "nu",
+    "total",
+]  # the first two are shared by the threads; `chunk` is rows, or blocks in _plain; `total` is rows, or elements
 
 
 class _Call(ctypes.Structure):
     """One call as compiled code reads it: addresses (0 where absent), sizes and choices."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS]
 
 
 _RECORD = numba.from_dtype(np.dtype([(name, np.int64) for name in _FIELDS]))
@@ -81,7 +102,9 @@ def prune(
         call.nu = nu.data_ptr() if nu is not None else 0
         call.chunk = max(1, _CHUNK // hidden)
         call.n_chunks = -(-call.total // call.chunk)
-        body = _general_body(_STORAGE[dtype], np.uint16 if bits == 16 else np.uint32, np.uint16 if narrow else np.uint32)
+        body = _general_body(
+            _STORAGE[dtype], np.uint16 if bits == 16 else np.uint32, np.uint16 if narrow else np.uint32
+        )
     _run(body, call, 1 if total < _ALONE else min(torch.get_num_threads(), call.n_chunks))
     if counts is not None:
         counts[0] += call.kept
@@ -110,11 +133,11 @@ def _bind(call: _Call, args: Arguments) -> list[Tensor]:
 
 
 @njit
-def _plain(p: Any, storage: Any) -> None:
+def _plain(p: Any, storage: Any, stamp: int) -> None:
     """Keep by magnitude: x and u as one stream of blocks; the last one goes through padded scratch."""
     call = carray(p, 1)[0]
     shared = carray(p, 1).ctypes.data
-    itemsize = storage(0).itemsize
+    itemsize = np.empty(0, storage).itemsize
     width = 512 // (8 * itemsize) * call.m
     n_blocks = call.total // width
     kept = 0
@@ -138,37 +161,302 @@ def _plain(p: Any, storage: Any) -> None:
 
 
 @njit
-def _general(p: Any, storage: Any, unsigned: Any, key_type: Any) -> None:
+def _general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> None:
     """Any call: chunks of whole tokens through scratch."""
     call = carray(p, 1)[0]
     shared = carray(p, 1).ctypes.data
-    hidden, m, padded_m = call.hidden, call.m, call.padded_m
-    x_all = carray(pointer(call.x), (call.total, hidden), storage)
-    u_all = carray(pointer(call.u), (call.total, hidden), storage)
-    mask_all = carray(pointer(call.mask), (call.total, hidden), np.uint8)
-    nu_all = carray(pointer(call.nu), (call.total,), np.float32)
-    width = 512 // (8 * key_type(0).itemsize) * padded_m
-    groups = call.chunk * (hidden // m)
-    room = (groups * padded_m + width - 1) // width * width
-    keys = np.empty((call.chunk, hidden), key_type)
-    masks = np.empty((call.chunk, hidden), key_type)
-    flat_keys, flat_masks = keys.reshape(-1), masks.reshape(-1)
-    blocks = np.empty(room, key_type)
+    hidden, m, padded_m, n_rows = call.hidden, call.m, call.padded_m, call.total
+    x = carray(pointer(call.x), (n_rows, hidden), storage)
+    u = carray(pointer(call.u), (n_rows, hidden), storage)
+    mask_out = carray(pointer(call.mask), (n_rows, hidden), np.uint8)
+    nu_out = carray(pointer(call.nu), (n_rows,), np.float32)
+    block = 512 // (8 * np.empty(0, key_type).itemsize) * padded_m
+    n_groups = call.chunk * (hidden // m)
+    room = (n_groups * padded_m + block - 1) // block * block
+    keys = np.empty(room, key_type)  # of padded groups for the network, dense for the threshold
+    masks = np.empty(room, key_type)
     ordered = np.empty(hidden + LANES, unsigned)
-    candidates = np.empty(m + LANES, key_type)
     halves = np.empty(hidden + LANES, np.uint16)
-    eta = np.zeros((call.chunk, 1), np.float32)
-    eta_bits = np.zeros((call.chunk, 1), storage)
+    candidates = np.empty(m + LANES, key_type)
+    token_eta = np.zeros(call.chunk, storage)
+    eta = np.zeros(hidden, np.float32)
+    fill = np.zeros(hidden, storage)
     if call.eta != 0:
-        size = hidden if call.eta_step else 1
-        eta[:, 0] = carray(pointer(call.eta), (1,), np.float32)[0]
-        eta_bits[:, 0] = carray(pointer(call.eta_bits), (1,), storage)[0]
-    eta_vector = carray(pointer(call.eta), (hidden,), np.float32)
-    fill_vector = carray(pointer(call.eta_bits), (hidden,), storage)
+        given, given_bits = (
+            carray(pointer(call.eta), (hidden,), np.float32),
+            carray(pointer(call.eta_bits), (hidden,), storage),
+        )
+        for i in range(hidden):
+            eta[i], fill[i] = given[i * call.eta_step], given_bits[i * call.eta_step]
+    ones = np.ones(hidden, np.float32)
     kept = 0
     while True:
         chunk = fetch_add(shared, 1)
         if chunk >= call.n_chunks:
             break
         first = chunk * call.chunk
-        rows = min(call.chunk, call.total - first)
+        rows = min(call.chunk, n_rows - first)
+        for r in range(rows):
+            row = x[first + r]
+            if call.centre != 0:
+                if call.centre == 1:
+                    token_eta[r] = _median(row, ordered, halves, call.infinity)
+                else:
+                    token_eta[r] = _mean(row)
+                fill[:] = token_eta[r]
+                eta[:] = to_float(token_eta[r])
+            target = keys[r * hidden : (r + 1) * hidden]
+            if keys.itemsize == 2:
+                _magnitudes(row, call.infinity + 1, target)
+            elif call.weight != 0:
+                start = (first + r) // call.rows_per_weight * hidden
+                weight = carray(pointer(call.weight + 4 * start), (hidden,), np.float32)
+                _scores(row, eta, weight, target)
+            else:
+                _scores(row, eta, ones, target)
+        if call.select == 0:
+            for group in range(rows * (hidden // m)):
+                _threshold(
+                    keys[group * m : (group + 1) * m], call.n, candidates, halves, masks[group * m : (group + 1) * m]
+                )
+        else:
+            n_groups = rows * (hidden // m)
+            if padded_m != m:
+                _spread(keys, n_groups, m, padded_m)
+            call_blocks(call.select, keys.ctypes.data, masks.ctypes.data, (n_groups * padded_m + block - 1) // block)
+            if padded_m != m:
+                _gather(masks, n_groups, m, padded_m)
+        for r in range(rows):
+            row, row_mask, out = x[first + r], masks[r * hidden : (r + 1) * hidden], u[first + r]
+            if call.centre != 0:
+                fill[:] = token_eta[r]
+                eta[:] = to_float(token_eta[r])
+            nu = np.float32(1)
+            if call.var != 0:
+                nu = _variance_ratio(row, eta, row_mask)
+                if call.nu != 0:
+                    nu_out[first + r] = nu
+            if nu == np.float32(1):
+                _write(row, row_mask, fill, out)
+            else:
+                _rescale(row, row_mask, eta, fill, nu, out)
+            if call.mask != 0:
+                _write_mask(row_mask, mask_out[first + r])
+            kept += _count(row_mask)
+    fetch_add(shared + 8, kept)
+
+
+@njit
+def _magnitudes(row: Any, nan: Any, keys: Any) -> None:
+    """16-bit keys: |x|, every NaN the same."""
+    highest = np.uint16(nan)
+    for i in range(row.size):
+        key = np.uint16(row[i] & 0x7FFF)
+        keys[i] = key if key < highest else highest
+
+
+@njit
+def _scores(row: Any, eta: Any, weight: Any, keys: Any) -> None:
+    """32-bit keys: |fl(fl(x − η)·w)|, every NaN the same."""
+    highest = np.int32(0x7F800001)
+    for i in range(row.size):
+        key = np.int32(float_bits((to_float(row[i]) - eta[i]) * weight[i]) & 0x7FFFFFFF)
+        keys[i] = key if key < highest else highest
+
+
+@njit
+def _threshold(keys: Any, n: int, candidates: Any, halves: Any, masks: Any) -> None:
+    """Masks of the n highest keys, by the value of the n-th; of its equals the lower channels are kept."""
+    m = keys.size
+    candidates[:m] = keys
+    if candidates.itemsize == 2:
+        threshold = candidates.dtype.type(kth_of_16(candidates, m, m - n))
+    else:
+        threshold = candidates.dtype.type(kth_of_32(candidates, m, m - n, halves))
+    above, equal = np.int32(0), np.int32(0)
+    for i in range(m):
+        above += np.int32(keys[i] > threshold)
+        equal += np.int32(keys[i] == threshold)
+    last = m
+    if above + equal > n:
+        room = n - above
+        start = 0
+        while True:
+            found = np.int32(0)
+            for i in range(start, min(start + 64, m)):
+                found += np.int32(keys[i] == threshold)
+            if found >= room:
+                break
+            room -= found
+            start += 64
+        last = start
+        while room > 0:
+            room -= keys[last] == threshold
+            last += 1
+    for i in range(last):
+        masks[i] = -np.int32(keys[i] >= threshold)
+    for i in range(last, m):
+        masks[i] = -np.int32(keys[i] > threshold)
+
+
+@njit
+def _spread(keys: Any, n_groups: int, m: int, padded_m: int) -> None:
+    """Move groups of m apart, in place, from the last on; the gaps get keys below every other."""
+    for group in range(n_groups - 1, -1, -1):
+        for c in range(m, padded_m):
+            keys[group * padded_m + c] = -1
+        for c in range(m - 1, -1, -1):
+            keys[group * padded_m + c] = keys[group * m + c]
+
+
+@njit
+def _gather(masks: Any, n_groups: int, m: int, padded_m: int) -> None:
+    """Undo _spread."""
+    for group in range(n_groups):
+        for c in range(m):
+            masks[group * m + c] = masks[group * padded_m + c]
+
+
+@njit
+def _write(row: Any, mask: Any, fill: Any, out: Any) -> None:
+    for i in range(row.size):
+        out[i] = (row[i] & mask[i]) | (fill[i] & ~mask[i])
+
+
+@njit
+def _rescale(row: Any, mask: Any, eta: Any, fill: Any, nu: Any, out: Any) -> None:
+    more = nu - np.float32(1)
+    for i in range(row.size):
+        value = to_float(row[i])
+        rescaled = from_float(value + more * (value - eta[i]), row)
+        out[i] = (rescaled & mask[i]) | (fill[i] & ~mask[i])
+
+
+@njit
+def _write_mask(mask: Any, out: Any) -> None:
+    for i in range(mask.size):
+        out[i] = mask[i] & 1
+
+
+@njit
+def _count(mask: Any) -> int:
+    kept = np.int32(0)
+    for i in range(mask.size):
+        kept += np.int32(mask[i] & 1)
+    return kept
+
+
+@njit
+def _median(row: Any, ordered: Any, halves: Any, infinity: int) -> Any:
+    """Bit pattern of the lower of the two middle values; NaN if one is in the row; never −0."""
+    bits = 8 * ordered.itemsize
+    sign, full = 1 << (bits - 1), (1 << bits) - 1
+    for i in range(row.size):
+        pattern = row[i] & full
+        ordered[i] = pattern ^ full if pattern & sign else pattern ^ sign
+    low, high = ordered[0], ordered[0]
+    for i in range(row.size):
+        value = ordered[i]
+        low = value if value < low else low
+        high = value if value > high else high
+    if high > sign + infinity or low < full - infinity - sign:
+        return row.dtype.type(infinity + 1 + (infinity & -infinity) // 2)
+    k = (row.size - 1) // 2
+    found = kth_of_16(ordered, row.size, k) if bits == 16 else kth_of_32(ordered, row.size, k, halves)
+    pattern = found ^ sign if found & sign else found ^ full
+    return row.dtype.type(0 if pattern == sign else pattern)
+
+
+@njit
+def _mean(row: Any) -> Any:
+    """Bit pattern of the mean in the order-free arithmetic of reference.token_mean, here with integers; never −0."""
+    peak = np.int32(0)
+    for i in range(row.size):
+        magnitude = np.int32(float_bits(to_float(row[i])) & 0x7FFFFFFF)
+        peak = magnitude if magnitude > peak else peak
+    if peak >= np.int32(0x7F800000):
+        mean = 0.0
+        for i in range(row.size):
+            mean += np.float64(to_float(row[i]))
+    elif peak == 0:
+        mean = 0.0
+    else:
+        exponent = np.float64(to_float(np.uint32(peak))).view(np.int64) & np.int64(_EXPONENT)
+        power = np.int64(exponent).view(np.float64)
+        scale = 2.0**35 / power
+        total = np.int64(0)
+        for i in range(row.size):
+            total += np.int64(np.rint(np.float64(to_float(row[i])) * scale))
+        mean = np.float64(total) * (power * 2.0**-35)
+    pattern = from_float(np.float32(mean / row.size), row)
+    return row.dtype.type(0) if to_float(pattern) == np.float32(0) else pattern
+
+
+@njit(fastmath={"reassoc", "contract"})
+def _variance_ratio(row: Any, eta: Any, mask: Any) -> Any:
+    """ν of one token of which at least one channel is pruned, so that Var k⊙z is 0 only if k⊙z is."""
+    first = np.float64(to_float(row[0]) - eta[0])
+    dense, dense_squares, sparse, sparse_squares = 0.0, 0.0, 0.0, 0.0
+    for i in range(row.size):
+        z = np.float64(to_float(row[i]) - eta[i])
+        shifted = z - first
+        kept = z if mask[i] else 0.0
+        dense += shifted
+        dense_squares += shifted * shifted
+        sparse += kept
+        sparse_squares += kept * kept
+    dense_variance = dense_squares - dense * dense / row.size
+    sparse_variance = sparse_squares - sparse * sparse / row.size
+    if dense_variance == 0 or sparse_variance == 0:
+        return np.float32(1)
+    return np.float32(np.sqrt(dense_variance / sparse_variance))
+
+
+# ---- threads -----------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _address(n: int, m: int, bits: int, infinity: int) -> int:
+    return int(block_kernel(n, m, bits, infinity).address)
+
+
+@cache
+def _plain_body(storage: Any) -> Any:
+    stamp = source_stamp()
+
+    def run(p: Any) -> None:
+        _plain(p, storage, stamp)
+
+    return compiled(_BODY, run).ctypes
+
+
+@cache
+def _general_body(storage: Any, unsigned: Any, key_type: Any) -> Any:
+    stamp = source_stamp()
+
+    def run(p: Any) -> None:
+        _general(p, storage, unsigned, key_type, stamp)
+
+    return compiled(_BODY, run).ctypes
+
+
+def _run(body: Any, call: _Call, n_threads: int) -> None:
+    """Run one body on n threads, which take chunks from `call` until none is left."""
+    if n_threads <= 1:
+        body(ctypes.addressof(call))
+    else:
+        _team()(body, call, n_threads)
+
+
+@cache
+def _team() -> Callable[[Any, _Call, int], None]:
+    """The way to run on many threads: torch's own OpenMP team, already awake between two matmuls; else a pool of Python threads."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # found among the libraries that it links
+    except (OSError, AttributeError):
+        pool = ThreadPoolExecutor(torch.get_num_threads())
+        return lambda body, call, n: list(pool.map(body, [ctypes.addressof(call)] * n)).clear()
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return lambda body, call, n: parallel(body, ctypes.addressof(call), n, 0)

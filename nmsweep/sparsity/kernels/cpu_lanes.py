@@ -93,45 +93,40 @@ def float_bits(typing: Any, value: Any) -> Any:
     return types.int32(types.float32), codegen
 
 
+def _compare(builder: Any, order: str, address: Any, index: Any, candidate: Any) -> Any:
+    """Bit mask (i32) of the lanes of one vector of unsigned 16-bit keys that stand in `order` to the candidate (i64)."""
+    half, word = ir.IntType(16), ir.IntType(32)
+    vector, undefined = ir.VectorType(half, LANES), ir.Constant(ir.VectorType(half, LANES), ir.Undefined)
+    first = builder.insert_element(undefined, builder.trunc(candidate, half), ir.Constant(word, 0))
+    splat = builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
+    place = builder.gep(builder.inttoptr(address, vector.as_pointer()), [index])
+    return builder.bitcast(builder.icmp_unsigned(order, builder.load(place, align=2), splat), word)
+
+
 @intrinsic
 def count_below(typing: Any, address: Any, vectors: Any, candidate: Any) -> Any:
     """How many unsigned 16-bit keys of `vectors` whole vectors at an address are below the candidate."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half, word, number = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-        vector = ir.VectorType(half, LANES)
-        base = builder.inttoptr(arguments[0], vector.as_pointer())
-        candidate = builder.trunc(arguments[2], half)
-        splat = builder.insert_element(ir.Constant(vector, ir.Undefined), candidate, ir.Constant(word, 0))
-        splat = builder.shuffle_vector(splat, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
-        total = cgutils.alloca_once_value(builder, ir.Constant(vector, [0] * LANES))
-        with cgutils.for_range(builder, arguments[1]) as loop:
-            keys = builder.load(builder.gep(base, [loop.index]), align=2)
-            below = builder.sext(builder.icmp_unsigned("<", keys, splat), vector)
-            builder.store(builder.sub(builder.load(total), below), total)
-        wide = ir.VectorType(word, LANES)
-        kind = ir.FunctionType(word, [wide])
-        add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{LANES}i32")
-        return builder.zext(builder.call(add, [builder.zext(builder.load(total), wide)]), number)
+        address, vectors, candidate = arguments
+        number = ir.IntType(64)
+        total = cgutils.alloca_once_value(builder, ir.Constant(number, 0))
+        with cgutils.for_range(builder, vectors) as loop:
+            below = builder.ctpop(_compare(builder, "<", address, loop.index, candidate))
+            builder.store(builder.add(builder.load(total), builder.zext(below, number)), total)
+        return builder.load(total)
 
     return types.int64(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
-def equal_bits(typing: Any, address: Any, candidate: Any) -> Any:
+def equal_bits(typing: Any, address: Any, vector: Any, candidate: Any) -> Any:
     """Bit mask of the lanes of one vector of 16-bit keys that equal the candidate."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half, word = ir.IntType(16), ir.IntType(32)
-        vector = ir.VectorType(half, LANES)
-        base = builder.inttoptr(arguments[0], vector.as_pointer())
-        candidate = builder.trunc(arguments[1], half)
-        splat = builder.insert_element(ir.Constant(vector, ir.Undefined), candidate, ir.Constant(word, 0))
-        splat = builder.shuffle_vector(splat, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
-        equal = builder.icmp_unsigned("==", builder.load(base, align=2), splat)
-        return builder.zext(builder.bitcast(equal, word), ir.IntType(64))
+        return builder.zext(_compare(builder, "==", *arguments), ir.IntType(64))
 
-    return types.int64(types.int64, types.int64), codegen
+    return types.int64(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -185,7 +180,7 @@ def kth_of_32(keys: Any, count: int, k: int, halves: Any) -> int:
     k -= count_below(halves.ctypes.data, vectors, upper)
     found = 0
     for vector in range(vectors):
-        bits = equal_bits(halves.ctypes.data + vector * LANES * 2, upper)
+        bits = equal_bits(halves.ctypes.data, vector, upper)
         while bits:
             place = vector * LANES + lowest_bit(bits)
             bits &= bits - 1

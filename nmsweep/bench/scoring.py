@@ -1,0 +1,122 @@
+"""lm-eval's own scoring path against packed scoring, interleaved, with the same padded tokens at once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from nmsweep.bench.timing import Contender, interleave, peak_bytes, ratios
+from nmsweep.data.tasks import TaskSource
+from nmsweep.evaluate.harness import NMSweepLM, kept_task, quiet
+from nmsweep.evaluate.packing import Request
+from nmsweep.evaluate.requests import templates_compiled_once
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[TaskSource],
+    *,
+    device: str,
+    limit: int | None = 200,
+    num_fewshot: int = 0,
+    batch_tokens: int = 4096,
+    rounds: int = 3,
+) -> list[dict[str, Any]]:
+    """Time the log-likelihood requests of tasks; building and encoding them is not timed.
+
+    Args:
+        model: a causal language model of transformers, dense or made sparse by the caller.
+        tokenizer: its tokenizer.
+        sources: harness tasks.
+        device: what the model is on.
+        limit: items of each task; None for all.
+        num_fewshot: examples before each item.
+        batch_tokens: padded tokens computed at once, by both.
+        rounds: measured rounds, after one that is not.
+
+    Returns:
+        one row a task: see `compare`.
+    """
+    rows = []
+    for source in sources:
+        asked = task_requests(model, tokenizer, source, limit=limit, num_fewshot=num_fewshot)
+        row = compare(model, tokenizer, asked, device=device, batch_tokens=batch_tokens, rounds=rounds)
+        rows.append({"task": source.task, "num_fewshot": num_fewshot, **row})
+    return rows
+
+
+def task_requests(
+    model: Any, tokenizer: Any, source: TaskSource, *, limit: int | None, num_fewshot: int
+) -> list[Request]:
+    """The log-likelihood requests of a task, encoded."""
+    found: list[Request] = []
+    lm = _Listener(model, tokenizer, found)
+    task = kept_task(source, num_fewshot)
+    with quiet(), templates_compiled_once():
+        task.build_all_requests(limit=limit)
+        lm.loglikelihood(task.instances)
+    return found
+
+
+class _Listener(NMSweepLM):
+    """Keeps the requests instead of answering them."""
+
+    def __init__(self, model: Any, tokenizer: Any, found: list[Request]) -> None:
+        super().__init__(model, tokenizer, 1, lambda n_tokens: None)
+        self.found = found
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        self.found.extend(requests)
+        return []
+
+
+def compare(
+    model: Any, tokenizer: Any, asked: Sequence[Request], *, device: str, batch_tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Both paths on the same requests.
+
+    Returns:
+        `speedup` (median over rounds of stock/packed time) and its quartiles; seconds; tokens fed by each, padding
+        included for stock; `memory_ratio` packed/stock of peak GPU memory (None on a CPU); the largest difference of a
+        log-likelihood in nats, and how many greedy flags differ.
+    """
+    answers: dict[str, list[tuple[float, bool]]] = {}
+    n_tokens: dict[str, int] = {}
+
+    def answer(scoring: Any) -> None:
+        lm = NMSweepLM(model, tokenizer, batch_tokens, lambda n_tokens: None, scoring)
+        with quiet():
+            answers[scoring] = lm._loglikelihood_tokens(asked)
+        n_tokens[scoring] = lm.n_tokens
+
+    contenders = {scoring: Contender(partial(answer, scoring)) for scoring in ("packed", "stock")}
+    times = interleave(contenders, device, rounds, warm_up=1)
+    middle, low, high = ratios(times, "packed")["stock"]
+    memory = {name: peak_bytes(contender, device) for name, contender in contenders.items()}
+    pairs = list(zip(answers["packed"], answers["stock"], strict=True))
+    return {
+        "requests": len(asked),
+        "batch_tokens": batch_tokens,
+        "speedup": middle,
+        "speedup_q1": low,
+        "speedup_q3": high,
+        "stock_s": times["stock"].median_s,
+        "packed_s": times["packed"].median_s,
+        "stock_tokens": n_tokens["stock"],
+        "packed_tokens": n_tokens["packed"],
+        "memory_ratio": memory["packed"] / memory["stock"] if memory["stock"] else None,
+        "max_difference": max((abs(a - b) for (a, _), (b, _) in pairs), default=math.nan),
+        "flags_differ": sum(a != b for (_, a), (_, b) in pairs),
+        "rounds": rounds,
+    }
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """A row on one line."""
+    shots = f", {row['num_fewshot']}-shot" if row["num_fewshot"] else ""
+    return (
+        f"{row['task']}{shots}: packed {row['speedup']:.2f}× sooner (quartiles {row['speedup_q1']:.2f} to "
+        f"{row['speedup_q3']:.2f}; {row['requests']} requests, {row['stock_s']:.1f} s against {row['packed_s']:.1f} s, "
+        f"{row['stock_tokens']} tokens against {row['packed_tokens']})"
+    )

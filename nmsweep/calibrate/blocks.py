@@ -1,0 +1,149 @@
+"""The decoder blocks of a model, run one at a time: what goes in, and what a layer inside is given."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmsweep.models.targets import decoder_linears
+
+
+class _Reached(Exception):  # noqa: N818 it is no error
+    """Ends a pass at the tensor that was wanted."""
+
+
+class Blocks:
+    """A model's decoder blocks.
+
+    All windows have one length and no padding, so what a block is given besides its hidden states (masks, positions) is the
+    same for every window; it differs between blocks where attention does (Gemma3).
+
+    Args:
+        model: a causal language model of transformers.
+        windows: ids [n_windows, seqlen].
+    """
+
+    def __init__(self, model: Any, windows: Tensor) -> None:
+        first = next(iter(decoder_linears(model)))
+        prefix = first[: first.index("layers.") + len("layers")]
+        self.names = [f"{prefix}.{name}" for name, _ in model.get_submodule(prefix).named_children()]
+        self._modules = [model.get_submodule(name) for name in self.names]
+        self._decoder = model.get_decoder()
+        self._ids = windows.to(model.device)
+        self._kwargs: list[dict[str, Any]] = []
+
+    def first_inputs(self) -> list[Tensor]:
+        """The hidden states [1, seqlen, hidden] of every window before the first block."""
+        self._kwargs = self._side_inputs()
+        found: list[Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _Reached
+
+        hook = self._modules[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            for window in self._ids.split(1):
+                _until_stop(lambda window=window: self._decoder(input_ids=window, use_cache=False))
+        finally:
+            hook.remove()
+        return found
+
+    def _side_inputs(self) -> list[dict[str, Any]]:
+        """What every block is given by name, from one pass of one window."""
+        found: list[dict[str, Any]] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self._modules]
+        try:
+            self._decoder(input_ids=self._ids[:1], use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """One block: hidden states [1, seqlen, hidden] to hidden states."""
+        out: Any = self._modules[index](hidden, **self._kwargs[index])
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def input_of(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """What a layer inside a block is given, [1, seqlen, in]; the block runs no further than that."""
+        found: list[Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+            raise _Reached
+
+        hook = layer.register_forward_pre_hook(catch)
+        try:
+            _until_stop(lambda: self.run(index, hidden))
+        finally:
+            hook.remove()
+        return found[0]
+
+
+def _until_stop(forward: Any) -> None:
+    try:
+        forward()
+    except _Reached:
+        return
+    raise RuntimeError("a decoder block did not reach the layer that was waited for")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model takes a gradient inside the block."""
+    took = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in took:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in took:
+            parameter.requires_grad_(True)
+
+
+@torch.enable_grad()
+def gradients(model: Any, window: Tensor, groups: Sequence[Sequence[str]]) -> Mapping[int, Tensor]:
+    """The gradient of a window's summed next-token loss with respect to the input of each group's layers.
+
+    Args:
+        model: a causal language model whose parameters are frozen.
+        window: ids [1, seqlen].
+        groups: module paths of layers that read one tensor.
+
+    Returns:
+        For each group's index the gradient through all its layers, [1, seqlen, in].
+    """
+    inputs: dict[int, Tensor] = {}
+
+    def mark(group: int) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if group not in inputs:
+                x = args[0]
+                inputs[group] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+                inputs[group].retain_grad()
+            return (inputs[group], *args[1:])
+
+        return before
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(mark(index))
+        for index, group in enumerate(groups)
+        for name in group
+    ]
+    try:
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        F.cross_entropy(wide, window[0, 1:], reduction="sum").backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {group: x.grad for group, x in inputs.items() if x.grad is not None}

@@ -1,0 +1,95 @@
+"""The calibrated state on disk: one safetensors file under a key of everything it depends on, shared by cells."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nmsweep.calibrate.learn import Loss
+from nmsweep.errors import InputError
+from nmsweep.sparsity.method import State
+
+VERSION = 1
+"""Raised when calibration gives other numbers; part of every key."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration found out.
+
+    Attributes:
+        state: for each target layer, by module path.
+        losses: of the trained blocks, before and after.
+        key: of its file; empty where nothing was calibrated or kept.
+    """
+
+    state: Mapping[str, State] = field(default_factory=dict)
+    losses: Sequence[Loss] = ()
+    key: str = ""
+
+    def provenance(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"key": self.key, "losses": [asdict(loss) for loss in self.losses]} if self.key else {}
+
+
+def calibrate(folder: Path, key: str, make: Callable[[], Calibrated]) -> Calibrated:
+    """The state of a key: read from its file, or made and kept.
+
+    Args:
+        folder: where states lie.
+        key: hash of everything that the state depends on.
+        make: calibrates.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = folder / f"{key}.safetensors"
+    if file.is_file():
+        return _read(file, key)
+    made = make()
+    _write(file, made)
+    return Calibrated(made.state, made.losses, key)
+
+
+def _write(file: Path, made: Calibrated) -> None:
+    """Whole or not at all; a tensor that layers share is kept once."""
+    tensors: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    places: dict[str, str] = {}
+    for layer, state in made.state.items():
+        for name, value in state.items():
+            place = first.setdefault(id(value), f"{layer}/{name}")
+            places[f"{layer}/{name}"] = place
+            if place not in tensors:
+                tensors[place] = value.detach().cpu().contiguous().clone()
+    metadata = {"places": json.dumps(places), "losses": json.dumps([asdict(loss) for loss in made.losses])}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".tmp-{file.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(file: Path, key: str) -> Calibrated:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata()
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        state: dict[str, dict[str, Tensor]] = {}
+        for place, name in json.loads(metadata["places"]).items():
+            layer, _, entry = place.rpartition("/")
+            state.setdefault(layer, {})[entry] = tensors[name]
+        return Calibrated(state, [Loss(**loss) for loss in json.loads(metadata["losses"])], key)
+    except Exception as error:  # the library raises its own kinds beside OSError; each means that the file is no state
+        raise InputError(
+            f"calibration {file}: {type(error).__name__}: {error}; remove the file and run again"
+        ) from error

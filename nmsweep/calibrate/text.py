@@ -1,0 +1,151 @@
+"""The calibration text: where it is, its windows, and the proof that it is not the text that is evaluated."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmsweep.data.tasks import MINI_FOLDER, MINI_TASKS, TaskSource, read_text
+from nmsweep.errors import DataError
+
+SHARED_WORDS = 13
+"""So many words in a row that stand in both texts are the same text; the measure of contamination of arXiv:2005.14165."""
+
+
+def find_source(source: str, tasks: Sequence[str], mirror: Path | None) -> TaskSource:
+    """Find the calibration text.
+
+    Args:
+        source: ``auto`` (mini where only mini tasks are evaluated, else WikiText-2), ``mini``, ``wikitext2`` (its training
+            split: of the mirror, or of the hub), or a text file.
+        tasks: the evaluated tasks.
+        mirror: the folder of local data; None for the hub.
+
+    Raises:
+        DataError: it is not there.
+    """
+    if source == "auto":
+        source = "mini" if all(task in MINI_TASKS or task == "mini_prose" for task in tasks) else "wikitext2"
+    if source == "mini":
+        return TaskSource("mini_calibration", "text", {}, None, {"train": MINI_FOLDER / "calibration.txt"}, "train")
+    if source == "wikitext2":
+        return TaskSource("wikitext2", "text", {}, None, _train_file(mirror) if mirror else {}, "train")
+    file = Path(source).expanduser()
+    if not file.is_file():
+        raise DataError(f"calibration.source: {source!r} is no file; allowed: auto, mini, wikitext2, or a text file")
+    return TaskSource("text_file", "text", {}, None, {"train": file}, "train")
+
+
+def _train_file(mirror: Path) -> dict[str, Path]:
+    for name in ("train.txt", "train_head.txt"):
+        if (file := mirror / "wikitext2" / name).is_file():
+            return {"train": file}
+    raise DataError(
+        f"calibration.source: {mirror} has no wikitext2/train.txt or train_head.txt; "
+        "fill the mirror with `nmsweep prefetch`, or pass calibration.source=mini or a text file"
+    )
+
+
+def windows(
+    text: str, tokenizer: Any, *, n_samples: int, seqlen: int, seed: int, bos: bool, exact: bool = True
+) -> Tensor:
+    """Windows of a text that do not overlap, in an order that `seed` decides.
+
+    Args:
+        text: tokenised once, without special tokens.
+        tokenizer: of transformers.
+        n_samples: windows.
+        seqlen: tokens in a window, a BOS included.
+        seed: of the choice.
+        bos: whether each window begins with the BOS token.
+        exact: refuse a text with fewer windows; else take what there is.
+
+    Returns:
+        ids [n_windows, seqlen], int64.
+
+    Raises:
+        DataError: the text is too short.
+    """
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    width = seqlen - 1 if bos else seqlen
+    available = len(ids) // width
+    if available < (n_samples if exact else 1):
+        raise DataError(
+            f"calibration.n_samples: {n_samples} windows of {seqlen} tokens, but the text has {available} "
+            f"({len(ids)} tokens); lower n_samples or seqlen, or choose a longer calibration.source"
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:n_samples]
+    chosen = ids[: available * width].view(available, width)[order]
+    return torch.cat([torch.full((len(chosen), 1), tokenizer.bos_token_id), chosen], dim=1) if bos else chosen
+
+
+def check_disjoint(calibration: TaskSource, evaluated: Sequence[TaskSource]) -> None:
+    """Refuse a calibration text that has words in common with what is evaluated.
+
+    Data that only the hub has is compared for texts, not for items of the harness.
+
+    Raises:
+        DataError: both have the same 13 words in a row; the message shows them.
+    """
+    for source in evaluated:
+        if source.kind == "text" or source.split in source.files:
+            shared = _shared(_Hashable(calibration), _Hashable(source))
+            if shared:
+                raise DataError(
+                    f"calibration.source: {calibration.task} has text in common with the evaluated task {source.task}: "
+                    f"{shared!r}; choose another calibration.source"
+                )
+
+
+class _Hashable:
+    """A source that a cache can tell from others, by its content."""
+
+    def __init__(self, source: TaskSource) -> None:
+        self.source = source
+        self.key = (source.task, source.split, source.fingerprint())
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self.key == other.key
+
+
+@cache
+def _shared(calibration: _Hashable, evaluated: _Hashable) -> str:
+    known = _phrases(calibration)
+    return next(
+        (" ".join(phrase) for text in _texts(evaluated.source) for phrase in _runs(text) if phrase in known), ""
+    )
+
+
+@cache
+def _phrases(calibration: _Hashable) -> frozenset[tuple[str, ...]]:
+    return frozenset(_runs(read_text(calibration.source)))
+
+
+def _runs(text: str) -> Iterator[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return zip(*(words[start:] for start in range(SHARED_WORDS)), strict=False)
+
+
+def _texts(source: TaskSource) -> Iterator[str]:
+    if source.kind == "text":
+        yield read_text(source)
+        return
+    with source.files[source.split].open(encoding="utf-8") as lines:
+        for line in lines:
+            yield " . ".join(_strings(json.loads(line)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

@@ -1,0 +1,1 @@
+"""Pruning of weights instead of activations: the baselines that share the grid."""
