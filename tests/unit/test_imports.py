@@ -14,15 +14,21 @@ ORDER = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 REPORT_MAY = {"errors", "pattern", "config", "record", "report"}
+PAIRED = {"nmsweep.evaluate.statistics", "nmsweep.evaluate.comparison"}
+"""Of `evaluate`, what works on records alone; a report is of paired numbers."""
 
 
 def imported(file: Path) -> set[str]:
     """The parts of nmsweep that a file imports at its top level or inside functions."""
+    return {module.split(".")[1] for module in imported_modules(file)}
+
+
+def imported_modules(file: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names |= {module.split(".")[1] for module in modules if module.startswith("nmsweep.")}
+        names |= {module for module in modules if module.startswith("nmsweep.")}
     return names
 
 
@@ -48,9 +54,15 @@ def test_every_part_has_a_place_in_the_order() -> None:
     assert parts <= set(LEVEL)
 
 
-def test_report_needs_records_only() -> None:
-    used = {name for file in (ROOT / "report").rglob("*.py") for name in imported(file)}
-    assert used <= REPORT_MAY
+def test_report_needs_records_and_their_comparison_only() -> None:
+    modules = {module for file in (ROOT / "report").rglob("*.py") for module in imported_modules(file)}
+    assert {module.split(".")[1] for module in modules - PAIRED} <= REPORT_MAY
+
+
+def test_a_report_needs_no_torch() -> None:
+    code = f"import sys, nmsweep.report, {', '.join(sorted(PAIRED))}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
