@@ -1,0 +1,92 @@
+"""Every command in the README and the docs: composed and validated, and run where a bare machine can run it."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nmsweep.cli import SUBCOMMANDS
+from nmsweep.compose import cells_of, is_multirun
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, *languages: str) -> Iterator[str]:
+    """Fenced blocks of a page in one of some languages; "" is a block without one."""
+    for language, text in FENCE.findall(page.read_text()):
+        if language in languages:
+            yield text
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Page and words of each command line, comments and continued lines resolved."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "", "bash", "sh", "console"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = _words(line.removeprefix("$ ").strip())
+                if words:
+                    found.append((page.relative_to(ROOT).as_posix(), words))
+    return found
+
+
+def _words(line: str) -> list[str]:
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:
+        return []
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    if words[:1] == [".venv/bin/nmsweep"]:
+        words[0] = "nmsweep"
+    return words if words[:1] in (["nmsweep"], ["make"]) else []
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), commands(), ids=lambda value: " ".join(value) if isinstance(value, list) else value
+)
+def test_command_is_one_that_exists(
+    page: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, *rest = words
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        named = [word for word in rest if "=" not in word]
+        assert set(named) <= set(targets), page
+        return
+    if (rest[:1] and rest[0] in SUBCOMMANDS) or rest == ["--help"]:
+        return
+    (tmp_path / "DIR").mkdir()
+    monkeypatch.chdir(tmp_path)
+    overrides = [re.sub(r"^(data\.mirror|calibration\.source)=\S+", rf"\1={tmp_path}/DIR", word) for word in rest]
+    overrides = [
+        re.sub(r"^model\.path=\S+", f"model.path={tmp_path}/DIR", word)
+        for word in overrides
+        if word not in ("-m", "--multirun")
+    ]
+    assert cells_of(overrides, multirun=len(overrides) < len(rest) or is_multirun(overrides, None), config_dir=None), (
+        page
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    import torch
+
+    from nmsweep.catalogue import options
+    from nmsweep.models.loading import load_model
+    from nmsweep.models.spec import ModelSpec
+
+    loaded = load_model(ModelSpec.from_node(dict(options("model")["tiny-llama"].node)), dtype="float32", device="cpu")
+    inputs = {"input_ids": torch.arange(32)[None] % 100}
+    (code,) = blocks(ROOT / "README.md", "python")
+    exec(compile(code, "README.md", "exec"), {"model": loaded.model, "inputs": inputs})
