@@ -1,22 +1,13 @@
 """One cell, from its config to its record: read `run` aloud."""
 
-import json
-import platform
-import resource
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
-from nmsweep import __version__
 from nmsweep.calibrate.fit import fit
 from nmsweep.calibrate.store import Calibrated, calibrate
 from nmsweep.calibrate.text import windows
@@ -26,6 +17,7 @@ from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.evaluate import harness, perplexity
 from nmsweep.evaluate.result import TaskResult
 from nmsweep.models import LoadedModel
+from nmsweep.provenance import device_name, environment, peak_memory_bytes
 from nmsweep.record import CellRecord, LayerCount, Part, Parts, clear_failure, find_cell, read_cell, write_cell
 from nmsweep.session import Session
 from nmsweep.sparsity.install import Installed, installed
@@ -158,8 +150,8 @@ def write(cell: Cell, loaded: LoadedModel, parts: Sequence[Part], calibrated: Ca
         "tasks": {part.task: {**part.identity, **part.provenance} for part in parts},
         "time_s": round(sum(part.provenance["time_s"] for part in parts), 3),
         "tokens": sum(part.provenance["tokens"] for part in parts),
-        "peak_memory_bytes": peak_memory_bytes(cfg),
-        "device": device_name(cfg), "dtype": cfg.dtype, "seed": cfg.seed,
+        "peak_memory_bytes": peak_memory_bytes(device_kind(cfg.device)),
+        "device": device_name(device_kind(cfg.device)), "dtype": cfg.dtype, "seed": cfg.seed,
         "calibration": calibrated.provenance(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **environment(),
@@ -195,53 +187,3 @@ def summary(record: CellRecord) -> str:
     main = record.metrics.drop_duplicates("task", keep="first")
     numbers = ", ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in main.itertuples())
     return f"{numbers} ({record.provenance['time_s']:.0f} s)"
-
-
-def peak_memory_bytes(cfg: RunConfig) -> int:
-    """Most memory in use so far: of the GPU where there is one, else of this process."""
-    if device_kind(cfg.device) == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def device_name(cfg: RunConfig) -> str:
-    """The device as its maker calls it."""
-    if device_kind(cfg.device) == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()
-
-
-def environment() -> dict[str, Any]:
-    """Versions and git state that the numbers were made with."""
-    packages = ("torch", "transformers", "lm_eval", "datasets", "numpy", "tokenizers", "triton", "numba")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = ""
-    return {
-        "versions": {"nmsweep": __version__, "python": platform.python_version(), **versions},
-        "git": git_state(Path(__file__).parent.parent),
-        "command": " ".join(["nmsweep", *map(json.dumps, sys.argv[1:])])
-        if any(" " in word for word in sys.argv)
-        else " ".join(["nmsweep", *sys.argv[1:]]),
-    }
-
-
-def git_state(folder: Path) -> str:
-    """Commit of nmsweep's own checkout, ``-dirty`` with changes; empty for an installed package."""
-    if not (folder / ".git").exists():
-        return ""
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout.strip()

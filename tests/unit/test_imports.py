@@ -9,7 +9,7 @@ import nmsweep
 
 ROOT = Path(nmsweep.__file__).parent
 ORDER = [
-    {"errors", "pattern"}, {"config"}, {"record", "catalogue", "progress"}, {"data", "models"}, {"sparsity"}, {"calibrate"}, {"evaluate"},
+    {"errors", "pattern"}, {"config"}, {"record", "catalogue", "progress", "provenance"}, {"data", "models"}, {"sparsity"}, {"calibrate"}, {"evaluate"},
     {"cell"}, {"session"}, {"run"}, {"sweep"}, {"compose", "listing", "report", "bench"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
