@@ -38,10 +38,8 @@ def supports(args: Arguments) -> bool:
     if not on_device or args.x.dtype not in _KINDS:
         return False
     hidden, per_token = args.x.shape[-1], args.stat != "none" or args.var
-    return (
-        (args.m <= _LARGEST_M and not per_token)
-        or (hidden <= _LARGEST_ROW
-        and args.m in (*range(_LARGEST_M + 1), hidden))
+    return (args.m <= _LARGEST_M and not per_token) or (
+        hidden <= _LARGEST_ROW and args.m in (*range(_LARGEST_M + 1), hidden)
     )
 
 
