@@ -200,11 +200,9 @@ def _key_values(words: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:
 
 
 def _report(words: Sequence[str]) -> int:
-    given = _key_values(words, ["results_dir"])
-    from nmsweep.report import make_report
+    from nmsweep.report.command import report
 
-    make_report(Path(given.get("results_dir", "results")))
-    return 0
+    return report(words)
 
 
 def _list(words: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import yaml
@@ -235,7 +235,7 @@ _NUMBERS = {
 }
 
 
-def read_metrics(file: Path) -> pd.DataFrame:
+def read_metrics(file: Path | IO[bytes]) -> pd.DataFrame:
     """Read a metrics.csv or tidy.csv; words such as ``none`` stay words, an empty `n` stays empty."""
     types: dict[str, Any] = {column: _NUMBERS.get(column, str) for column in METRIC_COLUMNS}
     return pd.read_csv(file, dtype=types, keep_default_na=False, na_values={column: [""] for column in _NUMBERS})

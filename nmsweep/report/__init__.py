@@ -1,4 +1,4 @@
-"""Records to tables and plots. Reads files only; no torch."""
+"""Records to tables, figures and one page. Reads files only; no torch."""
 
 from nmsweep.report.build import make_report as make_report
 

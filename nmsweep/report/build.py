@@ -1,148 +1,85 @@
-"""`nmsweep report`: write `tidy.csv`, the tables and the plot of a results folder."""
+"""`nmsweep report`: everything that a results folder can be shown as."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from nmsweep.pattern import parse_pattern
 from nmsweep.record import write_text
-from nmsweep.report.plots import plot_drops
-from nmsweep.report.tidy import PERPLEXITY, averages, drops, primary, read_tidy
+from nmsweep.report import formats
+from nmsweep.report.load import Results, read_results
+from nmsweep.report.manifest import cell_list, manifest, warnings_of
+from nmsweep.report.scores import Scores, make_scores
+from nmsweep.report.spec import Table, TableSpec
+from nmsweep.report.tables import make_tables, preset_tables
+from nmsweep.report.terminal import show_results, show_table
 
-_CELL = ["model", "pattern", "criterion", "mitigation"]
 
+def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console | None = None) -> None:
+    """Write `tidy.csv` and `report/` of a results folder, and print its main table.
 
-def make_report(results_dir: Path, console: Console | None = None) -> None:
-    """Write everything a results folder can be shown as, and print the main table.
+    Args:
+        results_dir: the results folder; a sweep may be writing to it.
+        asked: a table that is wanted besides the usual ones; it is printed.
+        out: where to print.
 
     Raises:
-        InputError: there is nothing to report, or a record cannot be read.
+        InputError: there is nothing to report.
     """
-    out = console or Console()
-    if not out.is_terminal:
-        out.width = max(out.width, 120)  # a pipe has no width of its own
-    tidy = read_tidy(results_dir)
-    write_text(results_dir / "tidy.csv", tidy.to_csv(index=False))
+    out = out or Console()
+    results = read_results(results_dir)
+    problems = list(results.problems)
+    scores = make_scores(results, problems)
+    tables = [*(make_tables(asked, results, scores) if asked else ()), *preset_tables(results, scores)]
+    made = manifest(results, scores.paired.n_resamples)
+    problems += warnings_of(made)
+    write_text(results_dir / "tidy.csv", results.tidy.to_csv(index=False))
     folder = results_dir / "report"
-    folder.mkdir(exist_ok=True)
-    chosen = primary(tidy)
-    summary = summary_table(chosen)
-    write_text(folder / "summary.md", _markdown(tidy, chosen, summary))
-    plots = plot_drops(summary, folder)
-    for name, rows in summary.groupby("data", sort=False):
-        out.print(_terminal(str(name), rows))
-    for file in (results_dir / "tidy.csv", folder / "summary.md", *plots):
+    write_text(folder / "cells.csv", cell_list(results).to_csv(index=False))
+    write_text(folder / "manifest.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+    write_tables(folder / "tables", tables)
+    write_text(folder / "summary.md", summary(tables, problems))
+    _show(out, results, scores, [table for table in tables if asked and table.spec == asked], problems)
+    for file in (results_dir / "tidy.csv", folder / "summary.md"):
         out.print(str(file), soft_wrap=True, highlight=False)
 
 
-def summary_table(chosen: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell: each task's primary number, mean drops against dense, and the perplexity's ratio.
-
-    Mini data and real data are never in one row's means: a cell with both has two rows.
-    """
-    chosen = chosen.assign(data=["mini" if task.startswith("mini_") else "real" for task in chosen["task"]])
-    tables = []
-    for data, rows in chosen.groupby("data", sort=False):
-        wide = rows.pivot(index="cell_id", columns="task", values="value")
-        first = rows.drop_duplicates("cell_id").set_index("cell_id")[[*_CELL, "sparsity", "n_items"]]
-        means = averages(drops(rows)).set_index("cell_id") if (rows["pattern"] != "dense").any() else pd.DataFrame()
-        tables.append(first.drop(columns="n_items").join(means).join(wide).assign(data=data))
-    table = pd.concat(tables).reset_index()
-    table["_order"] = [_strictness(pattern) for pattern in table["pattern"]]
-    return (
-        table.sort_values(["data", "model", "_order", "criterion", "mitigation"])
-        .drop(columns="_order")
-        .reset_index(drop=True)
-    )
+def _show(out: Console, results: Results, scores: Scores, asked: Sequence[Table], problems: Sequence[str]) -> None:
+    show_results(out, results, scores)
+    for table in asked:
+        show_table(out, table)
+    for problem in problems[:20]:
+        out.print(f"warning: {formats.plain(problem)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if len(problems) > 20:
+        out.print(f"… {len(problems) - 20} more warnings in summary.md", style="yellow", highlight=False)
 
 
-def _strictness(pattern: str) -> tuple[float, int]:
-    """Dense first, then by sparsity, larger groups first."""
-    parsed = parse_pattern(pattern)
-    return (-1.0, 0) if parsed.is_dense else (parsed.sparsity, -parsed.m)
+def write_tables(folder: Path, tables: Sequence[Table]) -> None:
+    """Each table in four formats, apart for mini and real data; `all.tex` sets all of them."""
+    inputs = {}
+    for table in tables:
+        place = folder / table.data
+        name = f"{table.data}/{table.name}"
+        inputs[name] = formats.to_latex(table, f"tab:{table.data}:{table.name}".replace("_", "-"))
+        write_text(place / f"{table.name}.tex", inputs[name])
+        write_text(place / f"{table.name}.md", formats.to_markdown(table))
+        write_text(place / f"{table.name}.csv", formats.to_csv(table).to_csv(index=False))
+        write_text(place / f"{table.name}.html", formats.html_document(table))
+    if inputs:
+        write_text(folder / "all.tex", formats.latex_document(inputs))
 
 
-def _tasks(rows: pd.DataFrame) -> list[str]:
-    known = {*_CELL, "cell_id", "sparsity", "drop", "relative_drop", "n_tasks", "ratio", "data"}
-    return [column for column in rows.columns if column not in known and rows[column].notna().any()]
-
-
-def _shown(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows as people read them."""
-    shown = rows[_CELL].copy()
-    for task in sorted(_tasks(rows)):
-        shown[task] = [_number(value, percent=not _is_text(task)) for value in rows[task]]
-    for column, title in (("drop", "mean drop"), ("relative_drop", "relative")):
-        if column in rows:
-            shown[title] = [
-                _number(value, percent=True) + ("" if pd.isna(value) else " %" if column == "relative_drop" else "")
-                for value in rows[column]
-            ]
-    if "ratio" in rows:
-        shown["ppl ratio"] = [_number(value, percent=False) for value in rows["ratio"]]
-    return shown
-
-
-def _is_text(task: str) -> bool:
-    return task in ("wikitext2", "mini_prose")
-
-
-def _number(value: float, percent: bool) -> str:
-    if pd.isna(value):
-        return "–"
-    return f"{100 * value:.1f}" if percent else f"{value:.2f}"
-
-
-def _markdown(tidy: pd.DataFrame, chosen: pd.DataFrame, summary: pd.DataFrame) -> str:
-    lines = [
-        "# Summary",
-        "",
-        "Accuracies in percent; drops (points, and relative to dense) against the dense cell of the same model; perplexity is never part of a mean.",
-        "",
-    ]
-    for data, rows in summary.groupby("data", sort=False):
-        note = " (shipped mini tasks: not comparable with published numbers)" if data == "mini" else ""
-        lines += [f"## {data}{note}", "", _shown(rows).map(_escape).to_markdown(index=False, disable_numparse=True), ""]
-    pairs = drops(chosen)
-    if len(pairs):
-        lines += ["## Per task", "", _per_task(pairs).map(_escape).to_markdown(index=False, disable_numparse=True), ""]
-    return "\n".join(lines)
-
-
-def _per_task(pairs: pd.DataFrame) -> pd.DataFrame:
-    text = pairs["metric"] == PERPLEXITY
-    return pd.DataFrame(
-        {
-            **{column: pairs[column] for column in _CELL},
-            "task": pairs["task"],
-            "metric": pairs["metric"],
-            "dense": [_number(v, percent=not t) for v, t in zip(pairs["dense"], text, strict=True)],
-            "sparse": [_number(v, percent=not t) for v, t in zip(pairs["value"], text, strict=True)],
-            "drop (points)": [_number(v, percent=True) for v in pairs["drop"]],
-            "relative drop (%)": [_number(v, percent=True) for v in pairs["relative_drop"]],
-            "ratio": [_number(v, percent=False) for v in pairs["ratio"]],
-        }
-    )
-
-
-def _escape(value: object) -> str:
-    """Text that breaks no Markdown table."""
-    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
-def _terminal(data: str, rows: pd.DataFrame) -> Table:
-    """The main table for a terminal: what all rows share stands in the title."""
-    shown = _shown(rows)
-    sparse = rows[rows["pattern"] != "dense"]
-    constant = [
-        column for column in _CELL if column != "pattern" and (sparse if len(sparse) else rows)[column].nunique() == 1
-    ]
-    words = [str((sparse if len(sparse) else rows)[column].iloc[0]) for column in constant if column != "mitigation"]
-    table = Table(title=", ".join([f"{data} tasks", *words]), title_justify="left", show_edge=False, pad_edge=False)
-    for column in shown.columns.drop(constant):
-        table.add_column(column.removeprefix("mini_"), justify="left" if column in _CELL else "right", overflow="fold")
-    for row in shown.drop(columns=constant).itertuples(index=False):
-        table.add_row(*[str(value).replace("[", "\\[") for value in row])
-    return table
+def summary(tables: Sequence[Table], problems: Sequence[str]) -> str:
+    """All tables in one Markdown file, problems first."""
+    parts = ["# Results\n", "Drops are dense − sparse, against the dense cell of the same model and settings; perplexity is given as a ratio and is never part of a mean.\n"]  # fmt: skip
+    if problems:
+        parts.append("## Warnings\n\n" + "".join(f"* {formats.markdown_text(one)}\n" for one in problems))
+    for data, title in (
+        ("real", "Published tasks"),
+        ("mini", "Mini tasks (shipped; not comparable with published numbers)"),
+    ):
+        of_data = [formats.to_markdown(table) for table in tables if table.data == data]
+        if of_data:
+            parts += [f"## {title}\n", *of_data]
+    return "\n".join(parts)

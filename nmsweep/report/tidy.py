@@ -1,37 +1,17 @@
-"""All cells of a results folder as one tidy table, and every sparse number next to its dense one."""
-
-from pathlib import Path
+"""One metric a task, and every sparse number next to its dense one."""
 
 import numpy as np
 import pandas as pd
 
-from nmsweep.errors import InputError
-from nmsweep.record import METRIC_COLUMNS, cell_folders, read_metrics
-
 PERPLEXITY = "perplexity"
 
+MINI_PREFIX = "mini_"
+"""Tasks of the shipped data; their numbers are never put together with those of published tasks."""
 
-def read_tidy(results_dir: Path) -> pd.DataFrame:
-    """One row for each cell, task and metric.
 
-    Raises:
-        InputError: the folder has no finished cell, or one that cannot be read.
-    """
-    folders = cell_folders(results_dir)
-    if not folders:
-        raise InputError(
-            f"results_dir: {results_dir} has no finished cell; run `nmsweep` first or pass results_dir=DIR"
-        )
-    tables = []
-    for folder in folders:
-        try:
-            tables.append(read_metrics(folder / "metrics.csv"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"record {folder}: {error}; remove the folder and run its cell again") from error
-    tidy = pd.concat([table for table in tables if len(table)], ignore_index=True)[list(METRIC_COLUMNS)]
-    return tidy.sort_values(
-        ["model", "pattern", "criterion", "mitigation", "cell_id", "task", "metric"], ignore_index=True
-    )
+def data_kind(task: str) -> str:
+    """``mini`` or ``real``."""
+    return "mini" if task.startswith(MINI_PREFIX) else "real"
 
 
 def primary(tidy: pd.DataFrame) -> pd.DataFrame:
@@ -44,37 +24,18 @@ def primary(tidy: pd.DataFrame) -> pd.DataFrame:
 
 
 def drops(tidy: pd.DataFrame) -> pd.DataFrame:
-    """Every sparse number beside its dense one.
+    """Every number beside its dense one.
 
     Returns:
-        tidy's rows of sparse cells with `dense`, `drop` (dense − sparse), `relative_drop` ((dense − sparse)/dense)
-        and `ratio` (sparse/dense; for perplexity, which has no drop). A missing dense cell leaves them NaN.
+        tidy's rows with `data` (mini or real), `dense`, `drop` (dense − sparse), `relative_drop` ((dense − sparse)/dense)
+        and `ratio` (sparse/dense; for perplexity, which has no drop). They are NaN in a dense cell's own rows and where
+        the dense cell is missing.
     """
-    dense = tidy[tidy["pattern"] == "dense"].set_index(["cell_id", "task", "metric"])["value"]
-    sparse = tidy[tidy["pattern"] != "dense"].copy()
-    keys = pd.MultiIndex.from_frame(sparse[["dense_cell_id", "task", "metric"]])
-    sparse["dense"] = dense.reindex(keys).to_numpy()
-    text = sparse["metric"] == PERPLEXITY
-    sparse["drop"] = np.where(text, np.nan, sparse["dense"] - sparse["value"])
-    sparse["relative_drop"] = sparse["drop"] / sparse["dense"].where(sparse["dense"] != 0)
-    sparse["ratio"] = np.where(text, sparse["value"] / sparse["dense"], np.nan)
-    return sparse
-
-
-def averages(table: pd.DataFrame) -> pd.DataFrame:
-    """Unweighted means over tasks of a cell's drops, perplexity left out.
-
-    Args:
-        table: rows of `drops(primary(tidy))`.
-
-    Returns:
-        one row a cell: `drop`, `relative_drop`, `n_tasks`, and `ratio` of its text.
-    """
-    cells = table.groupby("cell_id", sort=False)
-    tasks = table[table["metric"] != PERPLEXITY].groupby("cell_id", sort=False)
-    means = pd.DataFrame(
-        {"drop": tasks["drop"].mean(), "relative_drop": tasks["relative_drop"].mean(), "n_tasks": tasks.size()}
-    )
-    means = means.reindex(cells.size().index)
-    means["ratio"] = cells["ratio"].mean()
-    return means.reset_index()
+    known = tidy[tidy["pattern"] == "dense"].set_index(["cell_id", "task", "metric"])["value"]
+    table = tidy.assign(data=["mini" if task.startswith(MINI_PREFIX) else "real" for task in tidy["task"]])
+    table["dense"] = known.reindex(pd.MultiIndex.from_frame(table[["dense_cell_id", "task", "metric"]])).to_numpy()
+    text, own = table["metric"] == PERPLEXITY, table["pattern"] == "dense"
+    table["drop"] = (table["dense"] - table["value"]).mask(text | own)
+    table["relative_drop"] = table["drop"] / table["dense"].where(table["dense"] != 0)
+    table["ratio"] = np.where(text & ~own, table["value"] / table["dense"], np.nan)
+    return table

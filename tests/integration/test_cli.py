@@ -219,7 +219,7 @@ def test_report_writes_tables_and_a_plot(nmsweep: Call, results: Path) -> None:
     assert list(tidy.columns) == list(METRIC_COLUMNS)
     assert tidy["cell_id"].nunique() == 3
     assert "8:16" in (results / "report" / "summary.md").read_text()
-    assert (results / "report" / "drop_mini.png").stat().st_size > 1000
+
     assert "mini tasks" in out
 
 

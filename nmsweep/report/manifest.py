@@ -1,0 +1,89 @@
+"""Where the numbers of a report come from: versions, data, devices, and the cell and command behind each number."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from nmsweep import __version__
+from nmsweep.report.load import FIELDS, Results
+from nmsweep.report.rerun import rerun_command
+
+
+def manifest(results: Results, n_resamples: int) -> dict[str, Any]:
+    """Everything that the numbers depend on; every value with the number of cells that share it."""
+    cells = [results.provenance[cell] for cell in results.done.index]
+    return {
+        "report": {"nmsweep": __version__, "bootstrap_resamples": n_resamples, "results_dir": str(results.folder)},
+        "cells": {str(status): int(n) for status, n in results.cells["status"].value_counts().items()},
+        "schema": _counted(cell.get("schema", 1) for cell in cells),
+        "versions": _versions(cells),
+        "git": _counted(cell.get("git", "") for cell in cells),
+        "device": _counted(cell.get("device", "") for cell in cells),
+        "models": _by_name(_model(cell) for cell in cells),
+        "tasks": _by_name(one for cell in cells for one in _tasks(cell)),
+        "problems": list(results.problems),
+    }  # fmt: skip
+
+
+def warnings_of(made: Mapping[str, Any]) -> list[str]:
+    """What makes numbers of one folder not comparable: two versions of a model or of a task's data under one name."""
+    return [
+        f"{kind} {name}: {len(known)} different fingerprints under one name; their numbers are not comparable"
+        for kind in ("models", "tasks")
+        for name, known in made[kind].items()
+        if len(known) > 1
+    ]
+
+
+def _counted(values: Iterable[object]) -> dict[str, int]:
+    return dict(Counter(str(value) for value in values).most_common())
+
+
+def _versions(cells: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    found: dict[str, Counter[str]] = {}
+    for cell in cells:
+        for package, version in (cell.get("versions") or {}).items():
+            found.setdefault(str(package), Counter())[str(version)] += 1
+    return {package: dict(counts.most_common()) for package, counts in sorted(found.items())}
+
+
+def _model(cell: Mapping[str, Any]) -> tuple[str, str]:
+    model = cell.get("model") or {}
+    return str(model.get("name", "")), f"{model.get('fingerprint', '')} {model.get('revision', '')}".strip()
+
+
+def _tasks(cell: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for task, part in (cell.get("tasks") or {}).items():
+        yield str(task), f"{part.get('data', '')} version {part.get('version', '')}"
+
+
+def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    found: dict[str, Counter[str]] = {}
+    for name, value in pairs:
+        found.setdefault(name, Counter())[value] += 1
+    return {name: dict(counts.most_common()) for name, counts in sorted(found.items())}
+
+
+def cell_list(results: Results) -> pd.DataFrame:
+    """One row a cell: what it is, how it went, the command that runs it again and the command that made it."""
+    rows = []
+    for cell_id, cell in results.cells.iterrows():
+        known = results.provenance.get(str(cell_id), {})
+        rows.append(
+            {
+                "cell_id": cell_id,
+                **{name: cell[name] for name in (*FIELDS, "tasks", "variant", "dense_cell_id", "status", "error")},
+                "folder": cell["place"].name,
+                "sparsity": cell["sparsity"],
+                "flops_share": cell["flops_share"],
+                **{
+                    name: known.get(name)
+                    for name in ("time_s", "tokens", "peak_memory_bytes", "device", "finished", "git")
+                },
+                "rerun": rerun_command(results.configs.get(str(cell_id), {})),
+                "made_by": known.get("command", ""),
+            }
+        )
+    return pd.DataFrame(rows)

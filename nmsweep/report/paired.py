@@ -1,0 +1,235 @@
+"""Paired statistics of many cells at once: one set of resampled items serves all cells that saw the same items.
+
+So the difference between any two cells is paired too, not only that with the dense cell, and thousands of cells cost one
+matrix product a task. The statistics are those of `nmsweep.evaluate.statistics`; only the resamples are others.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from nmsweep.evaluate.comparison import holm_by_task
+from nmsweep.evaluate.statistics import LEVEL, mcnemar
+from nmsweep.report.samples import Floats, Samples, TaskItems
+
+PERPLEXITY = "perplexity"
+
+Matrix = NDArray[np.float32]
+
+_FEW = 500_000
+"""Items × cells up to which 10,000 resamples are drawn; 2,000 beyond."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two cells that are compared: `first` is the reference (the dense cell), `second` the other."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """Bootstrap replicates of cells, float32, one row a cell.
+
+    Attributes:
+        rows: row of a cell.
+        means: [cells, resamples], mean of the metric; for a text, mean loss a token in nats.
+    """
+
+    rows: Mapping[str, int]
+    means: Matrix
+
+    def of(self, cells: Sequence[str]) -> Matrix:
+        return self.means[[self.rows[cell] for cell in cells]]
+
+
+@dataclass(frozen=True)
+class PairedResults:
+    """What items say about pairs of cells.
+
+    Attributes:
+        table: one row a pair, task and metric: `first`, `second`, `task`, `metric`, `n_items`, and what `compare` of
+            `nmsweep.evaluate.comparison` gives, with Holm's `p_holm`.
+        replicates: by task and metric; a cell is in one of the list's elements (cells with other items are in others).
+        flips: by second cell and task, of the pair's metric: items right in the first cell only, in the second only.
+        n_resamples: of every interval.
+    """
+
+    table: pd.DataFrame
+    replicates: Mapping[tuple[str, str], Sequence[Replicates]]
+    flips: Mapping[tuple[str, str], tuple[list[int], list[int]]] = field(default_factory=dict)
+    n_resamples: int = 0
+
+    def of(self, task: str, metric: str, cells: Sequence[str]) -> Matrix | None:
+        """Replicates [cells, resamples] of cells that saw the same items; None where they did not, or have none."""
+        for one in self.replicates.get((task, metric), ()):
+            if all(cell in one.rows for cell in cells):
+                return one.of(cells)
+        return None
+
+
+def paired(
+    samples: Mapping[str, Samples], pairs: Sequence[Pair], metrics: Mapping[str, Sequence[str]]
+) -> PairedResults:
+    """Compare pairs of cells on each task.
+
+    Args:
+        samples: by cell id; a cell that is missing has no rows.
+        pairs: what is compared with what. The second cell is in one pair only.
+        metrics: of each task, those that are compared; flips are those of the first.
+    """
+    pairs = [pair for pair in pairs if pair.first in samples and pair.second in samples]
+    n_items = sum(len(items.item) for one in samples.values() for items in one.values())
+    n_resamples = 10_000 if n_items <= _FEW else 2_000
+    tables: list[pd.DataFrame] = []
+    replicates: dict[tuple[str, str], list[Replicates]] = {}
+    flips: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+    for task, names in metrics.items():
+        for place, metric in enumerate(names):
+            groups = list(_same_items(samples, task, metric))
+            replicates[task, metric] = [_resampled(task, metric, group, n_resamples) for group in groups]
+            for group, drawn in zip(groups, replicates[task, metric], strict=True):
+                here = [pair for pair in pairs if pair.first in group and pair.second in group]
+                for chunk in (here[at : at + 500] for at in range(0, len(here), 500)):
+                    tables.append(_rows(task, metric, group, drawn, chunk))
+                    if place == 0:
+                        flips.update(_flips(task, metric, group, chunk))
+    table = (
+        pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["first", "second", "task", "metric"])
+    )
+    if len(table):
+        table["p_holm"] = holm_by_task(table)
+    return PairedResults(table, replicates, flips, n_resamples)
+
+
+def _same_items(samples: Mapping[str, Samples], task: str, metric: str) -> Iterator[dict[str, TaskItems]]:
+    """Cells by the items that they saw."""
+    column = "nll" if metric == PERPLEXITY else metric
+    groups: dict[bytes, dict[str, TaskItems]] = {}
+    for cell, tasks in samples.items():
+        items = tasks.get(task)
+        if items is not None and column in items.values and len(items.item):
+            groups.setdefault(items.item.tobytes(), {})[cell] = items
+    yield from groups.values()
+
+
+def _stacked(group: Mapping[str, TaskItems], cells: Sequence[str], name: str) -> Floats:
+    return np.stack([group[cell].values[name] for cell in cells])
+
+
+def _resampled(task: str, metric: str, group: Mapping[str, TaskItems], n_resamples: int) -> Replicates:
+    """Means over resampled items; a text's windows are its items, weighted by their tokens."""
+    cells = list(group)
+    if metric == PERPLEXITY:
+        sums, weights = _stacked(group, cells, "nll"), group[cells[0]].values["n_tokens"]
+    else:
+        sums = _stacked(group, cells, metric)
+        weights = np.ones(sums.shape[1])
+    parts = [
+        (counts @ sums.T.astype(np.float32)).T / (counts @ weights.astype(np.float32))
+        for counts in _draws(task, sums.shape[1], n_resamples)
+    ]
+    return Replicates({cell: row for row, cell in enumerate(cells)}, np.concatenate(parts, axis=1))
+
+
+def _draws(task: str, n: int, n_resamples: int) -> Iterator[Matrix]:
+    """How often each of n items is in a resample, [some resamples, n] at a time; the same for the same task and n."""
+    draw = np.random.default_rng([zlib.crc32(task.encode()), n])
+    step = max(1, 2**22 // n)
+    for at in range(0, n_resamples, step):
+        size = min(step, n_resamples - at)
+        chosen = draw.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        yield np.bincount(chosen.ravel(), minlength=size * n).reshape(size, n).astype(np.float32)
+
+
+def ends(replicates: Matrix) -> tuple[Floats, Floats]:
+    """Percentile interval of each row."""
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+    return low.astype(np.float64), high.astype(np.float64)
+
+
+def _rows(
+    task: str, metric: str, group: Mapping[str, TaskItems], drawn: Replicates, pairs: Sequence[Pair]
+) -> pd.DataFrame:
+    if not pairs:
+        return pd.DataFrame()
+    first, second = [pair.first for pair in pairs], [pair.second for pair in pairs]
+    a, b = drawn.of(first), drawn.of(second)
+    table = pd.DataFrame({"first": first, "second": second, "task": task, "metric": metric, "n_items": len(group[first[0]].item)})  # fmt: skip
+    if metric == PERPLEXITY:
+        low, high = ends(np.exp(b - a))
+        return table.assign(ratio_low=low, ratio_high=high, **_kl(group, second))
+    low, high = ends(a - b)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative_low, relative_high = ends((a - b) / a)
+    table = table.assign(drop_low=low, drop_high=high, relative_low=relative_low, relative_high=relative_high)
+    return table.assign(**_changes(metric, group, first, second))
+
+
+def _kl(group: Mapping[str, TaskItems], cells: Sequence[str]) -> dict[str, list[float]]:
+    """KL to the dense model and agreement with it, means over the tokens that were compared; NaN where not recorded."""
+    return {name: [_weighted(group[cell], name) for cell in cells] for name in ("kl", "top1_agreement")}
+
+
+def _weighted(items: TaskItems, name: str) -> float:
+    if name not in items.values or "n_compared" not in items.values:
+        return float("nan")
+    have = ~np.isnan(items.values[name])
+    return float(np.average(items.values[name][have], weights=items.values["n_compared"][have]))
+
+
+def _changes(
+    metric: str, group: Mapping[str, TaskItems], first: Sequence[str], second: Sequence[str]
+) -> dict[str, NDArray[np.float64] | list[float]]:
+    """Flips between right and wrong with their test, answers changed, and how far log-likelihoods moved."""
+    a, b = _stacked(group, first, metric), _stacked(group, second, metric)
+    found: dict[str, NDArray[np.float64] | list[float]] = {}
+    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+        lost, gained = ((a > b).sum(axis=1), (a < b).sum(axis=1))
+        n = a.shape[1]
+        found = {
+            "lost": lost / n, "gained": gained / n, "flip_rate": (lost + gained) / n,
+            "p_value": [_mcnemar(int(x), int(y)) for x, y in zip(lost, gained, strict=True)],
+        }  # fmt: skip
+    pairs = [(group[x], group[y]) for x, y in zip(first, second, strict=True)]
+    if any(x.loglikelihoods is None or y.loglikelihoods is None for x, y in pairs):
+        return found
+    return found | {
+        "changed": [_changed(metric, x, y) for x, y in pairs],
+        "mean_abs_delta": [_mean_abs_delta(x, y) for x, y in pairs],
+    }
+
+
+_mcnemar = cache(mcnemar)
+
+
+def _changed(metric: str, first: TaskItems, second: TaskItems) -> float:
+    chars = first.chars if metric == "acc_norm" else None
+    if metric == "acc_norm" and chars is None:
+        return float("nan")
+    return float((first.chosen(chars) != second.chosen(chars)).mean())
+
+
+def _mean_abs_delta(first: TaskItems, second: TaskItems) -> float:
+    a, b = first.loglikelihoods, second.loglikelihoods
+    if a is None or b is None or a.shape != b.shape:
+        return float("nan")
+    real = np.isfinite(a)
+    return float(np.abs(a[real] - b[real]).mean())
+
+
+def _flips(
+    task: str, metric: str, group: Mapping[str, TaskItems], pairs: Sequence[Pair]
+) -> Iterator[tuple[tuple[str, str], tuple[list[int], list[int]]]]:
+    """Items that changed between right and wrong."""
+    if metric == PERPLEXITY:
+        return
+    for pair in pairs:
+        a, b, item = group[pair.first].values[metric], group[pair.second].values[metric], group[pair.first].item
+        yield (pair.second, task), (item[a > b].tolist(), item[a < b].tolist())

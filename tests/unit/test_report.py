@@ -1,0 +1,317 @@
+"""Tables, statistics, checks and comparisons of made-up results folders."""
+
+import csv
+import io
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from support.results_folder import HOSTILE, MINI, REAL, Plan, make_results
+
+from nmsweep.errors import InputError
+from nmsweep.evaluate.comparison import compare
+from nmsweep.report import formats
+from nmsweep.report.check import check_results
+from nmsweep.report.command import parse_words, report
+from nmsweep.report.contrast import contrast
+from nmsweep.report.load import Results, read_results
+from nmsweep.report.paired import Pair, paired
+from nmsweep.report.samples import read_many
+from nmsweep.report.scores import Scores, make_scores
+from nmsweep.report.spec import PRESETS, TableSpec, parse_spec
+from nmsweep.report.tables import make_tables, preset_tables
+
+PLAN = Plan(models=("alpha", "beta"), patterns=("2:4", "8:16", "50%"), mitigations=("none", "shift"), failed_every=5, missing_every=7)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mini and real tasks, failed and missing cells, two models."""
+    folder = tmp_path_factory.mktemp("made") / "results"
+    make_results(folder, PLAN)
+    make_results(folder, Plan(models=("alpha",), patterns=("2:4", "8:16"), criteria=("act", "wanda"), mitigations=("none",), tasks=REAL, n_items=40))  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(made: Path) -> Results:
+    return read_results(made)
+
+
+@pytest.fixture(scope="session")
+def scores(results: Results) -> Scores:
+    return make_scores(results, [])
+
+
+def cell(results: Results, **fields: str) -> str:
+    found = results.done
+    for name, value in fields.items():
+        found = found[found[name] == value]
+    assert len(found) == 1
+    return str(found.index[0])
+
+
+def test_everything_that_was_written_is_read(results: Results) -> None:
+    n_sparse = len(list(PLAN.sparse()))
+    failed, missing = {5, 10}, {7}
+    assert (results.cells["status"] == "failed").sum() == len(failed)
+    assert len(results.done) == 2 + n_sparse - len(failed) - len(missing) + 1 + 4
+    assert not results.problems
+    assert results.cells.loc[results.cells["status"] == "failed", "error"].str.contains("not finite").all()
+
+
+def test_statistics_are_those_of_the_paired_comparison(results: Results, scores: Scores) -> None:
+    sparse = cell(results, model="alpha", pattern="2:4", mitigation="none", criterion="act", tasks="+".join(MINI))
+    place = results.cells["place"]
+    dense = results.cells.loc[sparse, "dense_cell_id"]
+    theirs = compare(*(pd.read_parquet(place[one] / "samples.parquet") for one in (dense, sparse)))
+    theirs = theirs.set_index(["task", "metric"])
+    own = scores.per_task[scores.per_task["cell_id"] == sparse].set_index(["task", "metric"])
+    for name in ("dense", "value", "drop", "relative_drop", "ratio", "lost", "gained", "flip_rate", "changed", "p_value", "mean_abs_delta", "kl", "top1_agreement"):  # fmt: skip
+        assert own[name].to_numpy(float) == pytest.approx(theirs[name].reindex(own.index).to_numpy(float), nan_ok=True), name  # fmt: skip
+    for name in ("drop_low", "drop_high", "ratio_low", "ratio_high"):  # other resamples: an end may be one item away
+        assert own[name].to_numpy(float) == pytest.approx(theirs[name].reindex(own.index).to_numpy(float), nan_ok=True, abs=1.01 / 32), name  # fmt: skip
+
+
+def test_means_over_tasks_come_from_the_items(results: Results, scores: Scores) -> None:
+    """A path of its own: samples.parquet to mean drop, without metrics.csv."""
+    sparse = cell(results, model="beta", pattern="8:16", mitigation="none", tasks="+".join(MINI))
+    place = results.cells["place"]
+    dense, own = (pd.read_parquet(place[one] / "samples.parquet") for one in (results.cells.loc[sparse, "dense_cell_id"], sparse))  # fmt: skip
+    drops, relative = [], []
+    for task in MINI:
+        a, b = dense[dense["task"] == task], own[own["task"] == task]
+        if task == "mini_prose":
+            ratio = np.exp((b["nll"].sum() - a["nll"].sum()) / a["n_tokens"].sum())
+            continue
+        right = []
+        for items in (a, b):
+            hits = []
+            for values, chars, gold in zip(items["loglikelihoods"], items["choice_chars"], items["gold"], strict=True):
+                norm = chars if items["metric_acc_norm"].notna().all() else 1
+                hits.append(np.argmax(values / norm) == int(gold))
+            right.append(np.mean(hits))
+        drops.append(right[0] - right[1])
+        relative.append((right[0] - right[1]) / right[0])
+    row = scores.per_cell[scores.per_cell["cell_id"] == sparse].set_index("is_text")
+    assert row.loc[False, "drop"] == pytest.approx(np.mean(drops))
+    assert row.loc[False, "relative_drop"] == pytest.approx(np.mean(relative))
+    assert row.loc[True, "ratio"] == pytest.approx(ratio)
+    (table,) = [t for t in make_tables(PRESETS[0], results, scores) if t.data == "mini"]
+    entry = table.frame.loc[("8:16",), ("beta",)]
+    assert entry.value == pytest.approx(np.mean(drops))
+    assert entry.cells == (sparse,)
+    assert entry.low <= entry.value <= entry.high
+
+
+def test_resampled_means_are_centred_on_the_mean(results: Results) -> None:
+    files = {str(one): place / "samples.parquet" for one, place in results.done["place"].items()}
+    samples = read_many(files, (), [])
+    pairs = [Pair(str(dense), str(one)) for one, dense in results.done["dense_cell_id"].items() if dense != one]
+    found = paired(samples, pairs, {"boolq": ["acc"], "wikitext2": ["perplexity"]})
+    for (task, metric), groups in found.replicates.items():
+        for group in groups:
+            for one, row in group.rows.items():
+                items = samples[one][task]
+                own = items.values["nll"].sum() / items.values["n_tokens"].sum() if metric == "perplexity" else items.values[metric].mean()  # fmt: skip
+                assert group.means[row].mean() == pytest.approx(own, rel=0.02)
+
+
+def test_mini_and_real_are_never_in_one_table(results: Results, scores: Scores) -> None:
+    tables = preset_tables(results, scores)
+    assert {table.data for table in tables} == {"mini", "real"}
+    kind = results.cells["tasks"].str.contains("mini_")
+    for table in tables:
+        cells = {one for entry in table.entries() for one in entry.cells}
+        assert kind[list(cells)].eq(table.data == "mini").all(), table.name
+
+
+def test_failed_and_missing_cells_are_shown_as_such(results: Results, scores: Scores) -> None:
+    spec = parse_spec("mitigation", "pattern", "drop")
+    (table,) = [t for t in make_tables(spec, results, scores) if t.data == "mini"]
+    status = [entry.status for entry in table.entries()]
+    assert (status.count("failed"), status.count("missing")) == (2, 1)
+    text = formats.to_markdown(table)
+    assert text.count("| failed |".replace("| ", " ").strip()) >= 2
+    assert "–: no cell was run" in text
+    assert "failed: its cell failed" in text
+
+
+def test_the_best_is_bold_and_what_is_not_worse_is_marked(results: Results, scores: Scores) -> None:
+    (table,) = [t for t in make_tables(parse_spec("mitigation", "pattern", "ratio"), results, scores) if t.data == "mini"]  # fmt: skip
+    for column in table.frame.columns:
+        for _, rows in table.frame[column].groupby(level="model"):
+            done = [entry for entry in rows if entry.status == "done"]
+            if len(done) > 1:
+                assert [entry.best for entry in done] == [entry.value == min(e.value for e in done) for entry in done]
+                assert not any(entry.tied for entry in done), "windows of one text differ clearly"
+    tied = [e for t in preset_tables(results, scores) if t.quantity.name == "drop" for e in t.entries() if e.tied]
+    assert tied, "32 items cannot tell everything apart"
+
+
+def test_two_cells_of_one_score_are_both_best_and_one_equal_to_the_best_is_not_worse(tmp_path: Path) -> None:
+    make_results(tmp_path, Plan(models=("alpha",), patterns=("8:16",), mitigations=("none",), seeds=(0, 1)))
+    found = read_results(tmp_path)
+    made = make_scores(found, [])
+    (table,) = make_tables(parse_spec("pattern", "model", "drop"), found, made)
+    (entry,) = table.entries()
+    assert len(entry.cells) == 2, "seeds are averaged"
+    values = made.per_cell.set_index(["cell_id", "is_text"])["drop"]
+    assert entry.value == pytest.approx(np.mean([values[one, False] for one in entry.cells]))
+    assert entry.low <= entry.value <= entry.high
+
+
+def test_cells_that_differ_by_a_setting_are_not_mixed(tmp_path: Path) -> None:
+    plan = Plan(models=("alpha",), patterns=("8:16",), mitigations=("none",))
+    make_results(tmp_path, plan)
+    make_results(tmp_path, replace(plan, n_items=20))
+    found = read_results(tmp_path)
+    assert set(found.done["variant"]) == {"eval.limit=32", "eval.limit=20"}
+    (table,) = make_tables(parse_spec("pattern", "model", "drop"), found, make_scores(found, []))
+    assert table.front == ("variant",)
+    assert all(len(entry.cells) <= 1 for entry in table.entries())
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile") / "results"
+    make_results(folder, Plan(models=("alpha", *HOSTILE), patterns=("2:4", "8:16"), mitigations=("none",)))
+    return folder
+
+
+def test_hostile_names_break_no_format(hostile: Path) -> None:
+    found = read_results(hostile)
+    for table in preset_tables(found, make_scores(found, [])):
+        text = formats.to_markdown(table)
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        bars = {line.replace("\\|", "").count("|") for line in lines}
+        assert len(bars) == 1, "every row has as many columns"
+        assert "<script" not in text
+        page = formats.html_document(table)
+        assert "<script" not in page
+        assert "<img" not in page
+        again = list(csv.DictReader(io.StringIO(formats.to_csv(table).to_csv(index=False))))
+        assert {row["model"] for row in again} == {"alpha", *HOSTILE}
+        latex = formats.to_latex(table, "tab:x")
+        assert latex.isascii() or "‘" in latex
+        for line in latex.splitlines():
+            assert line.replace("\\&", "").count("&") in (0, len(table.frame.columns) + table.frame.index.nlevels - 1)
+
+
+def test_a_damaged_record_is_named_and_the_rest_is_reported(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(made, folder)
+    first, second, third = sorted(place for place in (folder / "cells").iterdir() if "dense" not in place.name)[:3]
+    (first / "metrics.csv").write_bytes(b'cell_id,"\xff')
+    (second / "samples.parquet").write_bytes(b"PAR1")
+    (third / "provenance.json").unlink()
+    found = read_results(folder)
+    problems = list(found.problems)
+    scores = make_scores(found, problems)
+    said = "\n".join(problems)
+    for place in (first, second, third):
+        assert place.name in said
+    assert len(found.done) == len(read_results(made).done) - 2
+    no_samples = scores.per_task[scores.per_task["cell_id"] == second.name.rpartition("_")[2]]
+    assert no_samples["drop_low"].isna().all()
+    assert no_samples["drop"].notna().any(), "metrics.csv has its numbers"
+
+
+def test_a_record_of_an_older_schema_loads_and_a_newer_one_is_named(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(made, folder)
+    old, new = sorted(place for place in (folder / "cells").iterdir() if "dense" not in place.name)[:2]
+    table = pd.read_csv(old / "metrics.csv", dtype=str, keep_default_na=False).drop(columns=["operand", "profile", "seed"])  # fmt: skip
+    table.to_csv(old / "metrics.csv", index=False)
+    provenance = json.loads((new / "provenance.json").read_text())
+    (new / "provenance.json").write_text(json.dumps({**provenance, "schema": 999}))
+    found = read_results(folder)
+    assert old.name.rpartition("_")[2] in found.done.index
+    assert new.name.rpartition("_")[2] not in found.done.index
+    assert "schema 999" in found.problems[0]
+    make_scores(found, [])
+
+
+def test_a_check_confirms_every_number_and_finds_a_changed_one(made: Path, tmp_path: Path) -> None:
+    found = check_results(read_results(made))
+    assert not found.wrong
+    assert not found.unknown
+    assert found.n_equal == len(read_results(made).tidy) + len(read_results(made).done)
+    folder = tmp_path / "results"
+    shutil.copytree(made, folder)
+    place = next(place for place in sorted((folder / "cells").iterdir()) if "dense" not in place.name)
+    text = pd.read_csv(place / "metrics.csv", dtype=str, keep_default_na=False)
+    text.loc[0, "value"] = str(float(text.loc[0, "value"]) + 1e-6)
+    text.to_csv(place / "metrics.csv", index=False)
+    (finding,) = check_results(read_results(folder)).wrong
+    assert finding.cell_id == text.loc[0, "cell_id"]
+    assert (finding.task, finding.metric) == (text.loc[0, "task"], text.loc[0, "metric"])
+    assert report([f"results_dir={folder}", "--check"]) == 1
+    assert report([f"results_dir={made}", "--check"]) == 0
+
+
+def test_a_comparison_tells_change_from_noise(tmp_path: Path) -> None:
+    plan = Plan(models=("alpha",), patterns=("2:4", "8:16"), mitigations=("none",), n_items=200)
+    a, b = tmp_path / "a", tmp_path / "b"
+    make_results(a, plan)
+    shutil.copytree(a, b)
+    same = contrast(a, b)
+    assert set(same.rows["verdict"]) == {"same"}
+    assert not same.only_a
+    place = next(place for place in (b / "cells").iterdir() if "_2-4_" in place.name)
+    samples = pd.read_parquet(place / "samples.parquet")
+    metrics = pd.read_csv(place / "metrics.csv")
+    for task, n_changed in (("mini_yesno", 60), ("mini_cloze", 1)):
+        rows = samples.index[(samples["task"] == task) & (samples["metric_acc"] == 1)][:n_changed]
+        samples.loc[rows, "metric_acc"] = 0.0
+        metrics.loc[metrics["task"] == task, "value"] -= n_changed / 200
+    samples.to_parquet(place / "samples.parquet", index=False)
+    metrics.to_csv(place / "metrics.csv", index=False)
+    shutil.rmtree(next(place for place in (b / "cells").iterdir() if "_8-16_" in place.name))
+    found = contrast(a, b)
+    verdicts = found.rows[found.rows["verdict"] != "same"].set_index("task")
+    assert verdicts["verdict"].to_dict() == {"mini_yesno": "beyond noise", "mini_cloze": "noise"}
+    assert verdicts.loc["mini_yesno", "change"] == pytest.approx(-0.3)
+    assert verdicts.loc["mini_yesno", "high"] < 0
+    assert len(found.only_a) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["row=pattern"], "did you mean rows="), (["rows=patern"], "did you mean pattern"), (["metric=dropp"], "did you mean drop"),
+        (["rows=pattern", "cols=pattern"], "name it once"), (["--compare", "a"], "name two"), (["compare=a"], "allowed: compare=A,B"),
+        (["check=perhaps"], "allowed: true, false"), (["rows="], "nothing is named"),
+    ],
+)  # fmt: skip
+def test_bad_words_are_one_line(words: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=expected) as caught:
+        parse_words(words)
+    assert len(caught.value.messages) == 1
+
+
+def test_words_may_carry_the_groups_name() -> None:
+    asked = parse_words(["report.rows=criterion+mitigation", "report.cols=pattern", "results_dir=x"])
+    assert asked.table == TableSpec("custom", "Criterion, mitigation and pattern", ("criterion", "mitigation"), ("pattern",))  # fmt: skip
+    assert parse_words(["--compare", "a", "b"]).compare == (Path("a"), Path("b"))
+    assert parse_words(["report.check=true"]).check
+
+
+def test_a_report_writes_every_file_and_each_number_leads_to_its_cell(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(made, folder)
+    assert report([f"results_dir={folder}", "rows=mitigation", "cols=pattern"]) == 0
+    cells = pd.read_csv(folder / "report" / "cells.csv", keep_default_na=False).set_index("cell_id")
+    for table in sorted((folder / "report" / "tables").rglob("*.csv")):
+        for ids in pd.read_csv(table, keep_default_na=False)["cells"]:
+            assert set(filter(None, ids.split("+"))) <= set(cells.index)
+    assert all(shlex.split(command)[0] == "nmsweep" for command in cells["rerun"])
+    made_of = json.loads((folder / "report" / "manifest.json").read_text())
+    assert set(made_of["tasks"]) == {*MINI, *REAL}
+    assert made_of["versions"]["torch"] == {"2.11.0": int(cells["status"].eq("done").sum())}
+    assert (folder / "report" / "tables" / "mini" / "custom_drop.md").is_file()
