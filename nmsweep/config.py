@@ -123,7 +123,7 @@ class CalibrationConfig(_Node):
 
 
 class RunConfig(_Node):
-    """One cell, fully resolved. Field by field: docs/config.md."""
+    """One cell, fully resolved. Field by field, with units: the comments in conf/config.yaml and conf/<group>/default.yaml."""
 
     model: dict[str, Any]
     pattern: Annotated[Pattern, _reported(parse_pattern)]
