@@ -7,8 +7,6 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 
 class NMSweeper(BasicSweeper):
@@ -22,16 +20,11 @@ class NMSweeper(BasicSweeper):
 
     def __init__(self, max_batch_size: int | None = None, params: Any = None, grids: Any = None) -> None:
         super().__init__(max_batch_size=max_batch_size, params=params)
-        self.node = {"params": params, "grids": grids}
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
-        from nmsweep.compose import grid
-        from nmsweep.sweep import launch
+        from nmsweep.cli import sweep_cells
 
-        return launch(self.launcher, grid(arguments, self.node))
+        return sweep_cells(self.launcher, arguments, self.config)
 
 
 ConfigStore.instance().store(

@@ -199,6 +199,12 @@ def _check_targets(cfg: RunConfig) -> list[str]:
     return check_divisible(linears, cfg.pattern)
 
 
+def model_bytes(cfg: RunConfig) -> int:
+    """Bytes of the model's weights in the cell's dtype; none is loaded."""
+    size = {"float32": 4, "float64": 8}.get(cfg.dtype, 2)
+    return size * int(sum(p.numel() for p in _kept_skeleton(model_spec(cfg)).parameters()))
+
+
 @cache
 def _kept_skeleton(spec: ModelSpec) -> Any:
     return skeleton(spec)

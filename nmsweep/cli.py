@@ -5,6 +5,7 @@ Exit codes: 0 all went well, 1 a cell failed, 2 bad input (nothing was written),
 
 import argparse
 import os
+import secrets
 import sys
 import tempfile
 import warnings
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from nmsweep.errors import InputError, NmsweepError
 
 if TYPE_CHECKING:
-    from nmsweep.config import RunConfig
+    from nmsweep.launching import Launch
+    from nmsweep.plan import Plan
+    from nmsweep.sweep import Outcome
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,44 +85,45 @@ def _application(words: list[str]) -> int:
 
 
 def _run_cells(words: list[str], overrides: list[str], multirun: bool, config_dir: Path | None) -> int:
+    """Plan the cells of a command, and run those that are missing."""
     from nmsweep.compose import cells_of, is_multirun
 
     multirun = multirun or is_multirun(overrides, config_dir)
     configs = cells_of(overrides, multirun=multirun, config_dir=config_dir)
 
     _silence_libraries()
-    from nmsweep.cell import check, identify
-    from nmsweep.record import find_cell
+    from nmsweep.leftovers import remove_abandoned
+    from nmsweep.plan import store
+    from nmsweep.planning import make_plan, missing
 
-    errors: list[str] = []
-    missing: list[RunConfig] = []
-    for cfg in configs:
-        try:
-            found = find_cell(cfg.results_dir, identify(cfg).cell_id)
-            messages = [] if found and not cfg.force else check(cfg)
-        except InputError:  # one mistake; `check` finds them all
-            found, messages = None, check(cfg)
-        errors += [message for message in messages if message not in errors]
-        if found is None or cfg.force:
-            missing.append(cfg)
-        elif len(configs) == 1:
-            print(f"nmsweep: this cell exists: {found}", file=sys.stderr)
-    errors += _unwritable(configs[0].results_dir)
-    if errors:
-        raise InputError(*errors)
-    if not missing:
-        if len(configs) > 1:
-            print(
-                f"nmsweep: all {len(configs)} cells exist in {configs[0].results_dir}; nothing to do (force=true runs them again)",
-                file=sys.stderr,
-            )
-        return 0
-    if len(configs) > 1:
+    results_dir = configs[0].results_dir
+    plan = make_plan(configs, words, os.getcwd())
+    if unwritable := _unwritable(results_dir):
+        raise InputError(*unwritable)
+    pending = missing(plan, results_dir)
+    n_cells = len(plan.cells)
+    if not pending:
+        say = f"all {n_cells} cells exist in {results_dir}" if n_cells > 1 else f"this cell exists in {results_dir}"
         print(
-            f"nmsweep: {len(configs)} cells, {len(configs) - len(missing)} exist already, {len(missing)} to run",
-            file=sys.stderr,
+            f"nmsweep: {say}; nothing to do (force=true runs {'them' if n_cells > 1 else 'it'} again)", file=sys.stderr
         )
-    return _hand_to_hydra(words)
+        return 0
+    if n_cells > 1:
+        print(
+            f"nmsweep: {n_cells} cells, {n_cells - len(pending)} exist already, {len(pending)} to run", file=sys.stderr
+        )
+    remove_abandoned(results_dir)
+    store(plan, results_dir)
+    return _launch(words, plan, pending, results_dir)
+
+
+def _launch(words: list[str], plan: "Plan", pending: Sequence[int], results_dir: Path) -> int:
+    from nmsweep.interrupt import interruptible
+    from nmsweep.launching import Launch
+
+    task = Launch(plan, results_dir, tuple(pending), secrets.token_hex(6))
+    with interruptible():
+        return _hand_to_hydra(words, task)
 
 
 def _silence_libraries() -> None:
@@ -134,7 +138,7 @@ def _unwritable(results_dir: Path) -> list[str]:
     made = [folder for folder in (results_dir, *results_dir.parents) if not folder.exists()]
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=results_dir, prefix=".tmp-"):
+        with tempfile.NamedTemporaryFile(dir=results_dir, prefix=".tmp_"):
             pass
     except OSError as error:
         return [
@@ -147,43 +151,73 @@ def _unwritable(results_dir: Path) -> list[str]:
     return []
 
 
-def _hand_to_hydra(words: list[str]) -> int:
+def _hand_to_hydra(words: list[str], task: "Launch | None" = None) -> int:
     import hydra
 
     from nmsweep.catalogue import conf_dir
 
-    outcomes: list[Any] = []
+    outcomes: list[Outcome] = []
     sys.argv = [sys.argv[0], *words]
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_Job(outcomes))()
-    return int(any(outcome.status == "failed" for outcome in outcomes))
+    job = _Job(task, outcomes)
+    _current.append(job)
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    finally:
+        _current.pop()
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if len(outcomes) > 1:
+        for outcome in failed:
+            print(f"FAILED {outcome.name}: {outcome.error}", file=sys.stderr)
+    return int(bool(failed))
+
+
+_current: "list[_Job]" = []
+"""The job of the command that runs; Hydra makes the sweeper, which has to find it."""
 
 
 class _Job:
-    """What Hydra calls for each cell: picklable, so that launchers can send it away; here its outcomes give the exit code."""
+    """What Hydra calls: for a single command once in this process, for a sweep once a batch, perhaps on another machine.
+
+    Args:
+        task: what the command is to do; left behind when the job is sent away.
+        outcomes: filled with how its cells ended.
+    """
 
     __name__ = "nmsweep"
     __qualname__ = "nmsweep"
 
-    def __init__(self, outcomes: list[Any]) -> None:
+    def __init__(self, task: "Launch | None", outcomes: "list[Outcome]") -> None:
+        self.task = task
         self.outcomes = outcomes
 
-    def __call__(self, cfg: Any) -> Any:
-        outcome = run_composed(cfg)
-        self.outcomes.append(outcome)
-        return outcome
+    def __getstate__(self) -> dict[str, Any]:
+        return {"task": None, "outcomes": []}
+
+    def __call__(self, cfg: Any) -> None:
+        _silence_libraries()
+        from nmsweep.launching import run_batch
+
+        if self.task is not None and "batch" not in cfg:
+            self.outcomes += self.task.run_here()
+            return
+        run_batch(str(cfg.batch), Path(str(cfg.results_dir)), remote=self.task is None)
 
 
-def run_composed(cfg: Any) -> Any:
-    """Run the cell of one composed config."""
-    _silence_libraries()
-    from omegaconf import OmegaConf
+def sweep_cells(launcher: Any, arguments: Sequence[str], config: Any) -> None:
+    """Run the cells of the current command through one of Hydra's launchers; what the sweeper calls."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from nmsweep.config import parse_run
-    from nmsweep.sweep import attempt
+    from nmsweep.config import ClusterConfig
+    from nmsweep.launching import launch
 
-    raw = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(raw, dict)
-    return attempt(parse_run({str(key): value for key, value in raw.items() if key not in ("hydra", "experiment")}))
+    job = _current[-1]
+    assert job.task is not None
+    shared = [
+        str(override.input_line)
+        for override in OverridesParser.create().parse_overrides(list(arguments))
+        if not override.is_sweep_override()
+    ]
+    job.outcomes += launch(launcher, job.task, shared, ClusterConfig(**config.cluster))
 
 
 def _key_values(words: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:

@@ -26,8 +26,11 @@ from nmsweep.errors import InputError, nearest
 def prepare(config_dir: Path | None) -> None:
     """Tell Hydra about the mitigations' parameters: a folder of files that it cannot glob by itself."""
     Plugins.instance()  # scan first, or a plugin's own entries win over ours
+    store = ConfigStore.instance()
+    for name in ("joblib", "submitit_local", "submitit_slurm"):  # ours are files in conf/hydra/launcher
+        store.repo.get("hydra", {}).get("launcher", {}).pop(f"{name}.yaml", None)
     nodes = {name: dict(option.node) for name, option in options("mitigations", config_dir).items()}
-    ConfigStore.instance().store(name="mitigation_parameters", node={"mitigations": nodes}, provider="nmsweep")
+    store.store(name="mitigation_parameters", node={"mitigations": nodes}, provider="nmsweep")
 
 
 @contextlib.contextmanager

@@ -122,8 +122,19 @@ class CalibrationConfig(_Node):
     epochs: Annotated[int, Field(ge=1)] = 1
 
 
+class ClusterConfig(_Node):
+    """How the cells of a sweep are given to a launcher's jobs; changes no number.
+
+    `cells_per_job` in cells, of one model (None: 8 on Slurm, one batch a worker elsewhere); `workers` in processes of joblib
+    and submitit_local (None: one a GPU, or as many as cores and memory allow).
+    """
+
+    cells_per_job: Annotated[int, Field(ge=1)] | None = None
+    workers: Annotated[int, Field(ge=1)] | None = None
+
+
 class RunConfig(_Node):
-    """One cell, fully resolved. Field by field, with units: the comments in conf/config.yaml and conf/<group>/default.yaml."""
+    """One cell, fully resolved. Field by field: docs/config.md."""
 
     model: dict[str, Any]
     pattern: Annotated[Pattern, _reported(parse_pattern)]
@@ -143,6 +154,7 @@ class RunConfig(_Node):
     baseline: bool = True
     force: bool = False
     plugins: tuple[str, ...] = ()
+    cluster: ClusterConfig = ClusterConfig()
 
     @property
     def model_name(self) -> str:
@@ -180,6 +192,27 @@ class RunConfig(_Node):
             **{key: getattr(self, key) for key in ("dtype", "device", "seed", "baseline", "plugins")},
             "results_dir": str(self.results_dir),
         }
+
+
+def to_plain(cfg: RunConfig) -> dict[str, Any]:
+    """A cell's config as JSON has it, for `from_plain`."""
+    return {**cfg.model_dump(mode="json"), "pattern": str(cfg.pattern)}
+
+
+def from_plain(plain: Mapping[str, Any]) -> RunConfig:
+    """Read back what `to_plain` gave; a `_target_` outside nmsweep and the cell's plugins is refused here too.
+
+    Raises:
+        InputError: it is no config, or not one of this version.
+    """
+    try:
+        cfg = RunConfig.model_validate(plain)
+    except ValidationError as error:
+        raise InputError(*map(_describe, error.errors())) from None
+    methods = [*cfg.mitigations, *([cfg.criterion] if cfg.criterion else [])]
+    if errors := [text for m in methods for text in _target_errors(m.name, {"_target_": m.target}, cfg.plugins)]:
+        raise InputError(*errors)
+    return cfg
 
 
 def parse_run(raw: Mapping[str, Any]) -> RunConfig:

@@ -39,6 +39,23 @@ class NonFiniteError(NmsweepError):
     """NaN or infinity where a number was expected: the cell has failed, it has no number."""
 
 
+class StorageError(NmsweepError):
+    """The results folder takes no more: full, read-only, gone. Nothing that follows could be kept."""
+
+
+class Busy(NmsweepError):  # noqa: N818 - no error: a state of affairs
+    """Another process is computing this at the moment; it is no failure.
+
+    Args:
+        message: what, and who has it.
+        claim: the name that is claimed.
+    """
+
+    def __init__(self, message: str, claim: str) -> None:
+        super().__init__(message)
+        self.claim = claim
+
+
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Spell out what is allowed, nearest names first.
 

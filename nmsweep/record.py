@@ -4,13 +4,11 @@ Layout: `<results>/cells/<name>/` for finished cells, `<results>/.parts/<part_id
 unfinished cells, `<results>/failed/<name>/` for failures, `<results>/items/` for the text of the items.
 """
 
+import hashlib
 import json
-import os
 import re
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +17,7 @@ import pandas as pd
 import yaml
 
 from nmsweep.errors import InputError
+from nmsweep.storage import whole_folder
 
 SCHEMA = 1
 """Version of the files of a cell; kept in provenance.json. Older versions stay readable."""
@@ -32,7 +31,7 @@ METRIC_COLUMNS = (
 LAYER_COLUMNS = ("cell_id", "layer", "in_features", "out_features", "channels", "kept", "sparsity", "flops_share")
 """Columns of layers.csv: `channels` seen and `kept` are counts over tokens; shares are 0 to 1."""
 
-_CELL_FILES = ("config.yaml", "metrics.csv", "layers.csv", "samples.parquet", "provenance.json")
+CELL_FILES = ("config.yaml", "metrics.csv", "layers.csv", "samples.parquet", "provenance.json")
 
 
 @dataclass(frozen=True)
@@ -105,54 +104,9 @@ def find_cell(results_dir: Path, cell_id: str) -> Path | None:
     return next(iter((results_dir / "cells").glob(f"*_{cell_id}")), None)
 
 
-@contextmanager
-def whole_folder(place: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `place`; it takes `place` in one rename when the block ends without an error.
-
-    What was at `place` before is replaced. If another process fills it at the same time, one of the two stays whole.
-    """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.parent / f".tmp-{place.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            _flush_to_disk(file)
-        _take_place(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _take_place(temporary: Path, place: Path) -> None:
-    if place.exists():
-        old = place.parent / f".tmp-old-{place.name}-{uuid.uuid4().hex[:8]}"
-        os.rename(place, old)
-        try:
-            os.rename(temporary, place)
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-    else:
-        try:
-            os.rename(temporary, place)
-        except OSError:
-            if not place.exists():  # somebody else was first: theirs is as good as ours
-                raise
-
-
-def _flush_to_disk(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def write_text(place: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".tmp-{place.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
+def cell_index(results_dir: Path) -> dict[str, Path]:
+    """The folder of every finished cell by its id, from one look at `cells/`."""
+    return {folder.name.rpartition("_")[2]: folder for folder in cell_folders(results_dir)}
 
 
 def _write_json(place: Path, value: Any) -> None:
@@ -194,8 +148,15 @@ def write_cell(
         table.to_csv(place / "metrics.csv", index=False)
         pd.DataFrame(per_layer, columns=list(LAYER_COLUMNS)).to_csv(place / "layers.csv", index=False)
         samples.to_parquet(place / "samples.parquet", index=False)
-        _write_json(place / "provenance.json", {"schema": SCHEMA, **provenance})
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in sorted(place.iterdir())
+        }
+        _write_json(place / "provenance.json", {"schema": SCHEMA, "files": files, **provenance})
     return read_cell(folder)
+
+
+def file_digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -206,10 +167,10 @@ def read_cell(folder: Path) -> CellRecord:
     """Read a finished cell.
 
     Raises:
-        InputError: a file is missing or unreadable; the message names it.
+        InputError: a file is missing or unreadable, or a later version wrote it; the message names it.
     """
     try:
-        return CellRecord(
+        record = CellRecord(
             folder=folder,
             config=yaml.safe_load((folder / "config.yaml").read_text()),
             metrics=read_metrics(folder / "metrics.csv"),
@@ -221,6 +182,11 @@ def read_cell(folder: Path) -> CellRecord:
         raise InputError(
             f"record {folder}: {type(error).__name__}: {error}; remove the folder and run its cell again"
         ) from error
+    if record.provenance.get("schema", 0) > SCHEMA:
+        raise InputError(
+            f"record {folder}: its schema is {record.provenance['schema']}; this version reads up to {SCHEMA}; update nmsweep"
+        )
+    return record
 
 
 _NUMBERS = {
@@ -288,15 +254,18 @@ class Parts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def write_failure(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> Path:
-    """Record a failed cell under `failed/`; a later success takes it away."""
-    place = folder.parent.parent / "failed" / folder.name
+def failure_folder(results_dir: Path, name: str) -> Path:
+    """Where the failure of the cell of this folder name lies."""
+    return results_dir / "failed" / name
+
+
+def write_failure(place: Path, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Record a failed cell; a later success takes it away."""
     with whole_folder(place) as temporary:
         (temporary / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
         _write_json(temporary / "provenance.json", {"schema": SCHEMA, "status": "failed", **provenance})
-    return place
 
 
 def clear_failure(folder: Path) -> None:
     """Take away the failure of a cell that has succeeded since."""
-    shutil.rmtree(folder.parent.parent / "failed" / folder.name, ignore_errors=True)
+    shutil.rmtree(failure_folder(folder.parent.parent, folder.name), ignore_errors=True)

@@ -12,7 +12,9 @@ from nmsweep.calibrate.fit import fit
 from nmsweep.calibrate.store import Calibrated, calibrate
 from nmsweep.calibrate.text import windows
 from nmsweep.cell import Cell, device_kind, identify
+from nmsweep.claims import claimed
 from nmsweep.config import RunConfig
+from nmsweep.damage import damage, quarantine
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.evaluate import harness, perplexity
 from nmsweep.evaluate.result import TaskResult
@@ -26,7 +28,7 @@ from nmsweep.sparsity.install import Installed, installed
 def run(cfg: RunConfig, session: Session) -> CellRecord:
     """Run one cell, unless its record exists already.
 
-    The flow: identity → (dense baseline) → model → calibrate → sparsify → measure each task, keeping it → record.
+    The flow: identity → claim → model → calibrate → sparsify → measure each task, keeping it → record.
 
     Args:
         cfg: the cell.
@@ -36,25 +38,43 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         The cell's record, as its folder holds it.
 
     Raises:
+        Busy: another process is computing it, or the calibrated state that it needs.
         NmsweepError: the cell cannot be computed; what was finished of it is kept.
     """
     cell = identify(cfg, session.display.say)
-    if not cfg.force and (folder := find_cell(cfg.results_dir, cell.cell_id)):
-        return read_cell(folder)
-    if not cell.is_dense and cfg.baseline and not find_cell(cfg.results_dir, cell.dense_cell_id):
-        run(cfg.dense(), session)
-
-    session.display.cell(cell.folder.name)
-    parts = Parts(cfg.results_dir, cell.part_id)
-    if cfg.force:
-        parts.forget()
-    loaded = session.model(cfg)
-    calibrated = calibration(cell, loaded, session)
-    with sparse(cell, loaded, calibrated) as layers:
-        done = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
-    record = write(cell, loaded, done, calibrated)
+    if kept := finished(cell, session):
+        return kept
+    with claimed(cfg.results_dir, cell.part_id, cell.folder.name):
+        if kept := finished(cell, session):  # its last holder may have written it just before
+            return kept
+        session.display.cell(cell.folder.name)
+        parts = Parts(cfg.results_dir, cell.part_id)
+        if cfg.force:
+            parts.forget()
+        loaded = session.model(cfg)
+        calibrated = calibration(cell, loaded, session)
+        with sparse(cell, loaded, calibrated) as layers:
+            done = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
+        record = write(cell, loaded, done, calibrated, session)
     session.display.finished(summary(record))
     return record
+
+
+def finished(cell: Cell, session: Session) -> CellRecord | None:
+    """The record of a cell that needs no computing; a damaged one is put aside and named.
+
+    With `force` only a record of this launch counts, so that the processes of one launch do not repeat each other's work.
+    """
+    cfg = cell.cfg
+    folder = find_cell(cfg.results_dir, cell.cell_id)
+    if folder is None:
+        return None
+    if what := damage(folder, deep=True):
+        aside = quarantine(folder, cfg.results_dir)
+        session.display.say(f"    record {folder.name} is damaged ({what}): put aside as {aside}, computed again")
+        return None
+    record = read_cell(folder)
+    return None if cfg.force and record.provenance.get("launch") != session.launch else record
 
 
 def calibration(cell: Cell, loaded: LoadedModel, session: Session) -> Calibrated:
@@ -78,7 +98,10 @@ def calibration(cell: Cell, loaded: LoadedModel, session: Session) -> Calibrated
         )  # fmt: skip
 
     session.display.stage("calibration", loaded.model.config.get_text_config().num_hidden_layers)
-    return calibrate(cfg.results_dir / ".calibration", cell.calibration_id, make)
+    folder = cfg.results_dir / ".calibration"
+    exists = (folder / f"{cell.calibration_id}.safetensors").is_file()
+    with nullcontext() if exists else claimed(cfg.results_dir, f"calibration-{cell.calibration_id}", "calibration"):
+        return calibrate(folder, cell.calibration_id, make)
 
 
 def sparse(cell: Cell, loaded: LoadedModel, calibrated: Calibrated) -> AbstractContextManager[Installed | None]:
@@ -130,7 +153,9 @@ def _evaluate(cell: Cell, source: TaskSource, loaded: LoadedModel, session: Sess
     )  # fmt: skip
 
 
-def write(cell: Cell, loaded: LoadedModel, parts: Sequence[Part], calibrated: Calibrated) -> CellRecord:
+def write(
+    cell: Cell, loaded: LoadedModel, parts: Sequence[Part], calibrated: Calibrated, session: Session
+) -> CellRecord:
     """Put a cell's parts together and write its record."""
     cfg = cell.cfg
     layers = total_counts(parts)
@@ -152,7 +177,7 @@ def write(cell: Cell, loaded: LoadedModel, parts: Sequence[Part], calibrated: Ca
         "tokens": sum(part.provenance["tokens"] for part in parts),
         "peak_memory_bytes": peak_memory_bytes(device_kind(cfg.device)),
         "device": device_name(device_kind(cfg.device)), "dtype": cfg.dtype, "seed": cfg.seed,
-        "calibration": calibrated.provenance(),
+        "calibration": calibrated.provenance(), "launch": session.launch,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **environment(),
     }  # fmt: skip

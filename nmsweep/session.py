@@ -1,7 +1,9 @@
 """What is kept between the cells of one process: the model, the display."""
 
 import logging
+import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 from nmsweep.cell import device_kind, model_spec
 from nmsweep.config import RunConfig, short_hash
@@ -11,22 +13,39 @@ from nmsweep.progress import Display
 log = logging.getLogger(__name__)
 
 
+def device_of(cfg: RunConfig) -> str:
+    """The cell's device; for ``auto`` what this machine has."""
+    return device_kind(cfg.device) if cfg.device == "auto" else cfg.device
+
+
+def model_key(cfg: RunConfig) -> list[Any]:
+    """What a loaded model depends on."""
+    return [cfg.model, cfg.dtype, device_of(cfg), cfg.seed]
+
+
 @dataclass
 class Session:
-    """One model at a time stays loaded; asking for another lets it go first."""
+    """One model at a time stays loaded; asking for another lets it go first.
+
+    Attributes:
+        display: what the user sees.
+        launch: which launch of a sweep this process works for; in every record it writes.
+        n_loads: how often a model was loaded.
+    """
 
     display: Display = field(default_factory=Display)
+    launch: str = field(default_factory=lambda: secrets.token_hex(6))
     n_loads: int = 0
     _key: str = ""
     _loaded: LoadedModel | None = None
 
     def model(self, cfg: RunConfig) -> LoadedModel:
         """The cell's model, loaded if it is not the one that is there."""
-        device = device_kind(cfg.device) if cfg.device == "auto" else cfg.device
-        key = short_hash([cfg.model, cfg.dtype, device, cfg.seed])
+        key = short_hash(model_key(cfg))
         if self._loaded is None or key != self._key:
             self._loaded = None  # two models may not fit
             self.display.stage("loading the model")
+            device = device_of(cfg)
             self._loaded = load_model(model_spec(cfg), dtype=cfg.dtype, device=device)
             self._key = key
             self.n_loads += 1

@@ -1,29 +1,44 @@
-"""Many cells: what a process keeps between them, and what happens when one fails."""
+"""Cells one after another in one process: whatever happens to one, the others go on, and each is computed by one process."""
 
+import json
 import logging
+import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
-from nmsweep.cell import identify
-from nmsweep.config import RunConfig, short_hash
-from nmsweep.errors import NmsweepError
-from nmsweep.record import cell_folder, write_failure
+from nmsweep.claims import find
+from nmsweep.errors import Busy, NmsweepError, StorageError
+from nmsweep.plan import Plan, PlannedCell
+from nmsweep.record import failure_folder, write_failure
 from nmsweep.run import run
 from nmsweep.session import Session
 
 log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""Seconds between two looks at a cell that another process is computing."""
 
 _sessions: list[Session] = []
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one cell ended: its folder's name, and why it failed."""
+    """How one cell ended.
+
+    Attributes:
+        name: of its folder.
+        status: ``busy`` where another process had it.
+        error: why it failed; for a busy one, who has it.
+        claim: the claim that another process has.
+    """
 
     name: str
-    status: Literal["done", "failed"]
+    status: Literal["done", "failed", "busy"]
     error: str = ""
+    claim: str = ""
 
 
 def session() -> Session:
@@ -33,59 +48,79 @@ def session() -> Session:
     return _sessions[0]
 
 
-def attempt(cfg: RunConfig) -> Outcome:
-    """Run a cell; record a failure instead of raising it, so that a sweep goes on.
+def work(plan: Plan, indices: Sequence[int], *, patient: bool) -> list[Outcome]:
+    """Run cells of a plan; what another process is computing is passed over and looked at again later.
 
-    KeyboardInterrupt passes: the user wants the sweep to stop.
+    Args:
+        plan: the plan.
+        indices: which of its cells, in the order they are tried.
+        patient: wait until every cell is there; otherwise leave to other processes the cells that they are seen to work at.
+
+    Returns:
+        how each cell ended.
+
+    Raises:
+        StorageError: nothing more can be kept; the remaining cells were not tried.
+        KeyboardInterrupt: the user wants it to stop.
     """
-    here = session()
+    outcomes: dict[str, Outcome] = {}
+    waiting = [plan.cells[index] for index in indices]
+    watched: dict[str, tuple[int, float]] = {}
+    told = False
+    while waiting:
+        before = len(waiting)
+        for cell in waiting:
+            outcomes[cell.name] = attempt(cell)
+        waiting = [cell for cell in waiting if outcomes[cell.name].status == "busy"]
+        if not patient:
+            waiting = [cell for cell in waiting if not _is_elsewhere(cell, outcomes[cell.name].claim, watched)]
+        if waiting and len(waiting) == before:
+            if patient and not told:
+                session().display.say(f"    waiting for other processes: {outcomes[waiting[0].name].error}")
+                told = True
+            time.sleep(POLL_S)
+    return list(outcomes.values())
+
+
+def _is_elsewhere(cell: PlannedCell, claim: str, watched: dict[str, tuple[int, float]]) -> bool:
+    """Whether another process is seen to work at the cell itself: it runs on this machine, or its claim was touched since."""
+    if claim != cell.part_id:  # a calibrated state that is being made: its cell is nobody's yet
+        return False
+    found = find(cell.cfg.results_dir, claim)
+    if found is None:
+        return False
+    if found.owner and found.owner.is_alive():
+        return True
+    seen = (found.generation, found.touched)
+    return watched.setdefault(claim, seen) != seen
+
+
+def attempt(cell: PlannedCell) -> Outcome:
+    """Run a cell; record a failure instead of raising it, so that a sweep goes on."""
+    here, cfg = session(), cell.cfg
+    place = failure_folder(cfg.results_dir, cell.name)
+    if (error := failure_of(place, here.launch)) is not None:  # by another process of this launch
+        return Outcome(cell.name, "failed", error)
     try:
-        return Outcome(run(cfg, here).folder.name, "done")
+        run(cfg, here)
+        return Outcome(cell.name, "done")
+    except Busy as busy:
+        return Outcome(cell.name, "busy", str(busy), busy.claim)
+    except StorageError:
+        raise
     except Exception as error:  # the boundary between cells: any failure of one must leave the others alone
         log.exception("cell failed")
         reason = str(error) if isinstance(error, NmsweepError) else f"{type(error).__name__}: {error}"
-        place = write_failure(_folder(cfg), cfg.dump(), {"error": reason, "traceback": traceback.format_exc()})
+        about = {"error": reason, "traceback": traceback.format_exc(), "launch": here.launch, "cell_id": cell.cell_id}
+        write_failure(place, cfg.dump(), about)
         here.display.finished(f"FAILED: {reason} (traceback: {place / 'provenance.json'})")
-        return Outcome(place.name, "failed", reason)
+        return Outcome(cell.name, "failed", reason)
 
 
-def _folder(cfg: RunConfig) -> Any:
-    """The cell's place; where even its identity cannot be had, one that only its config decides."""
+def failure_of(place: Path, launch: str | None = None) -> str | None:
+    """Why a cell failed, in one launch or at all; None if it did not."""
     try:
-        return identify(cfg).folder
-    except NmsweepError:
-        criterion = cfg.criterion.name if cfg.criterion else "none"
-        return cell_folder(
-            cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, short_hash(cfg.dump())
-        )
-
-
-def launch(launcher: Any, jobs: list[list[str]]) -> list[Outcome]:
-    """Give every cell of a sweep to Hydra's launcher.
-
-    Args:
-        launcher: a Hydra launcher.
-        jobs: the overrides of each cell.
-
-    Raises:
-        SystemExit: code 1 after the last cell, if any failed; each is named.
-    """
-    display = session().display
-    display.expect(len(jobs))
-    with display:
-        returned = launcher.launch(jobs, initial_job_idx=0)
-    outcomes = [_outcome(job) for job in returned]
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    for outcome in failed:
-        display.say(f"FAILED {outcome.name}: {outcome.error}")
-    if failed:
-        raise SystemExit(1)
-    return outcomes
-
-
-def _outcome(job: Any) -> Outcome:
-    """What a launcher brought back for a job; one that it lost has failed."""
-    value = job._return_value
-    if isinstance(value, Outcome):
-        return value
-    return Outcome(" ".join(job.overrides or ()), "failed", f"{type(value).__name__}: {value}")
+        stored = json.loads((place / "provenance.json").read_text())
+        return str(stored["error"]) if launch in (None, stored.get("launch")) else None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None

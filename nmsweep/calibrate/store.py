@@ -1,8 +1,6 @@
 """The calibrated state on disk: one safetensors file under a key of everything it depends on, shared by cells."""
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 from nmsweep.calibrate.learn import Loss
 from nmsweep.errors import InputError
 from nmsweep.sparsity.method import State
+from nmsweep.storage import whole_file
 
 VERSION = 1
 """Raised when calibration gives other numbers; part of every key."""
@@ -70,13 +69,8 @@ def _write(file: Path, made: Calibrated) -> None:
             if place not in tensors:
                 tensors[place] = value.detach().cpu().contiguous().clone()
     metadata = {"places": json.dumps(places), "losses": json.dumps([asdict(loss) for loss in made.losses])}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".tmp-{file.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
+    with whole_file(file) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(file: Path, key: str) -> Calibrated:

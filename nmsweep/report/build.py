@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nmsweep.record import write_text
 from nmsweep.report import formats
 from nmsweep.report.load import Results, read_results
 from nmsweep.report.manifest import cell_list, manifest, warnings_of
@@ -14,6 +13,7 @@ from nmsweep.report.scores import Scores, make_scores
 from nmsweep.report.spec import Table, TableSpec
 from nmsweep.report.tables import make_tables, preset_tables
 from nmsweep.report.terminal import show_results, show_table
+from nmsweep.storage import write_text
 
 
 def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console | None = None) -> None:

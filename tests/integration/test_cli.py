@@ -67,7 +67,7 @@ def test_a_sweep_loads_the_model_once_and_runs_nothing_twice(nmsweep: Call, resu
     before = {file: file.stat().st_mtime_ns for file in results.rglob("*") if file.is_file()}
     code, _, err = nmsweep(*words)
     assert code == 0
-    assert "all 6 cells exist" in err
+    assert "all 7 cells exist" in err
     assert {file: file.stat().st_mtime_ns for file in results.rglob("*") if file.is_file()} == before
 
 

@@ -2,10 +2,7 @@ import copy
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
-from nmsweep import config
-from nmsweep.catalogue import conf_dir
 from nmsweep.compose import cells_of
 from nmsweep.config import RunConfig, parse_run
 from nmsweep.errors import InputError
@@ -113,21 +110,3 @@ def test_names_never_become_paths(name: str) -> None:
     if name:
         with pytest.raises(InputError):
             parse_run(raw() | {"tasks": [name]})
-
-
-@pytest.mark.parametrize(
-    ("schema", "file"),
-    [
-        (config.RunConfig, "config.yaml"),
-        (config.EvalConfig, "config.yaml"),
-        (config.DataConfig, "data/default.yaml"),
-        (config.CalibrationConfig, "calibration/default.yaml"),
-    ],
-)
-def test_every_key_is_explained_where_its_default_stands(schema: type[BaseModel], file: str) -> None:
-    lines = (conf_dir() / file).read_text().splitlines()
-    groups = {"model", "criterion", "calibration", "data", "mitigations", "eval"}
-    for key in set(schema.model_fields) - groups:
-        own = [line for line in lines if line.strip().startswith(f"{key}:")]
-        assert len(own) == 1, key
-        assert "#" in own[0], own[0]

@@ -9,11 +9,11 @@ import nmsweep
 
 ROOT = Path(nmsweep.__file__).parent
 ORDER = [
-    {"errors", "pattern"}, {"config"}, {"record", "catalogue", "progress", "provenance"}, {"data", "models"}, {"sparsity"}, {"calibrate"}, {"evaluate"},
-    {"cell"}, {"session"}, {"run"}, {"sweep"}, {"compose", "listing", "report", "bench"}, {"cli"},
+    {"errors", "pattern", "owner", "interrupt"}, {"config", "storage", "claims"}, {"record", "damage", "catalogue", "progress", "provenance", "plan"}, {"data", "models"}, {"sparsity"}, {"calibrate"}, {"evaluate"},
+    {"cell"}, {"session"}, {"run", "planning", "workers"}, {"sweep", "leftovers"}, {"launching"}, {"compose", "listing", "report", "bench"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-REPORT_MAY = {"errors", "pattern", "config", "record", "report"}
+REPORT_MAY = {"errors", "pattern", "config", "record", "storage", "report"}
 PAIRED = {"nmsweep.evaluate.statistics", "nmsweep.evaluate.comparison"}
 """Of `evaluate`, what works on records alone; a report is of paired numbers."""
 

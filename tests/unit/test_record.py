@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nmsweep.errors import InputError
+from nmsweep.errors import InputError, StorageError
 from nmsweep.record import (
     LAYER_COLUMNS,
     METRIC_COLUMNS,
@@ -15,13 +15,13 @@ from nmsweep.record import (
     Parts,
     cell_folder,
     clear_failure,
+    failure_folder,
     find_cell,
     read_cell,
-    whole_folder,
     write_cell,
     write_failure,
-    write_text,
 )  # fmt: skip
+from nmsweep.storage import whole_folder, write_text
 
 METRICS = [Metric("boolq", "acc", 0.5, 0.1, 4), Metric("wikitext2", "perplexity", 12.25, None, 3)]
 LAYERS = [LayerCount("model.layers.0.q", 8, 4, 100, 50, 0.25)]
@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         write_text(file, "new")
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["tidy.csv"]
@@ -115,7 +115,8 @@ def test_a_part_is_reused_only_for_the_same_data(tmp_path: Path) -> None:
 
 def test_a_failure_is_recorded_apart_and_goes_with_success(tmp_path: Path) -> None:
     folder = tmp_path / "cells" / "m_abc"
-    place = write_failure(folder, {"pattern": "2:4"}, {"error": "boom"})
+    place = failure_folder(tmp_path, folder.name)
+    write_failure(place, {"pattern": "2:4"}, {"error": "boom"})
     assert json.loads((place / "provenance.json").read_text())["status"] == "failed"
     assert place.parent == tmp_path / "failed"
     assert not folder.exists()

@@ -1,0 +1,60 @@
+"""Ctrl-C: once to stop after what is being written, twice to stop at once."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_CODE = 130
+
+_writing = 0
+_pending = 0
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside the block the first Ctrl-C (or SIGTERM) raises KeyboardInterrupt, but never in the middle of a write.
+
+    The second ends the process on the spot, with code 130: an unfinished temporary file may stay, which the next run
+    removes. In a thread other than the main one, where signals do not arrive, the block changes nothing.
+    """
+    global _pending
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _arrived) for number in (signal.SIGINT, signal.SIGTERM)}
+    _pending = 0
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A write: an interrupt that comes in the block is raised when the block ends."""
+    global _writing
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _writing += 1
+    try:
+        yield
+    finally:
+        _writing -= 1
+    if _pending and not _writing:
+        raise KeyboardInterrupt
+
+
+def _arrived(number: int, frame: FrameType | None) -> None:
+    global _pending
+    _pending += 1
+    if _pending > 1:
+        os._exit(EXIT_CODE)
+    print("nmsweep: stopping; once more to stop at once", file=sys.stderr, flush=True)
+    if not _writing:
+        raise KeyboardInterrupt

@@ -1,0 +1,218 @@
+"""A plan's cells given to the jobs of a Hydra launcher, and what became of them, read off the results folder.
+
+One job runs many cells: it is told a plan and indices (`Batch`), not a config. On one machine every worker is given all cells,
+each beginning elsewhere, and claims decide who computes what, so that no worker is idle while another has a queue. A Slurm
+job is given its own share, cells of one model.
+"""
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nmsweep.config import ClusterConfig
+from nmsweep.errors import InputError, NmsweepError
+from nmsweep.plan import Plan, PlannedCell, indices_text, load, parse_indices
+from nmsweep.progress import Display
+from nmsweep.record import cell_index, failure_folder
+from nmsweep.sweep import Outcome, failure_of, session, work
+from nmsweep.workers import grouped, n_local_workers, share_machine
+
+log = logging.getLogger(__name__)
+
+SLURM_CELLS_PER_JOB = 8
+"""Cells that share a model's loading where `cluster.cells_per_job` is not given."""
+
+_WORD = re.compile(
+    r"(?P<plan>[0-9a-f]{20}):(?P<launch>[0-9a-f]{12}):(?P<cells>[0-9_-]+):(?P<worker>\d+):(?P<workers>\d+)"
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one job is to do, as one word of its overrides.
+
+    Attributes:
+        plan_id: the plan, a file of the results folder.
+        launch: which launch this is.
+        indices: of the plan's cells.
+        worker, n_workers: which of several processes on one machine this is; 0 of 1 where it has the machine to itself.
+    """
+
+    plan_id: str
+    launch: str
+    indices: tuple[int, ...]
+    worker: int = 0
+    n_workers: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.plan_id}:{self.launch}:{indices_text(self.indices)}:{self.worker}:{self.n_workers}"
+
+    @classmethod
+    def parse(cls, word: str) -> "Batch":
+        found = _WORD.fullmatch(word)
+        if found is None:
+            raise InputError(f"batch: {word!r} is not for the command line; it is how a sweep talks to its own jobs")
+        cells = tuple(parse_indices(found["cells"]))
+        return cls(found["plan"], found["launch"], cells, int(found["worker"]), int(found["workers"]))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One command's work.
+
+    Attributes:
+        plan: all its cells.
+        results_dir: where they are.
+        pending: indices of those that have to be computed.
+        launch: id of this launch.
+    """
+
+    plan: Plan
+    results_dir: Path
+    pending: tuple[int, ...]
+    launch: str
+
+    def run_here(self) -> list[Outcome]:
+        """Run the pending cells in this process.
+
+        Raises:
+            StorageError: nothing more can be kept.
+        """
+        here = session()
+        here.launch = self.launch
+        here.display.expect(len(self.pending))
+        with here.display:
+            return work(self.plan, self.pending, patient=True)
+
+
+def run_batch(word: str, results_dir: Path, *, remote: bool) -> list[Outcome]:
+    """Run one job's cells; what a launcher calls, perhaps on another machine.
+
+    Args:
+        word: the job's `Batch`.
+        results_dir: where its plan lies.
+        remote: not in the process that the user started: the terminal is not ours, and other jobs are there for other cells.
+    """
+    batch = Batch.parse(word)
+    plan = load(results_dir, batch.plan_id)
+    if not remote:
+        return Launch(plan, results_dir, batch.indices, batch.launch).run_here()
+    here = session()
+    here.launch = batch.launch
+    if "SLURM_JOB_ID" not in os.environ:  # Slurm has a log for each job; other workers share the terminal
+        here.display = Display(stream=open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lasts
+    here.display.expect(len(batch.indices))
+    share_machine(batch.worker, batch.n_workers)
+    return work(plan, batch.indices, patient=False)
+
+
+def batches(launcher: Any, task: Launch, cluster: ClusterConfig) -> list[Batch]:
+    """Which cells each job of a launcher is given."""
+    kind = type(launcher).__name__
+    pending = list(task.pending)
+    shares = [pending]
+    n_workers = 1
+    if kind in ("JoblibLauncher", "LocalJobs"):
+        cells = [task.plan.cells[index] for index in pending]
+        n_workers = min(cluster.workers or n_local_workers(cells), len(pending))
+        if kind == "JoblibLauncher":
+            launcher.joblib["n_jobs"] = n_workers
+        starts = [len(pending) * worker // n_workers for worker in range(n_workers)]
+        shares = [pending[start:] + pending[:start] for start in starts]
+    elif kind != "BasicLauncher":
+        shares = grouped(task.plan, pending, cluster.cells_per_job or SLURM_CELLS_PER_JOB)
+    return [
+        Batch(task.plan.plan_id, task.launch, tuple(share), worker if n_workers > 1 else 0, n_workers)
+        for worker, share in enumerate(shares)
+    ]
+
+
+def launch(launcher: Any, task: Launch, words: Sequence[str], cluster: ClusterConfig) -> list[Outcome]:
+    """Give a launch to Hydra's launcher and wait for it; what counts in the end is what lies in the results folder.
+
+    Args:
+        launcher: of Hydra, set up.
+        task: what is to be done.
+        words: overrides that all cells share; they decide where Hydra puts its own files.
+        cluster: how cells are shared out.
+
+    Returns:
+        how each pending cell ended.
+
+    Raises:
+        NmsweepError: a job could not start, or nothing more can be kept.
+    """
+    jobs = batches(launcher, task, cluster)
+    display = session().display
+    remote = type(launcher).__name__ != "BasicLauncher"
+    if remote:
+        display.expect(len(task.pending))
+        cells = f"{len(task.pending)} cells"
+        display.say(f"    {cells} in {len(jobs)} jobs" if len(jobs) > 1 else f"    {cells} in one job")
+    lost = ""
+    with display if remote else _nothing(), _watching(task, display) if remote else _nothing():
+        try:
+            returned = launcher.launch([[*words, f"+batch={job}"] for job in jobs], initial_job_idx=0)
+            values = [job._return_value for job in returned]
+        except NmsweepError:
+            raise
+        except Exception as error:  # a launcher raises its libraries' own kinds; the records say what was done
+            log.exception("launcher")
+            values, lost = [error], f"{type(error).__name__}: {error}"
+    reasons = {}
+    for job, value in zip(jobs, values, strict=False):
+        if isinstance(value, NmsweepError) and not remote:
+            raise value
+        if isinstance(value, BaseException):
+            reasons.update(dict.fromkeys(job.indices, f"{value}"))
+    known = cell_index(task.results_dir)
+    return [_outcome(task, task.plan.cells[index], known, reasons.get(index, lost)) for index in task.pending]
+
+
+def _outcome(task: Launch, cell: PlannedCell, known: Mapping[str, Path], lost: str) -> Outcome:
+    """How a cell ended, by its records."""
+    if (error := failure_of(failure_folder(task.results_dir, cell.name), task.launch)) is not None:
+        return Outcome(cell.name, "failed", error)
+    if cell.cell_id in known and not (lost and cell.config.get("force")):
+        return Outcome(cell.name, "done")
+    return Outcome(cell.name, "failed", lost or "no record of it is there; give the command again to compute it")
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _watching(task: Launch, display: Display) -> Iterator[None]:
+    """Show cells as other processes finish them, for as long as the block lasts."""
+    stop = threading.Event()
+    waiting = {task.plan.cells[index].cell_id: task.plan.cells[index].name for index in task.pending}
+
+    def look() -> None:
+        for cell_id in waiting.keys() & cell_index(task.results_dir).keys():
+            display.cell(waiting.pop(cell_id))
+            display.finished("done")
+        for cell_id, name in list(waiting.items()):
+            if (error := failure_of(failure_folder(task.results_dir, name), task.launch)) is not None:
+                display.cell(waiting.pop(cell_id))
+                display.finished(f"FAILED: {error}")
+
+    def watch() -> None:
+        while not stop.wait(1):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        look()

@@ -1,0 +1,130 @@
+"""Which process made a file, and whether it is still there: in the names of temporary files and in claims.
+
+A process is known by its machine (host name, boot and process namespace), its number and the time it was started, so that
+neither a reused number nor another container of the same host is taken for it.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+STALE_S = 24 * 3600.0
+"""Age in seconds after which the temporary file of a process on another machine counts as abandoned."""
+
+_TAG = re.compile(r"(?P<host>[A-Za-z0-9-]{0,32})~(?P<machine>[0-9a-f]{8})~(?P<pid>\d+)~(?P<started>\d+)")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One process: its host for people; what identifies its machine; its number; its start in the kernel's ticks."""
+
+    host: str
+    machine: str
+    pid: int
+    started: int
+
+    def __str__(self) -> str:
+        return f"{self.host}~{self.machine}~{self.pid}~{self.started}"
+
+    @property
+    def shown(self) -> str:
+        """As people read it."""
+        return f"process {self.pid} on {self.host}"
+
+    def is_alive(self) -> bool | None:
+        """Whether the process runs; None if it is on another machine, which cannot be asked."""
+        if self.machine != _machine():
+            return None
+        started = _started(self.pid)
+        return started is not None and started == self.started
+
+
+def me() -> Owner:
+    """This process."""
+    return _owner(os.getpid())
+
+
+@cache
+def _owner(pid: int) -> Owner:
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
+    return Owner(host, _machine(), pid, _started(pid) or 0)
+
+
+@cache
+def _machine() -> str:
+    """The same for processes that see each other's numbers, another after a restart of the machine."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # where it is not Linux, the host's name has to do
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in ticks since boot (0 where /proc cannot tell); None if it is gone."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    except (OSError, ValueError):  # it ended while it was looked at
+        return None
+    else:
+        return None if state in "ZX" else int(fields[18])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0
+
+
+def parse_owner(text: str) -> Owner | None:
+    """The first owner that a text names; None if it names none."""
+    found = _TAG.search(text)
+    return found and Owner(found["host"], found["machine"], int(found["pid"]), int(found["started"]))
+
+
+def temporary_name() -> str:
+    """A new name for an unfinished file or folder of this process."""
+    return f".tmp_{me()}_{uuid.uuid4().hex[:8]}"
+
+
+def is_abandoned(path: Path, now: float | None = None) -> bool:
+    """Whether a temporary file's process is gone: by its name, or by its age where it was another machine's.
+
+    Args:
+        path: its name begins with ``.tmp_``.
+        now: the file server's time in seconds, from `server_time`; this machine's by default.
+    """
+    owner = parse_owner(path.name)
+    if owner is not None and (alive := owner.is_alive()) is not None:
+        return not alive
+    try:
+        return (time.time() if now is None else now) - path.stat().st_mtime > STALE_S
+    except FileNotFoundError:
+        return False
+
+
+def server_time(folder: Path) -> float:
+    """The time in seconds by the clock of the server that `folder` lies on, which is the one that its files' times have.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    probe = folder / temporary_name()
+    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        os.write(handle, b"?")
+        os.fsync(handle)
+        return os.fstat(handle).st_mtime
+    finally:
+        os.close(handle)
+        probe.unlink(missing_ok=True)

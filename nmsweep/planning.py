@@ -1,0 +1,76 @@
+"""From typed configs to a plan: identities, baselines, every mistake, and what exists already."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nmsweep.cell import check, identify
+from nmsweep.config import RunConfig, short_hash, to_plain
+from nmsweep.damage import damage
+from nmsweep.errors import InputError
+from nmsweep.plan import Plan, PlannedCell, ordered
+from nmsweep.record import cell_index
+from nmsweep.session import device_of, model_key
+
+
+@dataclass
+class Draft:
+    """A plan in the making, with the mistakes found."""
+
+    cells: dict[str, PlannedCell] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def blame(self, messages: Sequence[str]) -> None:
+        self.errors += [message for message in messages if message not in self.errors]
+
+
+def make_plan(configs: Sequence[RunConfig], words: Sequence[str], cwd: str) -> Plan:
+    """Work out the cells of a command.
+
+    Args:
+        configs: its cells as typed.
+        words: its overrides.
+        cwd: the folder it is given in.
+
+    Raises:
+        InputError: every mistake that can be found without loading weights, all together.
+    """
+    if len({cfg.results_dir for cfg in configs}) > 1:
+        raise InputError("results_dir: a sweep has one results folder; give one, and sweep over something else")
+    known = cell_index(configs[0].results_dir)
+    draft = Draft()
+    baselines: dict[str, RunConfig] = {}
+    for cfg in configs:
+        cell = _add(draft, cfg, known)
+        if cell is not None and cfg.baseline and cell.dense_cell_id != cell.cell_id:
+            baselines.setdefault(cell.dense_cell_id, cfg.dense())
+    for cell_id, cfg in baselines.items():
+        if cell_id not in draft.cells:
+            _add(draft, cfg, known, baseline=True)
+    if draft.errors:
+        raise InputError(*draft.errors)
+    return Plan(tuple(words), cwd, tuple(ordered(draft.cells.values())))
+
+
+def _add(draft: Draft, cfg: RunConfig, known: Mapping[str, Path], baseline: bool = False) -> PlannedCell | None:
+    try:
+        cell = identify(cfg)
+    except InputError:  # one mistake; `check` finds them all
+        draft.blame(check(cfg))
+        return None
+    if cfg.force or cell.cell_id not in known:
+        draft.blame(check(cfg))
+    config = {**to_plain(cfg), "device": device_of(cfg)}  # another node may have other devices: `auto` is decided here
+    ids = (cell.cell_id, cell.part_id, cell.dense_cell_id, cell.calibration_id)
+    planned = PlannedCell(cell.folder.name, *ids, short_hash(model_key(cfg)), baseline, config)
+    return draft.cells.setdefault(cell.cell_id, planned)
+
+
+def missing(plan: Plan, results_dir: Path) -> list[int]:
+    """Which of a plan's cells have to be computed: those without a record, with a damaged one, or forced."""
+    known = cell_index(results_dir)
+    return [
+        at
+        for at, cell in enumerate(plan.cells)
+        if cell.config.get("force") or (folder := known.get(cell.cell_id)) is None or damage(folder)
+    ]

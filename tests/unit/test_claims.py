@@ -1,0 +1,128 @@
+"""Claims: one holder, whatever happens to it, whatever the clocks say."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from nmsweep import claims
+from nmsweep.claims import LEASE_S, claimed, find, is_void, take
+from nmsweep.errors import Busy
+from nmsweep.owner import Owner, me, parse_owner, server_time, temporary_name
+
+ELSEWHERE = Owner("othernode", "0" * 8, 4242, 17)
+
+
+def claim_of(results: Path, owner: Owner, age_s: float = 0.0, generation: int = 0) -> Path:
+    """A claim as another process leaves it."""
+    place = results / ".claims" / f"cell.{generation}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps({"owner": str(owner), "note": "a cell"}))
+    then = server_time(place.parent) - age_s
+    os.utime(place, (then, then))
+    return place
+
+
+def dead_process() -> Owner:
+    """A process of this machine that has ended."""
+    code = "from nmsweep.owner import me; print(me())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    owner = parse_owner(said)
+    assert owner is not None
+    return owner
+
+
+def test_a_claim_has_one_holder_and_is_free_again_after(tmp_path: Path) -> None:
+    with claimed(tmp_path, "cell", "a cell"):
+        with pytest.raises(Busy, match=f"cell: process {os.getpid()} on"), claimed(tmp_path, "cell"):
+            pass
+        with claimed(tmp_path, "another"):
+            pass
+    assert not list((tmp_path / ".claims").iterdir())
+    with claimed(tmp_path, "cell"):
+        pass
+
+
+def test_of_many_that_ask_at_once_one_gets_it(tmp_path: Path) -> None:
+    for attempt in range(20):
+        with ThreadPoolExecutor(16) as pool:
+            got = list(pool.map(lambda _, name=f"cell{attempt}": take(tmp_path, name), range(16)))
+        assert sum(place is not None for place in got) == 1
+
+
+def test_of_many_that_take_over_at_once_one_gets_it(tmp_path: Path) -> None:
+    for generation in range(20):
+        for file in (tmp_path / ".claims").glob("*"):
+            file.unlink()
+        claim_of(tmp_path, ELSEWHERE, 2 * LEASE_S, generation)
+        with ThreadPoolExecutor(16) as pool:
+            got = list(pool.map(lambda _: take(tmp_path, "cell"), range(16)))
+        assert sum(place is not None for place in got) == 1
+
+
+def test_a_dead_process_of_this_machine_holds_nothing(tmp_path: Path) -> None:
+    claim_of(tmp_path, dead_process())
+    with claimed(tmp_path, "cell"):
+        assert (found := find(tmp_path, "cell")) is not None
+        assert (found.generation, found.owner) == (1, me())
+    assert not list((tmp_path / ".claims").iterdir())
+
+
+def test_a_reused_process_number_is_not_taken_for_the_old_process(tmp_path: Path) -> None:
+    here = me()
+    claim_of(tmp_path, Owner(here.host, here.machine, here.pid, here.started - 1))
+    assert take(tmp_path, "cell") is not None
+
+
+def test_another_machine_holds_its_claim_for_the_length_of_the_lease(tmp_path: Path) -> None:
+    claim_of(tmp_path, ELSEWHERE, LEASE_S - 5)
+    assert take(tmp_path, "cell") is None
+    claim_of(tmp_path, ELSEWHERE, LEASE_S + 5)
+    assert take(tmp_path, "cell") is not None
+
+
+def test_a_stopped_process_loses_its_claim(tmp_path: Path) -> None:
+    claim_of(tmp_path, me(), LEASE_S + 5)
+    assert take(tmp_path, "cell") is not None
+
+
+@pytest.mark.parametrize("skew_s", [-86400.0, 86400.0])
+def test_the_clocks_of_nodes_are_never_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew_s: float) -> None:
+    now = time.time
+    claim_of(tmp_path, ELSEWHERE)
+    monkeypatch.setattr(time, "time", lambda: now() + skew_s)
+    assert (found := find(tmp_path, "cell")) is not None
+    assert not is_void(found)
+    assert take(tmp_path, "cell") is None
+
+
+def test_a_holder_touches_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "BEAT_S", 0.02)
+    with claimed(tmp_path, "cell"):
+        first = find(tmp_path, "cell")
+        assert first is not None
+        for _ in range(200):
+            time.sleep(0.02)
+            if (later := find(tmp_path, "cell")) and later.touched > first.touched:
+                return
+    pytest.fail("never touched")
+
+
+def test_a_hostile_or_torn_claim_ends_with_its_lease(tmp_path: Path) -> None:
+    for text in ("", "{", '["owner"]', "x" * 10_000, '{"owner": "../..~zz~1~1"}'):
+        place = claim_of(tmp_path, ELSEWHERE, LEASE_S + 5, generation=10**15)
+        place.write_text(text)
+        os.utime(place, (0, 0))
+        with claimed(tmp_path, "cell"):
+            pass
+        assert not list((tmp_path / ".claims").iterdir())
+
+
+def test_temporary_names_say_whose_they_are_and_fit_a_folder() -> None:
+    assert parse_owner(temporary_name()) == me()
+    assert len(temporary_name()) < 100
