@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nmsweep.calibrate import store as calibrate
+from nmsweep.calibrate.fit import learning_errors
 from nmsweep.calibrate.text import check_disjoint, find_source
 from nmsweep.config import CELL_SCHEMA, Method, RunConfig, short_hash
-from nmsweep.data.tasks import TEXT_TASKS, TaskSource, find_task
+from nmsweep.data.tasks import TaskSource, find_task
 from nmsweep.errors import DataError, InputError
 from nmsweep.models import ModelSpec, check_model, fingerprint, skeleton, target_linears
 from nmsweep.record import cell_folder
@@ -174,11 +175,10 @@ def check(cfg: RunConfig) -> list[str]:
     messages: list[str] = list(check_model(model_spec(cfg)))
     steps: list[Callable[[], object]] = [lambda: task_sources(cfg)]
     if not cfg.pattern.is_dense:
+        steps.append(lambda: messages.extend(_scope_errors(cfg, task_sources(cfg))))
         steps.append(lambda: _check_calibration(cfg))
         if not messages:
             steps.append(lambda: messages.extend(_check_targets(cfg)))
-    if any(task in TEXT_TASKS for task in cfg.tasks) and cfg.scope == "decode":
-        messages.append("scope: decode leaves nothing sparse in a perplexity or log-likelihood task; take scope=all")
     for step in steps:
         try:
             step()
@@ -187,9 +187,36 @@ def check(cfg: RunConfig) -> list[str]:
     return messages
 
 
+def _scope_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:
+    """A choice of tokens that leaves nothing sparse, or that the criterion is undefined for."""
+    scored = ", ".join(source.task for source in sources if not source.generates)
+    generated = ", ".join(source.task for source in sources if source.generates)
+    errors = []
+    if cfg.scope == "decode" and scored:
+        errors.append(f"scope: decode is of generated text, but {scored} only scores given text; take scope=all")
+    word, _, number = cfg.scope.partition(":")
+    if (
+        word == "skip_first"
+        and not number.endswith("%")
+        and int(number) >= cfg.eval.seqlen
+        and any(source.kind == "text" for source in sources)
+    ):
+        errors.append(
+            f"scope: {cfg.scope} leaves nothing sparse in windows of {cfg.eval.seqlen} tokens; lower it, or raise eval.seqlen"
+        )
+    if generated and cfg.scope != "prefill" and sparsification_of(cfg).criterion.looks_ahead:
+        errors.append(
+            f"criterion: {cfg.criterion and cfg.criterion.name} looks at later tokens, but {generated} generates text; "
+            "take scope=prefill, or criterion=clact_causal"
+        )
+    return errors
+
+
 def _check_calibration(cfg: RunConfig) -> None:
     """Methods that cannot be made or cannot act together, and a calibration text that cannot be used."""
     made = sparsification_of(cfg)
+    if errors := learning_errors(made, cfg.calibration):
+        raise InputError(*errors)
     if made.uses_text:
         calibration_text(cfg, task_sources(cfg))
 

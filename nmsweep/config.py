@@ -59,6 +59,12 @@ def parse_scope(value: Any) -> str:
     text = str(value)
     if not _SCOPE.fullmatch(text):
         raise InputError(f"scope: {text!r} is no scope; allowed: all, prefill, decode, skip_first:K, skip_first:p%")
+    number = text.partition(":")[2]
+    if number and not 0 < float(number.rstrip("%")) < (100 if number.endswith("%") else float("inf")):
+        raise InputError(
+            f"scope: {text} leaves {'every token' if float(number.rstrip('%')) == 0 else 'no token'} sparse; "
+            "allowed: skip_first:K with K > 0, skip_first:p% with 0 < p < 100; for every token take scope=all"
+        )
     return text
 
 

@@ -29,7 +29,8 @@ def fit(
 ) -> Calibrated:
     """Find the state of every calibrated stage.
 
-    Memory: the hidden states of all windows between two blocks, and the input of one group of layers.
+    Memory, over all windows: the hidden states before and after one block (with ``teacher=dense`` the dense model's too), and
+    the input of one group of layers. Everything else is of one window at a time.
 
     Args:
         model: a dense causal language model of transformers; dense again afterwards.
@@ -45,10 +46,8 @@ def fit(
         InputError: targets or widths that do not fit; a schedule that the pattern does not have.
     """
     settings = settings or CalibrationConfig()
-    if sparsification.learned and settings.schedule == "step" and sparsification.pattern.kind == "threshold":
-        raise InputError(
-            "calibration.schedule: step goes through N:M or p% patterns, not thresholds; take none or decay"
-        )
+    if errors := learning_errors(sparsification, settings):
+        raise InputError(*errors)
     linears = dense_targets(model, sparsification.pattern, targets)
     surgery = Surgery(model, sparsification, linears, "all" if scope in ("prefill", "decode") else scope)
     was_training = model.training
@@ -61,6 +60,21 @@ def fit(
         surgery.restore()
         model.train(was_training)
     return Calibrated(walk.state, losses)
+
+
+def learning_errors(sparsification: Sparsification, settings: CalibrationConfig) -> list[str]:
+    """Settings of training that contradict each other or the pattern: one message each; none where nothing is learned."""
+    errors: list[str] = []
+    if not sparsification.learned:
+        return errors
+    if settings.schedule == "step" and sparsification.pattern.kind == "threshold":
+        errors.append("calibration.schedule: step goes through N:M or p% patterns, not thresholds; take none or decay")
+    if settings.objective == "kl" and settings.teacher == "dense":
+        errors.append(
+            "calibration.teacher: dense has no effect with objective=kl, whose target is always the dense model's logits; "
+            "leave teacher out, or take objective=mse"
+        )
+    return errors
 
 
 class _Walk:
@@ -106,16 +120,14 @@ class _Walk:
             for group in groups:
                 self._fit_group(group, stages, self._inputs(index, group, inputs, stages))
                 self._put_prefix(group)
-            targets = None
             if teacher is not None:
-                teacher = targets = self._advance(index, teacher, dense=True)
+                self._advance(index, teacher, dense=True)
             if self.learned and groups and train_blocks and self.settings.objective == "mse":
-                targets = targets or self._advance(index, inputs, dense=True)
-                losses.append(self._train_block(index, groups, inputs, targets))
+                losses.append(self._train_block(index, groups, inputs, teacher))
                 for group in groups if (later := self._later()) else ():
                     self._fit_group(group, later, self._inputs(index, group, inputs, later))
                     self._put_prefix(group)
-            inputs = self._advance(index, inputs, dense=self.settings.prefix == "dense")
+            self._advance(index, inputs, dense=self.settings.prefix == "dense")
             self.step()
         return losses
 
@@ -128,9 +140,11 @@ class _Walk:
         if self.settings.prefix == "sparse":
             self.surgery.put(group, self.state)
 
-    def _advance(self, index: int, inputs: Sequence[Tensor], dense: bool) -> list[Tensor]:
+    def _advance(self, index: int, hidden: list[Tensor], dense: bool) -> None:
+        """Put what a block makes of each window in the window's place."""
         with self.surgery.view.as_dense(dense):
-            return [self.blocks.run(index, hidden) for hidden in inputs]
+            for window, before in enumerate(hidden):
+                hidden[window] = self.blocks.run(index, before)
 
     def _inputs(
         self, index: int, group: Sequence[str], inputs: Sequence[Tensor], stages: Sequence[Stage]
@@ -238,8 +252,12 @@ class _Walk:
         return self.settings, self.seed, self.surgery.view, self.made.pattern
 
     def _train_block(
-        self, index: int, groups: Sequence[Sequence[str]], inputs: Sequence[Tensor], targets: Sequence[Tensor]
+        self, index: int, groups: Sequence[Sequence[str]], inputs: Sequence[Tensor], targets: list[Tensor] | None
     ) -> Loss:
+        """Train a block; without `targets` they are what its dense self makes of the same inputs."""
+        if targets is None:
+            targets = list(inputs)
+            self._advance(index, targets, dense=True)
         parameters = self._parameters(groups)
         name = self.blocks.names[index]
         loss = train(name, lambda hidden: self.blocks.run(index, hidden), inputs, targets, parameters, *self._how())

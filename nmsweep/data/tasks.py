@@ -72,6 +72,11 @@ class TaskSource:
             return "1"
         return f"{(self.config.get('metadata') or {}).get('version', 0)}/{version('lm_eval')}"
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes text, token by token; else whole sequences are scored."""
+        return self.config.get("output_type") == "generate_until"
+
     def fingerprint(self) -> str:
         """sha256 of the evaluated split: of its file's bytes, or of what the hub calls its revision."""
         if self.split in self.files:

@@ -1,5 +1,6 @@
 """Streaming statistics that several stages share: `update` with each window, `result` when the text is over."""
 
+from collections.abc import Callable, Iterable
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +13,55 @@ from nmsweep.sparsity.method import Fitter, Slots, as_tensor
 def rows(x: Tensor, scope: Tensor | None) -> Tensor:
     """The tokens in scope of x [batch, seq, in]: [tokens, in]."""
     return x.flatten(0, -2) if scope is None else x[scope]
+
+
+_DIGIT = 16
+"""Bits of a value that one pass of `order_statistic` settles."""
+
+_INTEGERS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+def order_statistic(parts: Callable[[], Iterable[Tensor]], rank: int) -> Tensor:
+    """The value with exactly `rank` values before it in ascending order: [], exact at any size, without a copy of the whole.
+
+    Args:
+        parts: gives the values again at each call, in tensors of one floating dtype; asked once for each 16 bits of it.
+        rank: 0 for the smallest.
+    """
+    prefix, settled, like = 0, 0, torch.empty(0)
+    while True:
+        counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
+        for part in parts():
+            like = part
+            key, bits = _ordered_bits(part)
+            if settled:
+                key = key[(key >> (bits - settled)) == prefix]
+            digit = (key >> (bits - settled - _DIGIT)) - (prefix << _DIGIT if settled else -(2 ** (_DIGIT - 1)))
+            counts += torch.bincount(digit, minlength=2**_DIGIT).cpu()
+        until = counts.cumsum(0)
+        found = int((until > rank).nonzero()[0])
+        rank -= int(until[found] - counts[found])
+        prefix = (prefix << _DIGIT) + found if settled else found - 2 ** (_DIGIT - 1)
+        settled += _DIGIT
+        if settled == like.element_size() * 8:
+            return _from_ordered_bits(prefix, like)
+
+
+def _ordered_bits(x: Tensor) -> tuple[Tensor, int]:
+    """int64 [n] that orders as x does, and how many bits of it count."""
+    bits = x.element_size() * 8
+    raw = x.flatten().view(_INTEGERS[x.dtype]).long()
+    return torch.where(raw < 0, raw ^ (2 ** (bits - 1) - 1), raw), bits
+
+
+def _from_ordered_bits(key: int, like: Tensor) -> Tensor:
+    raw = key ^ (2 ** (like.element_size() * 8 - 1) - 1) if key < 0 else key
+    return torch.tensor([raw], dtype=_INTEGERS[like.dtype], device=like.device).view(like.dtype)[0]
 
 
 class SquareSum(Fitter):

@@ -102,6 +102,10 @@ class SharedInput:
             self.memory.clear()
         x = rotated(x, slots)
         scope = view.scope.tokens(x, view.tokens)
+        if scope is False and view.tokens.past:  # of the tokens before, a criterion may need to know; of these, none
+            self.counts += x.numel()
+            outside = torch.zeros((), dtype=torch.bool, device=x.device).expand(x.shape[:-1])
+            return Pruned(x, None if slots.residual is None else torch.zeros_like(centred(x, slots)), outside)
         pattern = view.pattern or slots.pattern
         if scope is True and slots.residual is None and not view.fade:
             return Pruned(pruned(x, slots, pattern, view.tokens, self.memory, self.counts)[0], None, None)

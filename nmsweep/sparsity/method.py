@@ -181,12 +181,14 @@ class Criterion(Stage):
         operand: what is pruned.
         dynamic: whether w depends on the input (`token_weight`) and not on the layer alone (`weight`).
         across_tokens: whether w of one token depends on other tokens.
+        looks_ahead: whether w of one token depends on later tokens, so that it is undefined while text is generated.
     """
 
     slot: ClassVar[Slot] = "weight"
     operand: ClassVar[Literal["activations", "weights"]] = "activations"
     dynamic: ClassVar[bool] = False
     across_tokens: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     def weight(self, layer: Layer, state: State) -> Tensor | None:
         """w of a layer, [in] fp32 ≥ 0; None stands for ones."""

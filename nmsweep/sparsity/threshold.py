@@ -1,14 +1,15 @@
 """The stage behind ``threshold:p%``: one static threshold a layer, below which a score is pruned."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from nmsweep.pattern import Pattern
+from nmsweep.sparsity.fitters import order_statistic, rows
 from nmsweep.sparsity.linear import rotated, score
-from nmsweep.sparsity.method import Fitter, Layer, Slot, Slots, Stage, State, Tokens, as_tensor
+from nmsweep.sparsity.method import Fitter, Layer, Slot, Slots, Stage, State, Tokens
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,19 @@ class Threshold(Stage):
 
 
 class _Quantile(Fitter):
-    """The score of rank ⌈·⌋ p·n from below, exact: [] fp32."""
+    """The score of rank ⌈·⌋ p·n from below, exact: [] fp32. Holds on to the inputs as they are; scores are made anew."""
 
     def __init__(self, share: float, slots: Slots) -> None:
         self.share, self.slots = share, slots
-        self.scores: list[Tensor] = []
+        self.seen: list[tuple[Tensor, Tensor | None]] = []
 
     def update(self, x: Tensor, scope: Tensor | None = None) -> None:
-        seen = score(rotated(x, self.slots), self.slots, Tokens(), {})
-        self.scores.append((seen if scope is None else seen[scope]).flatten())
+        self.seen.append((x, scope))
+
+    def _scores(self) -> Iterator[Tensor]:
+        for x, scope in self.seen:
+            yield rows(score(rotated(x, self.slots), self.slots, Tokens(), {}), scope)
 
     def result(self) -> dict[str, Tensor]:
-        scores = torch.cat(self.scores)
-        below = min(len(scores) - 1, round(self.share * len(scores)))
-        return {"threshold": as_tensor(order_statistic(scores, below), scores)}
-
-
-def order_statistic(values: Tensor, rank: int) -> Tensor:
-    """The value with exactly `rank` values before it in ascending order, exact at any size: []."""
-    return values.flatten().kthvalue(rank + 1).values
+        n_scores = sum(scores.numel() for scores in self._scores())
+        return {"threshold": order_statistic(self._scores, min(n_scores - 1, round(self.share * n_scores)))}

@@ -255,8 +255,8 @@ def test_the_mode_is_the_peak_of_the_kernel_density() -> None:
         torch.cat([torch.randn(900, generator=generator), 6 + 0.3 * torch.randn(700, generator=generator)]),
     ):
         peak, bandwidth = kernel_density_peak(as64(x))
-        assert abs(float(mode(x)) - peak) < bandwidth / 2
-    assert float(mode(torch.tensor([2.0, 2.0, 2.0, 9.0]))) == 2.0
+        assert abs(float(mode(lambda x=x: x.split(700))) - peak) < bandwidth / 2
+    assert float(mode(lambda: [torch.tensor([2.0, 2.0, 2.0, 9.0])])) == 2.0
 
 
 @pytest.mark.parametrize("criterion", ["wt", "wanda"])

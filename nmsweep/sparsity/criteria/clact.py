@@ -22,6 +22,7 @@ class Clact(Criterion):
 
     dynamic: ClassVar[bool] = True
     across_tokens: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
 
     def token_weight(self, z: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
         """[batch, 1, in] in the dtype of z."""

@@ -53,4 +53,5 @@ def dealt(axes: Tensor, pattern: Pattern) -> Tensor:
     """The columns of [in, in] dealt out to the groups of an N:M pattern in turn; as they are under other patterns."""
     if pattern.kind != "n:m":
         return axes
-    return axes.unflatten(1, (pattern.m, -1)).transpose(1, 2).flatten(1)
+    columns: Tensor = axes.unflatten(1, (pattern.m, -1)).transpose(1, 2).flatten(1)
+    return columns
