@@ -17,6 +17,9 @@ from nmsweep.record import cell_folder
 from nmsweep.sparsity.install import check_divisible
 from nmsweep.sparsity.method import Sparsification, build_sparsification
 
+_EVAL_WITHOUT_EFFECT = {"scoring", "batch_tokens", "skip_missing", "include_path"}
+"""Keys of `eval` that change no number, or none that the tasks' fingerprints do not tell apart."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -83,7 +86,7 @@ def identify(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> 
     text = calibration_text(cfg, sources) if sparsification and sparsification.uses_text else None
     part = _identity(cfg, model, sparsification, text)
     dense_part = _identity(cfg.dense(), model, None)
-    tasks = {source.task: [source.version, source.fingerprint()] for source in sources}
+    tasks = {source.task: list(task_identity(source, cfg).values()) for source in sources}
     cell_id = short_hash({**part, "tasks": tasks})
     criterion = cfg.criterion.name if cfg.criterion else "none"
     folder = cell_folder(cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, cell_id)
@@ -103,7 +106,7 @@ def task_sources(cfg: RunConfig, say: Callable[[str], None] = lambda text: None)
     sources, errors = [], []
     for task in cfg.tasks:
         try:
-            sources.append(find_task(task, cfg.data.mirror))
+            sources.append(find_task(task, cfg.data.mirror, cfg.eval.include_path))
         except DataError as error:
             if cfg.eval.skip_missing and "data.mirror" in str(error):
                 say(f"    {task} is left out: {cfg.data.mirror} has no data for it (eval.skip_missing=true)")
@@ -114,6 +117,11 @@ def task_sources(cfg: RunConfig, say: Callable[[str], None] = lambda text: None)
     if errors:
         raise InputError(*errors)
     return sources
+
+
+def task_identity(source: TaskSource, cfg: RunConfig) -> dict[str, str]:
+    """What a task's numbers depend on beside the rest of the cell: its version and its data."""
+    return {"version": source.version, "data": source.fingerprint(source.num_fewshot(cfg.eval.num_fewshot) > 0)}
 
 
 def sparsification_of(cfg: RunConfig) -> Sparsification:
@@ -144,7 +152,7 @@ def _identity(
         "dtype": cfg.dtype,
         "device": device_kind(cfg.device),
         "seed": cfg.seed,
-        "eval": cfg.eval.model_dump(include={"limit", "seqlen", "num_fewshot", "chat_template", "system_prompt"}),
+        "eval": cfg.eval.model_dump(exclude=_EVAL_WITHOUT_EFFECT),
     }
     if sparsification is None:
         return identity

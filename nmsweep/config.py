@@ -92,16 +92,21 @@ class Method(_Node):
 
 
 class EvalConfig(_Node):
-    """How a cell is measured. Units: `seqlen`, `batch_tokens` in tokens; `limit` in items or windows of a task."""
+    """How a cell is measured. Units: `seqlen`, `batch_tokens` in tokens; `limit` in items or windows of a task.
+
+    `num_fewshot` None is each task's own number (5 for gsm8k, 0 for most). `include_path` has task YAMLs of the user's.
+    """
 
     limit: Annotated[int, Field(ge=1)] | None = None
     seqlen: Annotated[int, Field(ge=2)] = 2048
-    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
     scoring: Literal["packed", "stock"] = "packed"
     batch_tokens: Annotated[int, Field(ge=1)] = 4096
     skip_missing: bool = False
-    chat_template: bool = False
-    system_prompt: str | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+    system_instruction: str | None = None
+    include_path: Path | None = None
 
 
 class DataConfig(_Node):

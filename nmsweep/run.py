@@ -11,12 +11,13 @@ import torch
 from nmsweep.calibrate.fit import fit
 from nmsweep.calibrate.store import Calibrated, calibrate
 from nmsweep.calibrate.text import windows
-from nmsweep.cell import Cell, device_kind, identify
+from nmsweep.cell import Cell, device_kind, identify, task_identity
 from nmsweep.claims import claimed
 from nmsweep.config import RunConfig
 from nmsweep.damage import damage, quarantine
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.evaluate import harness, perplexity
+from nmsweep.evaluate.prompting import Prompting
 from nmsweep.evaluate.result import TaskResult
 from nmsweep.models import LoadedModel
 from nmsweep.provenance import device_name, environment, peak_memory_bytes
@@ -115,7 +116,7 @@ def measure(
     cell: Cell, source: TaskSource, loaded: LoadedModel, layers: Installed | None, parts: Parts, session: Session
 ) -> Part:
     """Measure one task, unless an earlier run of this cell has; keep it on disk at once."""
-    identity = {"version": source.version, "data": source.fingerprint()}
+    identity = task_identity(source, cell.cfg)
     if kept := parts.read(source.task, identity):
         return kept
     session.display.stage(source.task)
@@ -146,10 +147,14 @@ def _evaluate(cell: Cell, source: TaskSource, loaded: LoadedModel, session: Sess
         )  # fmt: skip
     return harness.measure(
         model, tokenizer, source,
-        limit=cfg.eval.limit, num_fewshot=cfg.eval.num_fewshot, batch_tokens=cfg.eval.batch_tokens,
-        chat_template=cfg.eval.chat_template, system_prompt=cfg.eval.system_prompt, advance=advance,
-        scoring=cfg.eval.scoring,
-        across_tokens=cell.across_tokens,
+        prompting=Prompting(
+            limit=cfg.eval.limit,
+            num_fewshot=source.num_fewshot(cfg.eval.num_fewshot),
+            apply_chat_template=cfg.eval.apply_chat_template,
+            fewshot_as_multiturn=cfg.eval.fewshot_as_multiturn,
+            system_instruction=cfg.eval.system_instruction,
+        ),
+        batch_tokens=cfg.eval.batch_tokens, advance=advance, scoring=cfg.eval.scoring, across_tokens=cell.across_tokens,
     )  # fmt: skip
 
 

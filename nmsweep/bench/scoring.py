@@ -7,7 +7,8 @@ from typing import Any
 
 from nmsweep.bench.timing import Contender, interleave, peak_bytes, ratios
 from nmsweep.data.tasks import TaskSource
-from nmsweep.evaluate.harness import NMSweepLM, kept_task, quiet
+from nmsweep.evaluate.kept import kept_task
+from nmsweep.evaluate.lm import NMSweepLM, quiet
 from nmsweep.evaluate.packing import Request
 from nmsweep.evaluate.requests import templates_compiled_once
 
@@ -52,7 +53,7 @@ def task_requests(
     """The log-likelihood requests of a task, encoded."""
     found: list[Request] = []
     lm = _Listener(model, tokenizer, found)
-    task = kept_task(source, num_fewshot)
+    task = kept_task(source, num_fewshot).task
     with quiet(), templates_compiled_once():
         task.build_all_requests(limit=limit)
         lm.loglikelihood(task.instances)

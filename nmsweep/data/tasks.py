@@ -77,11 +77,35 @@ class TaskSource:
         """Whether the model writes text, token by token; else whole sequences are scored."""
         return self.config.get("output_type") == "generate_until"
 
-    def fingerprint(self) -> str:
-        """sha256 of the evaluated split: of its file's bytes, or of what the hub calls its revision."""
+    def fingerprint(self, examples: bool = False) -> str:
+        """sha256 of the evaluated split, or of all splits where few-shot examples come from another one.
+
+        Of its file's bytes, or of what the hub calls its revision.
+        """
+        if examples:
+            return self.content()
         if self.split in self.files:
             return file_sha256(self.files[self.split])
         return hub_fingerprint(*self.hub_name, self.split)
+
+    def content(self) -> str:
+        """sha256 of all splits that there are."""
+        if not self.files:
+            return hub_fingerprint(*self.hub_name, "")
+        digests = [f"{split} {file_sha256(file)}" for split, file in sorted(self.files.items())]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def definition(self) -> str:
+        """sha256 of what says how an item becomes a request: the YAML, and the code in its folder."""
+        assert self.yaml_file is not None
+        folder = self.yaml_file.parent
+        parts = [repr(sorted(self.config.items(), key=str)).replace(str(folder), "")]
+        parts += [file_sha256(file) for file in sorted(folder.glob("*.py"))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def num_fewshot(self, asked: int | None) -> int:
+        """Examples before each item: as asked, else the task's own number."""
+        return int(self.config.get("num_fewshot") or 0) if asked is None else asked
 
     @property
     def hub_name(self) -> tuple[str, str | None]:
@@ -90,12 +114,13 @@ class TaskSource:
         return str(self.config["dataset_path"]), self.config.get("dataset_name")
 
 
-def find_task(task: str, mirror: Path | None) -> TaskSource:
+def find_task(task: str, mirror: Path | None, include_path: Path | None = None) -> TaskSource:
     """Find a task by name.
 
     Args:
         task: a text, a shipped task, or any task of the harness.
         mirror: a folder laid out as ``<task>/<split>.jsonl``; None for the hub.
+        include_path: a folder with task YAMLs of the user's; they win over the harness's.
 
     Raises:
         DataError: no such task, or the mirror lacks its file.
@@ -109,7 +134,7 @@ def find_task(task: str, mirror: Path | None) -> TaskSource:
         base, name = MINI_TASKS[task]
         config, file = harness_config(base)
         return TaskSource(task, "harness", config, file, {_split(config): MINI_FOLDER / name}, _split(config))
-    config, file = harness_config(task)
+    config, file = harness_config(task, include_path)
     files = _mirror_splits(mirror, task, config) if mirror else {}
     return TaskSource(task, "harness", config, file, files, _split(config))
 
@@ -143,8 +168,8 @@ def _mirror_splits(mirror: Path, task: str, config: Mapping[str, Any]) -> dict[s
 
 
 @cache
-def harness_config(task: str) -> tuple[dict[str, Any], Path]:
-    """The harness's own YAML of a task, functions unresolved, and its file.
+def harness_config(task: str, include_path: Path | None = None) -> tuple[dict[str, Any], Path]:
+    """The YAML of a task, functions unresolved, and its file.
 
     Raises:
         DataError: the harness has no such task, or it is a group of tasks.
@@ -152,13 +177,16 @@ def harness_config(task: str) -> tuple[dict[str, Any], Path]:
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    own: dict[str, Path] = _harness_files(include_path) if include_path else {}
+    if task in own:
+        return dict(load_yaml(own[task], resolve_func=False, recursive=True)), own[task]
     if task in _YAML_FILES:
         file = Path(lm_eval.tasks.__file__).parent / _YAML_FILES[task]
         return dict(load_yaml(file, resolve_func=False, recursive=True)), file
     files = _harness_files(Path(lm_eval.tasks.__file__).parent)
     if task not in files:
         raise DataError(
-            f"tasks: {task!r} is no task of the harness; {nearest(task, [*files, *MINI_TASKS, *TEXT_TASKS])}"
+            f"tasks: {task!r} is no task of the harness; {nearest(task, [*own, *files, *MINI_TASKS, *TEXT_TASKS])}"
         )
     return dict(load_yaml(files[task], resolve_func=False, recursive=True)), files[task]
 
@@ -169,7 +197,7 @@ _TASK_LINE = re.compile(rb"^[\"']?task[\"']?:[ \t]*[\"']?([A-Za-z0-9_.+-]+)[\"']
 @cache
 def _harness_files(folder: Path) -> dict[str, Path]:
     """Every task's YAML by name, read off its `task:` line: the harness's own index parses 14,000 files for it."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*.yaml")):
         if hit := _TASK_LINE.search(file.read_bytes()):
             found.setdefault(hit[1].decode(), file)

@@ -76,16 +76,33 @@ def attention_ratio(model: Any) -> float:
     return float(weights / config.num_hidden_layers / (2 * width) / MASKED_SLOWDOWN)
 
 
-@torch.inference_mode()
-def score(
-    model: Any, requests: Sequence[Request], *, max_length: int, budget: Budget, single_rows: bool, advance: Advance
-) -> list[tuple[float, bool]]:
-    """Log-likelihood of each continuation, and whether greedy decoding would give it.
+def plan(model: Any, requests: Sequence[Request], *, max_length: int, budget: Budget, single_rows: bool) -> list[Group]:
+    """Arrange requests in rows; no weight is looked at.
 
     Args:
         model: a causal language model of transformers, dense or sparse.
         requests: context and continuation tokens.
         max_length: tokens that the model takes; longer sequences are cut on the left.
+        budget: padded tokens computed at once.
+        single_rows: one sequence a row.
+
+    Raises:
+        DataError: a request that the model cannot take.
+    """
+    sequences = queries(requests, max_length)
+    return one_each(sequences) if single_rows else pack(sequences, attention_ratio(model), budget.tokens)
+
+
+@torch.inference_mode()
+def score(
+    model: Any, groups: Sequence[Group], n_requests: int, *, budget: Budget, single_rows: bool, advance: Advance
+) -> list[tuple[float, bool]]:
+    """Log-likelihood of each continuation, and whether greedy decoding would give it.
+
+    Args:
+        model: a causal language model of transformers, dense or sparse.
+        groups: of `plan`.
+        n_requests: how many requests the groups answer.
         budget: padded tokens computed at once; halved in place.
         single_rows: one sequence a row, and the model is told which tokens are padding.
         advance: progress.
@@ -94,13 +111,10 @@ def score(
         Σ log p in nats for each request, NaN where anything is not finite; and the flag.
 
     Raises:
-        DataError: a request that the model cannot take.
         torch.OutOfMemoryError: there is no memory for one sequence alone.
     """
-    sequences = queries(requests, max_length)
-    groups = one_each(sequences) if single_rows else pack(sequences, attention_ratio(model), budget.tokens)
     scorer = _Scorer(model, budget, single_rows, advance)
-    answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+    answers: list[tuple[float, bool]] = [(math.nan, False)] * n_requests
     for rows, logprobs, greedy in [done for group in groups for done in scorer.run(group)]:
         _collect(rows, logprobs.double().cpu().numpy(), greedy.cpu().numpy(), answers)
     return answers
@@ -110,14 +124,15 @@ def _collect(
     rows: Sequence[Row], logprobs: np.ndarray[Any, Any], greedy: np.ndarray[Any, Any], answers: list[tuple[float, bool]]
 ) -> None:
     """Sum the tokens of each question and put it where its requests are."""
-    at = 0
-    for question in (question for row in rows for question in row.questions):
-        tokens = slice(at, at + len(question.targets))
-        total = float(logprobs[tokens].sum())
-        answer = (total if math.isfinite(total) else math.nan, bool(greedy[tokens].all()))
+    sizes = [size for row in rows for size in row.sizes]
+    starts = np.cumsum([0, *sizes[:-1]])
+    totals = np.add.reduceat(logprobs, starts)
+    totals[~np.isfinite(totals)] = math.nan
+    flags = np.logical_and.reduceat(greedy, starts)
+    questions = (question for row in rows for question in row.questions)
+    for question, total, flag in zip(questions, totals.tolist(), flags.tolist(), strict=True):
         for request in question.requests:
-            answers[request] = answer
-        at = tokens.stop
+            answers[request] = (total, flag)
 
 
 class PrefixCache(DynamicCache):

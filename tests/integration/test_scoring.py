@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nmsweep.evaluate import packing, scoring
-from nmsweep.evaluate.harness import NMSweepLM
+from nmsweep.evaluate.lm import NMSweepLM
 from nmsweep.evaluate.packing import Request
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.sparsity.install import sparsify

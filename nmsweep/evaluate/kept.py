@@ -1,0 +1,137 @@
+"""Tasks of the harness, built once for all cells of a process."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import datasets
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import handle_non_serializable, hash_string
+
+from nmsweep.data.tasks import TaskSource, unreachable
+from nmsweep.errors import DataError
+from nmsweep.evaluate.lm import Plans, quiet
+from nmsweep.evaluate.local import local_data
+from nmsweep.evaluate.requests import keep_requests
+
+
+class Outcome(NamedTuple):
+    """What the harness made of the answers to one item under one filter."""
+
+    item: int
+    filtered: Sequence[Any]
+    metrics: dict[str, Any]
+
+
+class KeptTask:
+    """One task with its items in memory; everything about an item that no model changes is worked out once.
+
+    The harness renders each item's templates again for every cell, and hashes its text; with the requests answered in
+    seconds, that is most of a cell.
+
+    Args:
+        source: the task and its data.
+        num_fewshot: examples before each item.
+
+    Raises:
+        DataError: the items cannot be had, or few-shot examples would come from the evaluated split.
+    """
+
+    def __init__(self, source: TaskSource, num_fewshot: int) -> None:
+        self.source = source
+        self.task = load_task(source, num_fewshot)
+        self.docs: list[dict[str, Any]] = [dict(doc) for doc in self.task.eval_docs]
+        self._index = {id(doc): index for index, doc in enumerate(self.docs)}
+        self._hashes: dict[int, str] = {}
+        self._plans: dict[object, Plans] = {}
+        self.task.doc_iterator = self._doc_iterator
+        self.task.doc_to_target = self._once(self.task.doc_to_target)
+        self.task.doc_to_choice = self._once(self.task.doc_to_choice)
+        keep_requests(self.task, source)
+
+    def plans(self, *how: object) -> Plans:
+        """Where packed rows are kept for one way of building the requests."""
+        return self._plans.setdefault(how, {})
+
+    def doc_hash(self, item: int) -> str:
+        """The harness's own hash of an item."""
+        if item not in self._hashes:
+            text = json.dumps(self.docs[item], indent=2, default=handle_non_serializable, ensure_ascii=False)
+            self._hashes[item] = hash_string(text)
+        return self._hashes[item]
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Outcome]]:
+        """What the harness makes of each item's answers inside the block, filter by filter."""
+        found: list[Outcome] = []
+        inner = self.task.process_results
+
+        def process_results(doc: Any, results: Any) -> Any:
+            metrics = inner(doc, results)
+            found.append(Outcome(self._index[id(doc)], results, metrics))
+            return metrics
+
+        self.task.process_results = process_results
+        try:
+            yield found
+        finally:
+            del self.task.process_results
+
+    def _doc_iterator(
+        self, *, rank: int = 0, limit: float | None = None, world_size: int = 1, samples: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """The harness's own, over items that stay in memory."""
+        return islice(enumerate(self.docs), rank, int(limit) if limit else None, world_size)
+
+    def _once(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of an item, called once for each; other items (few-shot examples) pass through."""
+        known: dict[int, Any] = {}
+
+        def call(doc: Any, *args: Any, **kwargs: Any) -> Any:
+            index = self._index.get(id(doc))
+            if index is None or args or kwargs:
+                return function(doc, *args, **kwargs)
+            if index not in known:
+                known[index] = function(doc)
+            return known[index]
+
+        return call
+
+
+def load_task(source: TaskSource, num_fewshot: int) -> ConfigurableTask:
+    """Build the harness's task with its items from where `source` says.
+
+    Raises:
+        DataError: the items cannot be had, or few-shot examples would come from the evaluated split.
+    """
+    assert source.yaml_file is not None
+    config = dict(load_yaml(source.yaml_file, resolve_func=True, recursive=True))
+    for key in ("tag", "group", "task_list"):
+        config.pop(key, None)
+    config |= {"task": source.task, "num_fewshot": num_fewshot}
+    if source.files:
+        config |= local_data(source, config, num_fewshot)
+    try:
+        with quiet():
+            task = ConfigurableTask(config=config)
+    except (OSError, ConnectionError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        if source.files:
+            raise DataError(
+                f"task {source.task}: its items in {source.files[source.split]} are not of the task's form: {error!r}"
+            ) from error
+        raise unreachable(str(source.config.get("dataset_path")), error) from error
+    return task
+
+
+_kept: dict[tuple[str, str, int], KeptTask] = {}  # between the cells of a process
+
+
+def kept_task(source: TaskSource, num_fewshot: int) -> KeptTask:
+    """`KeptTask`, once for each task, content and number of examples."""
+    key = (source.task, source.content(), num_fewshot)
+    if key not in _kept:
+        _kept[key] = KeptTask(source, num_fewshot)
+    return _kept[key]
