@@ -1,19 +1,23 @@
-"""How far packed scoring is from lm-eval's own path, and that from itself: the table of docs/evaluation.md.
+"""How far packed scoring is from lm-eval's own path, that from itself, and both from float64: docs/evaluation.md.
+
+Columns: ``packed`` packed against lm-eval's path; ``stock`` lm-eval's path against itself with a quarter of the tokens a
+batch; ``packed_exact``, ``stock_exact`` each against packed float64; ``replayed`` packed against lm-eval's path, both with
+the masks that the latter had; ``budget`` packed with an eighth against packed with eight times the tokens.
 
 python -m nmsweep.bench.agreement model=smollm2 tasks=arc_easy+boolq data.mirror=DIR eval.limit=40 device=cpu
 """
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from nmsweep.bench.replay import Masks
 from nmsweep.bench.scoring import task_requests
+from nmsweep.bench.timing import machine
 from nmsweep.cell import device_kind, identify, model_spec
 from nmsweep.compose import cells_of
 from nmsweep.config import RunConfig
@@ -22,7 +26,7 @@ from nmsweep.errors import InputError
 from nmsweep.evaluate.lm import NMSweepLM, Scoring, quiet
 from nmsweep.evaluate.packing import Request
 from nmsweep.models import LoadedModel, load_model
-from nmsweep.sparsity.install import sparsify
+from nmsweep.sparsity.install import Installed, sparsify
 
 Answers = list[tuple[float, bool]]
 
@@ -35,36 +39,61 @@ FLOAT64_ITEMS = 20
 """Items of each task that are scored in float64."""
 
 
-def dense(loaded: LoadedModel, asked: Sequence[Request], batch_tokens: int) -> dict[str, Any]:
-    """The dense model on both paths, and the harness's path at two batch sizes."""
-    packed = _answers(loaded, asked, "packed", batch_tokens)
-    stock, other = (_answers(loaded, asked, "stock", tokens) for tokens in (batch_tokens, batch_tokens // 4))
+def rows(
+    model32: LoadedModel, model64: LoadedModel, asked: Sequence[Request], n_float64: int, batch_tokens: int,
+    method: tuple[str, str] | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One method (None: dense) on both paths, in float64 and in fp32.
+
+    Args:
+        model32, model64: one model in float32 and in float64.
+        asked: the requests.
+        n_float64: how many of them, from the first, are scored in float64 too.
+        batch_tokens: padded tokens computed at once; lm-eval's path also runs with a quarter of them.
+        method: criterion and mitigation at 8:16.
+    """
+    first, across = asked[:n_float64], method is not None and method[0] in ACROSS_TOKENS
+    words = {"pattern": "8:16" if method else "dense", "criterion": method[0] if method else "none"}
+    words["mitigation"] = method[1] if method else "none"
+    with _sparse(model64, method):
+        exact = _answers(model64, first, "packed", batch_tokens, across)
+        row64 = _differences("packed", exact, _answers(model64, first, "stock", batch_tokens, across))
+    with _sparse(model32, method) as layers:
+        packed = _answers(model32, asked, "packed", batch_tokens, across)
+        masks = Masks(layers) if layers and not across else None
+        with masks.recording() if masks else nullcontext():
+            stock = _answers(model32, asked, "stock", batch_tokens, across)
+        row32 = _differences("packed", packed, stock)
+        if not across:  # which takes one request a batch, whatever the budget
+            row32 |= _differences("stock", _answers(model32, asked, "stock", batch_tokens // 4), stock)
+        row32 |= _differences("packed_exact", packed[: len(first)], exact)
+        row32 |= _differences("stock_exact", stock[: len(first)], exact)
+        if masks:
+            with masks.replaying():
+                replayed = [_answers(model32, asked, scoring, batch_tokens) for scoring in ("packed", "stock")]
+            row32 |= _differences("replayed", *replayed)
+    return [
+        {**words, "dtype": "float64", "requests": len(first), **row64},
+        {**words, "dtype": "float32", "requests": len(asked), **row32},
+    ]
+
+
+def rounded(model: LoadedModel, asked: Sequence[Request], batch_tokens: int) -> dict[str, Any]:
+    """The dense model in bf16, where even lm-eval's path depends on the batch size."""
+    packed, stock = (_answers(model, asked, scoring, batch_tokens) for scoring in ("packed", "stock"))
+    small, large = (_answers(model, asked, "packed", tokens) for tokens in (batch_tokens // 8, batch_tokens * 8))
     return {
-        "pattern": "dense", "criterion": "none", "mitigation": "none", "dtype": str(loaded.dtype).removeprefix("torch."),
-        **_differences("packed", packed, stock), **_differences("stock", other, stock),
+        "pattern": "dense", "criterion": "none", "mitigation": "none", "dtype": "bfloat16", "requests": len(asked),
+        **_differences("packed", packed, stock),
+        **_differences("stock", _answers(model, asked, "stock", batch_tokens // 4), stock),
+        **_differences("budget", small, large),
     }  # fmt: skip
 
 
-def sparse(loaded: LoadedModel, asked: Sequence[Request], batch_tokens: int, criterion: str, mitigation: str) -> Any:
-    """A sparse model at 8:16 on both paths, free and with one set of masks for both."""
-    across = criterion in ACROSS_TOKENS
-    with sparsify(loaded.model, pattern="8:16", criterion=criterion, mitigation=mitigation) as layers:
-        packed = _answers(loaded, asked, "packed", batch_tokens, across)
-        other = _answers(loaded, asked, "stock", batch_tokens // 4, across)
-        masks = None if across or loaded.dtype == torch.float64 else Masks(layers)
-        with masks.recording() if masks else nullcontext():
-            stock = _answers(loaded, asked, "stock", batch_tokens, across)
-        row = {
-            "pattern": "8:16", "criterion": criterion, "mitigation": mitigation,
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-            **_differences("packed", packed, stock), **_differences("stock", other, stock),
-        }  # fmt: skip
-        if masks:
-            with masks.replaying():
-                packed = _answers(loaded, asked, "packed", batch_tokens)
-                stock = _answers(loaded, asked, "stock", batch_tokens)
-            row |= _differences("replayed", packed, stock)
-    return row
+def _sparse(loaded: LoadedModel, method: tuple[str, str] | None) -> AbstractContextManager[Installed | None]:
+    if method is None:
+        return nullcontext()
+    return sparsify(loaded.model, pattern="8:16", criterion=method[0], mitigation=method[1])
 
 
 def _answers(
@@ -86,30 +115,37 @@ def _differences(name: str, ours: Answers, theirs: Answers) -> dict[str, Any]:
     }
 
 
-def measure(cfg: RunConfig, source: TaskSource, methods: Sequence[tuple[str, str]], say: Callable[[str], None]) -> Any:
-    """Every row of one task: dense fp32 and bf16, sparse fp32, sparse float64 on its first items."""
-    rows = []
-    for dtype, limit in (("float32", cfg.eval.limit), ("bfloat16", cfg.eval.limit), ("float64", FLOAT64_ITEMS)):
-        loaded = load_model(model_spec(cfg), dtype=dtype, device=device_kind(cfg.device))
-        asked = task_requests(
-            loaded.model, loaded.tokenizer, source, limit=limit, num_fewshot=source.num_fewshot(cfg.eval.num_fewshot)
-        )
-        shared = {"model": cfg.model_name, "task": source.task, "requests": len(asked)}
-        if dtype != "float64":
-            rows.append({**shared, **dense(loaded, asked, cfg.eval.batch_tokens)})
-            say(_line(rows[-1]))
-        for criterion, mitigation in methods if dtype != "bfloat16" else ():
-            rows.append({**shared, **sparse(loaded, asked, cfg.eval.batch_tokens, criterion, mitigation)})
-            say(_line(rows[-1]))
-    return rows
+def measure(
+    cfg: RunConfig, sources: Sequence[TaskSource], methods: Sequence[tuple[str, str]], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Every row of every task."""
+    found = []
+    loaded = {
+        dtype: load_model(model_spec(cfg), dtype=dtype, device=device_kind(cfg.device))
+        for dtype in ("float64", "float32", "bfloat16")
+    }
+    tokens = cfg.eval.batch_tokens
+    for source in sources:
+        about = {"model": cfg.model_name, "task": source.task}
+        model = loaded["float32"]
+        shots = source.num_fewshot(cfg.eval.num_fewshot)
+        asked = task_requests(model.model, model.tokenizer, source, limit=cfg.eval.limit, num_fewshot=shots)
+        first = task_requests(model.model, model.tokenizer, source, limit=FLOAT64_ITEMS, num_fewshot=shots)
+        for method in (None, *methods):
+            found += [{**about, **row} for row in rows(model, loaded["float64"], asked, len(first), tokens, method)]
+            say(_line(found[-2]))
+            say(_line(found[-1]))
+        found.append({**about, **rounded(loaded["bfloat16"], asked, tokens)})
+        say(_line(found[-1]))
+    return found
 
 
 def _line(row: dict[str, Any]) -> str:
     text = " ".join(str(row[key]) for key in ("model", "task", "dtype", "pattern", "criterion", "mitigation"))
+    names = [key.removesuffix("_max") for key in row if key.endswith("_max")]
     parts = [
-        f"{name} max {row[f'{name}_max']:.1e} p99 {row[f'{name}_p99']:.1e} beyond 1e-3 {row[f'{name}_beyond']}, flags {row[f'{name}_flags']}"
-        for name in ("packed", "stock", "replayed")
-        if f"{name}_max" in row
+        f"{name} {row[f'{name}_max']:.1e} ({row[f'{name}_beyond']} beyond 1e-3, {row[f'{name}_flags']} flags)"
+        for name in names
     ]
     return f"{text} ({row['requests']} requests): {'; '.join(parts)}"
 
@@ -118,15 +154,17 @@ def main(words: Sequence[str]) -> int:
     """Print every row; words are overrides of a run, and `methods=act,shift+var|amber,none` narrows the methods."""
     given = [word for word in words if not word.startswith("methods=")]
     chosen = [word.removeprefix("methods=") for word in words if word.startswith("methods=")]
-    methods = [tuple(pair.split(",")) for pair in chosen[0].split("|") if pair] if chosen else list(METHODS)
+    pairs = [pair.partition(",") for pair in chosen[0].split("|") if pair] if chosen else []
+    methods = [(criterion, mitigation or "none") for criterion, _, mitigation in pairs] if chosen else list(METHODS)
     try:
         (cfg,) = cells_of(["pattern=dense", *given], multirun=False, config_dir=None)
         sources = [source for source in identify(cfg).sources if source.kind == "harness"]
     except InputError as error:
         print(f"nmsweep: {error}", file=sys.stderr)
         return error.exit_code
-    rows = [row for source in sources for row in measure(cfg, source, methods, lambda line: print(line, flush=True))]  # type: ignore[arg-type]
-    print(pd.DataFrame(rows).to_csv(index=False))
+    print(machine(device_kind(cfg.device)), flush=True)
+    found = measure(cfg, sources, methods, lambda line: print(line, flush=True))
+    print(pd.DataFrame(found).to_csv(index=False, float_format="%.3g"))
     return 0
 
 
