@@ -118,6 +118,7 @@ class Surgery:
         slots = {name: made.slots(Layer(name, self.linears[name]), state.get(name, {})) for name in group}
         for members in _equal_inputs(slots):
             shared = SharedInput(slots[members[0]], len(members), self.view, self._weights[members[0]].device)
+            shared.prepare(self.linears[members[0]].in_features, self.linears[members[0]].weight.dtype)
             for name in members:
                 self.layers[name] = SparseLinear(self.linears[name], shared, slots[name])
                 _put(self.model, name, self.layers[name])

@@ -92,6 +92,12 @@ class SharedInput:
             self.forget()
         return pruned
 
+    def prepare(self, width: int, dtype: torch.dtype) -> None:
+        """Compile what a pass over inputs [batch, seq, width] needs, so that no measured pass waits for a compiler."""
+        token = torch.zeros(1, 1, width, dtype=dtype, device=self.counts.device)
+        counts = torch.zeros_like(self.counts)
+        pruned(token, self.slots, self.view.pattern or self.slots.pattern, Tokens(), {}, counts)
+
     def forget(self) -> None:
         """Let go of the tensors of an unfinished pass."""
         self._x = self._pruned = None

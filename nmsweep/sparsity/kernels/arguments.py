@@ -21,7 +21,7 @@ class Arguments:
     rows_per_weight: int
     stat: str  # one of STATS
     eta: Tensor | None  # scalar or [hidden]; None where stat says all
-    var: bool
+    var: bool  # False where all channels are kept: then ν is 1
 
     def expanded_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight in a shape that broadcasts against x."""
@@ -56,7 +56,7 @@ def check(
     rows_per_weight = 1
     if weight is not None:
         weight, rows_per_weight = _fold_weight(x, weight)
-    return Arguments(x, n, m, weight, rows_per_weight, stat, eta, var)
+    return Arguments(x, n, m, weight, rows_per_weight, stat, eta, var and n < m)
 
 
 def _fold_weight(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:

@@ -1,9 +1,7 @@
 """The primitive on CPU: compiled by numba, run by the threads that torch already has.
 
-Magnitude alone takes one pass over memory (`_plain`). Everything else goes chunk by chunk of whole tokens through scratch that stays
-in cache (`_general`): η of each token, keys, masks, ν, result. Keys are integers: the bit pattern of a float ≥ 0 is monotonic.
-
-Bit patterns are arrays of uint16 for bfloat16, int16 for float16 and uint32 for float32, so the compiler specialises by itself.
+Magnitude alone takes one pass over memory (`plain`). Everything else goes chunk by chunk of whole tokens through scratch that stays
+in cache (`general`): η of each token, keys, masks, ν, result. Keys are integers: the bit pattern of a float ≥ 0 is monotonic.
 """
 
 from __future__ import annotations
@@ -18,17 +16,16 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import types
 from torch import Tensor
 
 from .arguments import Arguments
-from .cpu_lanes import LANES, call_blocks, fetch_add, float_bits, from_float, kth_of_16, kth_of_32, pointer, to_float
+from .cpu_rows import general, plain
 from .cpu_select import LARGEST_M, block_kernel, compiled, lanes, source_stamp
 
 _STORAGE = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 _CENTRES = {"none": 0, "median": 1, "mean": 2}
-_EXPONENT = 0x7FF << 52  # of a float64
 _CHUNK = 8192  # elements: the keys and masks of a chunk stay in the second-level cache
 _ALONE = 16384  # elements below which waking a second thread costs more than it saves
 
@@ -55,7 +52,7 @@ _FIELDS = [
     "mask",
     "nu",
     "total",
-]  # the first two are shared by the threads; `chunk` is rows, or blocks in _plain; `total` is rows, or elements
+]  # the first two are shared by the threads; `chunk` is rows, or blocks in plain; `total` is rows, or elements
 
 
 class _Call(ctypes.Structure):
@@ -129,292 +126,6 @@ def _bind(call: _Call, args: Arguments) -> list[Tensor]:
     return hold
 
 
-# ---- compiled ----------------------------------------------------------------------------------------------------------------------
-
-
-@njit
-def _plain(p: Any, storage: Any, stamp: int) -> None:
-    """Keep by magnitude: x and u as one stream of blocks; the last one goes through padded scratch."""
-    call = carray(p, 1)[0]
-    shared = carray(p, 1).ctypes.data
-    itemsize = np.empty(0, storage).itemsize
-    width = 512 // (8 * itemsize) * call.m
-    n_blocks = call.total // width
-    kept = 0
-    while True:
-        chunk = fetch_add(shared, 1)
-        if chunk >= call.n_chunks:
-            break
-        first = chunk * call.chunk
-        offset = first * width * itemsize
-        kept += call_blocks(call.select, call.x + offset, call.u + offset, min(call.chunk, n_blocks - first))
-        rest = call.total - n_blocks * width
-        if chunk == call.n_chunks - 1 and rest > 0:
-            x = carray(pointer(call.x), (call.total,), storage)
-            u = carray(pointer(call.u), (call.total,), storage)
-            scratch = np.zeros(width, storage)
-            scratch[:rest] = x[call.total - rest :]
-            kept += call_blocks(call.select, scratch.ctypes.data, scratch.ctypes.data, 1)
-            kept -= call.n * ((width - rest) // call.m)  # the groups of the padding
-            u[call.total - rest :] = scratch[:rest]
-    fetch_add(shared + 8, kept)
-
-
-@njit
-def _general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> None:
-    """Any call: chunks of whole tokens through scratch."""
-    call = carray(p, 1)[0]
-    shared = carray(p, 1).ctypes.data
-    hidden, m, padded_m, n_rows = call.hidden, call.m, call.padded_m, call.total
-    x = carray(pointer(call.x), (n_rows, hidden), storage)
-    u = carray(pointer(call.u), (n_rows, hidden), storage)
-    mask_out = carray(pointer(call.mask), (n_rows, hidden), np.uint8)
-    nu_out = carray(pointer(call.nu), (n_rows,), np.float32)
-    block = 512 // (8 * np.empty(0, key_type).itemsize) * padded_m
-    n_groups = call.chunk * (hidden // m)
-    room = (n_groups * padded_m + block - 1) // block * block
-    keys = np.empty(room, key_type)  # of padded groups for the network, dense for the threshold
-    masks = np.empty(room, key_type)
-    ordered = np.empty(hidden + LANES, unsigned)
-    halves = np.empty(hidden + LANES, np.uint16)
-    candidates = np.empty(m + LANES, key_type)
-    token_eta = np.zeros(call.chunk, storage)
-    eta = np.zeros(hidden, np.float32)
-    fill = np.zeros(hidden, storage)
-    if call.eta != 0:
-        given, given_bits = (
-            carray(pointer(call.eta), (hidden,), np.float32),
-            carray(pointer(call.eta_bits), (hidden,), storage),
-        )
-        for i in range(hidden):
-            eta[i], fill[i] = given[i * call.eta_step], given_bits[i * call.eta_step]
-    ones = np.ones(hidden, np.float32)
-    kept = 0
-    while True:
-        chunk = fetch_add(shared, 1)
-        if chunk >= call.n_chunks:
-            break
-        first = chunk * call.chunk
-        rows = min(call.chunk, n_rows - first)
-        for r in range(rows):
-            row = x[first + r]
-            if call.centre != 0:
-                if call.centre == 1:
-                    token_eta[r] = _median(row, ordered, halves, call.infinity)
-                else:
-                    token_eta[r] = _mean(row)
-                fill[:] = token_eta[r]
-                eta[:] = to_float(token_eta[r])
-            target = keys[r * hidden : (r + 1) * hidden]
-            if keys.itemsize == 2:
-                _magnitudes(row, call.infinity + 1, target)
-            elif call.weight != 0:
-                start = (first + r) // call.rows_per_weight * hidden
-                weight = carray(pointer(call.weight + 4 * start), (hidden,), np.float32)
-                _scores(row, eta, weight, target)
-            else:
-                _scores(row, eta, ones, target)
-        if call.select == 0:
-            for group in range(rows * (hidden // m)):
-                _threshold(
-                    keys[group * m : (group + 1) * m], call.n, candidates, halves, masks[group * m : (group + 1) * m]
-                )
-        else:
-            n_groups = rows * (hidden // m)
-            if padded_m != m:
-                _spread(keys, n_groups, m, padded_m)
-            call_blocks(call.select, keys.ctypes.data, masks.ctypes.data, (n_groups * padded_m + block - 1) // block)
-            if padded_m != m:
-                _gather(masks, n_groups, m, padded_m)
-        for r in range(rows):
-            row, row_mask, out = x[first + r], masks[r * hidden : (r + 1) * hidden], u[first + r]
-            if call.centre != 0:
-                fill[:] = token_eta[r]
-                eta[:] = to_float(token_eta[r])
-            nu = np.float32(1)
-            if call.var != 0:
-                nu = _variance_ratio(row, eta, row_mask)
-                if call.nu != 0:
-                    nu_out[first + r] = nu
-            if nu == np.float32(1):
-                _write(row, row_mask, fill, out)
-            else:
-                _rescale(row, row_mask, eta, fill, nu, out)
-            if call.mask != 0:
-                _write_mask(row_mask, mask_out[first + r])
-            kept += _count(row_mask)
-    fetch_add(shared + 8, kept)
-
-
-@njit
-def _magnitudes(row: Any, nan: Any, keys: Any) -> None:
-    """16-bit keys: |x|, every NaN the same."""
-    highest = np.uint16(nan)
-    for i in range(row.size):
-        key = np.uint16(row[i] & 0x7FFF)
-        keys[i] = key if key < highest else highest
-
-
-@njit
-def _scores(row: Any, eta: Any, weight: Any, keys: Any) -> None:
-    """32-bit keys: |fl(fl(x − η)·w)|, every NaN the same."""
-    highest = np.int32(0x7F800001)
-    for i in range(row.size):
-        key = np.int32(float_bits((to_float(row[i]) - eta[i]) * weight[i]) & 0x7FFFFFFF)
-        keys[i] = key if key < highest else highest
-
-
-@njit
-def _threshold(keys: Any, n: int, candidates: Any, halves: Any, masks: Any) -> None:
-    """Masks of the n highest keys, by the value of the n-th; of its equals the lower channels are kept."""
-    m = keys.size
-    candidates[:m] = keys
-    if candidates.itemsize == 2:
-        threshold = candidates.dtype.type(kth_of_16(candidates, m, m - n))
-    else:
-        threshold = candidates.dtype.type(kth_of_32(candidates, m, m - n, halves))
-    above, equal = np.int32(0), np.int32(0)
-    for i in range(m):
-        above += np.int32(keys[i] > threshold)
-        equal += np.int32(keys[i] == threshold)
-    last = m
-    if above + equal > n:
-        room = n - above
-        start = 0
-        while True:
-            found = np.int32(0)
-            for i in range(start, min(start + 64, m)):
-                found += np.int32(keys[i] == threshold)
-            if found >= room:
-                break
-            room -= found
-            start += 64
-        last = start
-        while room > 0:
-            room -= keys[last] == threshold
-            last += 1
-    for i in range(last):
-        masks[i] = -np.int32(keys[i] >= threshold)
-    for i in range(last, m):
-        masks[i] = -np.int32(keys[i] > threshold)
-
-
-@njit
-def _spread(keys: Any, n_groups: int, m: int, padded_m: int) -> None:
-    """Move groups of m apart, in place, from the last on; the gaps get keys below every other."""
-    for group in range(n_groups - 1, -1, -1):
-        for c in range(m, padded_m):
-            keys[group * padded_m + c] = -1
-        for c in range(m - 1, -1, -1):
-            keys[group * padded_m + c] = keys[group * m + c]
-
-
-@njit
-def _gather(masks: Any, n_groups: int, m: int, padded_m: int) -> None:
-    """Undo _spread."""
-    for group in range(n_groups):
-        for c in range(m):
-            masks[group * m + c] = masks[group * padded_m + c]
-
-
-@njit
-def _write(row: Any, mask: Any, fill: Any, out: Any) -> None:
-    for i in range(row.size):
-        out[i] = (row[i] & mask[i]) | (fill[i] & ~mask[i])
-
-
-@njit
-def _rescale(row: Any, mask: Any, eta: Any, fill: Any, nu: Any, out: Any) -> None:
-    more = nu - np.float32(1)
-    for i in range(row.size):
-        value = to_float(row[i])
-        rescaled = from_float(value + more * (value - eta[i]), row)
-        out[i] = (rescaled & mask[i]) | (fill[i] & ~mask[i])
-
-
-@njit
-def _write_mask(mask: Any, out: Any) -> None:
-    for i in range(mask.size):
-        out[i] = mask[i] & 1
-
-
-@njit
-def _count(mask: Any) -> int:
-    kept = np.int32(0)
-    for i in range(mask.size):
-        kept += np.int32(mask[i] & 1)
-    return kept
-
-
-@njit
-def _median(row: Any, ordered: Any, halves: Any, infinity: int) -> Any:
-    """Bit pattern of the lower of the two middle values; NaN if one is in the row; never −0."""
-    bits = 8 * ordered.itemsize
-    sign, full = 1 << (bits - 1), (1 << bits) - 1
-    for i in range(row.size):
-        pattern = row[i] & full
-        ordered[i] = pattern ^ full if pattern & sign else pattern ^ sign
-    low, high = ordered[0], ordered[0]
-    for i in range(row.size):
-        value = ordered[i]
-        low = value if value < low else low
-        high = value if value > high else high
-    if high > sign + infinity or low < full - infinity - sign:
-        return row.dtype.type(infinity + 1 + (infinity & -infinity) // 2)
-    k = (row.size - 1) // 2
-    found = kth_of_16(ordered, row.size, k) if bits == 16 else kth_of_32(ordered, row.size, k, halves)
-    pattern = found ^ sign if found & sign else found ^ full
-    return row.dtype.type(0 if pattern == sign else pattern)
-
-
-@njit
-def _mean(row: Any) -> Any:
-    """Bit pattern of the mean in the order-free arithmetic of reference.token_mean, here with integers; never −0."""
-    peak = np.int32(0)
-    for i in range(row.size):
-        magnitude = np.int32(float_bits(to_float(row[i])) & 0x7FFFFFFF)
-        peak = magnitude if magnitude > peak else peak
-    if peak >= np.int32(0x7F800000):
-        mean = 0.0
-        for i in range(row.size):
-            mean += np.float64(to_float(row[i]))
-    elif peak == 0:
-        mean = 0.0
-    else:
-        exponent = np.float64(to_float(np.uint32(peak))).view(np.int64) & np.int64(_EXPONENT)
-        power = np.int64(exponent).view(np.float64)
-        scale = 2.0**35 / power
-        total = np.int64(0)
-        for i in range(row.size):
-            total += np.int64(np.rint(np.float64(to_float(row[i])) * scale))
-        mean = np.float64(total) * (power * 2.0**-35)
-    pattern = from_float(np.float32(mean / row.size), row)
-    return row.dtype.type(0) if to_float(pattern) == np.float32(0) else pattern
-
-
-@njit(fastmath={"reassoc", "contract"})
-def _variance_ratio(row: Any, eta: Any, mask: Any) -> Any:
-    """ν of one token of which at least one channel is pruned, so that Var k⊙z is 0 only if k⊙z is."""
-    first = np.float64(to_float(row[0]) - eta[0])
-    dense, dense_squares, sparse, sparse_squares = 0.0, 0.0, 0.0, 0.0
-    for i in range(row.size):
-        z = np.float64(to_float(row[i]) - eta[i])
-        shifted = z - first
-        kept = z if mask[i] else 0.0
-        dense += shifted
-        dense_squares += shifted * shifted
-        sparse += kept
-        sparse_squares += kept * kept
-    dense_variance = dense_squares - dense * dense / row.size
-    sparse_variance = sparse_squares - sparse * sparse / row.size
-    if dense_variance == 0 or sparse_variance == 0:
-        return np.float32(1)
-    return np.float32(np.sqrt(dense_variance / sparse_variance))
-
-
-# ---- threads -----------------------------------------------------------------------------------------------------------------------
-
-
 @cache
 def _address(n: int, m: int, bits: int, infinity: int) -> int:
     return int(block_kernel(n, m, bits, infinity).address)
@@ -425,7 +136,7 @@ def _plain_body(storage: Any) -> Any:
     stamp = source_stamp()
 
     def run(p: Any) -> None:
-        _plain(p, storage, stamp)
+        plain(p, storage, stamp)
 
     return compiled(_BODY, run).ctypes
 
@@ -435,7 +146,7 @@ def _general_body(storage: Any, unsigned: Any, key_type: Any) -> Any:
     stamp = source_stamp()
 
     def run(p: Any) -> None:
-        _general(p, storage, unsigned, key_type, stamp)
+        general(p, storage, unsigned, key_type, stamp)
 
     return compiled(_BODY, run).ctypes
 

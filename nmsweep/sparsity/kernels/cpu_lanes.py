@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.core.extending import intrinsic
+from numba.core.extending import intrinsic as numba_intrinsic
+
+Compiled = Callable[..., Any]
+"""What numba makes of a function: types are its own business, and annotations are for the reader."""
 
 LANES = 32  # 16-bit lanes of one 512-bit vector
 PAD = 0xFFFF  # fills a buffer of 16-bit keys up to whole vectors: never below a candidate
+
+
+def jit(function: Callable[..., Any]) -> Compiled:
+    """Compile when called, with the caller."""
+    compiled: Compiled = njit(function)
+    return compiled
+
+
+def jit_any_order(function: Callable[..., Any]) -> Compiled:
+    """Compile so that sums may be taken in any order, on vectors."""
+    compiled: Compiled = njit(fastmath={"reassoc", "contract"})(function)
+    return compiled
+
+
+def intrinsic(function: Callable[..., Any]) -> Compiled:
+    """A word whose code is written out in LLVM's language; its first parameter is the compiler's."""
+    compiled: Compiled = numba_intrinsic(function)
+    return compiled
+
+
+def literal_intrinsic(function: Callable[..., Any]) -> Compiled:
+    """An intrinsic that is given the values of its constant arguments."""
+    compiled: Compiled = numba_intrinsic(prefer_literal=True)(function)
+    return compiled
 
 
 @intrinsic
@@ -139,14 +167,14 @@ def lowest_bit(typing: Any, bits: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@njit
-def whole_vectors(count: int) -> int:
+@jit
+def whole_vectors(count: Any) -> Any:
     """Vectors of 16-bit lanes that hold `count` keys."""
     return (count + LANES - 1) // LANES
 
 
-@njit
-def pad(keys: Any, count: int) -> int:
+@jit
+def pad(keys: Any, count: Any) -> Any:
     """Fill keys[count:] up to whole vectors; their number."""
     vectors = whole_vectors(count)
     for i in range(count, vectors * LANES):
@@ -154,8 +182,8 @@ def pad(keys: Any, count: int) -> int:
     return vectors
 
 
-@njit
-def kth_of_16(keys: Any, count: int, k: int) -> int:
+@jit
+def kth_of_16(keys: Any, count: Any, k: Any) -> Any:
     """The k-th smallest (from 0) of the uint16 keys[:count], bit by bit from the top; the array has room for padding."""
     vectors = pad(keys, count)
     found = 0
@@ -166,8 +194,8 @@ def kth_of_16(keys: Any, count: int, k: int) -> int:
     return found
 
 
-@njit
-def kth_of_32(keys: Any, count: int, k: int, halves: Any) -> int:
+@jit
+def kth_of_32(keys: Any, count: Any, k: Any, halves: Any) -> Any:
     """The k-th smallest (from 0) of the uint32 keys[:count].
 
     halves: uint16 scratch with room for padding: first the upper halves of all keys, then the lower halves of those that share the

@@ -15,7 +15,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba import cfunc, types
-from numba.core.extending import intrinsic
+
+from .cpu_lanes import literal_intrinsic
 
 VECTOR_BITS = 512  # lowered to two halves where the CPU has 256
 LARGEST_M = 64
@@ -93,7 +94,7 @@ def _keep(builder: Any, keys: Vectors, n: int, width: int) -> Vectors:
     return masks
 
 
-@intrinsic(prefer_literal=True)
+@literal_intrinsic
 def keep_block(typing: Any, source: Any, target: Any, n: Any, m: Any, bits: Any, infinity: Any) -> Any:
     """Prune one block: (source address, target address) -> channels kept. n, m, bits and infinity are literals.
 
@@ -105,11 +106,18 @@ def keep_block(typing: Any, source: Any, target: Any, n: Any, m: Any, bits: Any,
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         width = lanes(bits)
         integer = ir.VectorType(ir.IntType(bits), width)
-        splat = lambda value: ir.Constant(integer, [value] * width)  # noqa: E731
         source, target = (builder.inttoptr(each, integer.as_pointer()) for each in arguments[:2])
         number = ir.IntType(64)
-        at = lambda base, v: builder.gep(base, [ir.Constant(number, v)])  # noqa: E731
-        load = lambda v: builder.load(at(source, v), align=bits // 8)  # noqa: E731
+
+        def splat(value: int) -> Any:
+            return ir.Constant(integer, [value] * width)
+
+        def at(base: Any, v: int) -> Any:
+            return builder.gep(base, [ir.Constant(number, v)])
+
+        def load(v: int) -> Any:
+            return builder.load(at(source, v), align=bits // 8)
+
         keys = [load(v) for v in range(m)]
         if infinity >= 0:
             keys = [builder.and_(key, splat((1 << (bits - 1)) - 1)) for key in keys]

@@ -1,0 +1,125 @@
+"""The selection of the Triton backend: an axis that lies within a thread, and a sorting network along it.
+
+`halves` and `weave` split and join a tensor along an axis that lies within a thread, so they only rename registers, and a comparator is
+one minimum and one maximum, nothing else; LLVM drops the comparators that do not reach the n-th largest.
+"""
+
+# triton's compiler reads no annotations of the future
+import triton
+import triton.language as tl
+
+from .triton_numbers import total
+
+
+@triton.jit
+def halves(x, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """[G, OUTER·2·INNER] -> two [G, OUTER, INNER], apart on the middle axis."""
+    G: tl.constexpr = x.shape[0]
+    return tl.split(tl.permute(tl.reshape(x, (G, OUTER, 2, INNER)), (0, 1, 3, 2)))
+
+
+@triton.jit
+def weave(a, b, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Undo halves."""
+    G: tl.constexpr = a.shape[0]
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (G, OUTER * 2 * INNER))
+
+
+@triton.jit
+def _reverse(x, P: tl.constexpr, RUN: tl.constexpr):
+    """Reverse every run of RUN channels of [G, P]."""
+    if RUN > 1:
+        a, b = halves(x, P // RUN, RUN // 2)
+        x = _reverse(weave(b, a, P // RUN, RUN // 2), P, RUN // 2)
+    return x
+
+
+@triton.jit
+def _settle(x, P: tl.constexpr, STEP: tl.constexpr):
+    """Sort every bitonic run of 2·STEP channels."""
+    if STEP > 0:
+        a, b = halves(x, P // (2 * STEP), STEP)
+        x = _settle(weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * STEP), STEP), P, STEP // 2)
+    return x
+
+
+@triton.jit
+def sort(x, P: tl.constexpr, RUN: tl.constexpr):
+    """Sort [G, P] along channels, ascending, where runs of RUN channels are sorted already."""
+    if RUN < P:
+        G: tl.constexpr = x.shape[0]
+        a, b = halves(x, P // (2 * RUN), RUN)
+        b = tl.reshape(_reverse(tl.reshape(b, (G, P // 2)), P // 2, RUN), (G, P // (2 * RUN), RUN))
+        x = weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * RUN), RUN)
+        x = sort(_settle(x, P, RUN // 2), P, RUN * 2)
+    return x
+
+
+@triton.jit
+def running_sum(x, P: tl.constexpr):
+    """Inclusive sums along the channels of [G, P]."""
+    if P > 1:
+        G: tl.constexpr = x.shape[0]
+        even, odd = halves(x, P // 2, 1)
+        pairs = tl.reshape(running_sum(tl.reshape(even + odd, (G, P // 2)), P // 2), (G, P // 2, 1))
+        x = weave(pairs - odd, pairs, P // 2, 1)
+    return x
+
+
+@triton.jit
+def load(ptr, base, valid, other, M: tl.constexpr, P: tl.constexpr, PIECE: tl.constexpr):
+    """[G, P]: the M values from each base [G] on, `other` beyond M and where not valid [G]; in pieces, so that a thread has them all."""
+    G: tl.constexpr = base.shape[0]
+    if P <= PIECE:
+        channel = tl.arange(0, P)
+        return tl.load(ptr + base[:, None] + channel, mask=valid[:, None] & (channel < M)[None, :], other=other)
+    a = load(ptr, base, valid, other, M, P // 2, PIECE)
+    b = load(ptr + P // 2, base, valid, other, M - P // 2, P // 2, PIECE)
+    return weave(tl.reshape(a, (G, 1, P // 2)), tl.reshape(b, (G, 1, P // 2)), 1, P // 2)
+
+
+@triton.jit
+def store(ptr, base, valid, value, M: tl.constexpr, P: tl.constexpr, PIECE: tl.constexpr):
+    """Undo load."""
+    G: tl.constexpr = base.shape[0]
+    if P <= PIECE:
+        channel = tl.arange(0, P)
+        tl.store(ptr + base[:, None] + channel, value, mask=valid[:, None] & (channel < M)[None, :])
+    else:
+        a, b = halves(value, 1, P // 2)
+        store(ptr, base, valid, tl.reshape(a, (G, P // 2)), M, P // 2, PIECE)
+        store(ptr + P // 2, base, valid, tl.reshape(b, (G, P // 2)), M - P // 2, P // 2, PIECE)
+
+
+@triton.jit
+def keep_of_groups(key, inside, N: tl.constexpr, P: tl.constexpr):
+    """Mask of the N highest keys of each row of [G, P], lower channels first; 16-bit keys are made unique by the channel."""
+    channel = tl.arange(0, P)[None, :]
+    narrow: tl.constexpr = key.dtype.primitive_bitwidth == 16
+    if narrow:
+        key = key.to(tl.int32) * P + (P - 1 - channel)
+    key = tl.where(inside, key, -1)
+    threshold = tl.max(tl.where(channel == P - N, sort(key, P, 1), -1), axis=1)[:, None]
+    if narrow:
+        return inside & (key >= threshold)
+    above = key > threshold
+    equal = (key == threshold).to(tl.int32)
+    room = N - tl.sum(above.to(tl.int32), axis=1)[:, None]
+    return inside & (above | ((equal > 0) & (running_sum(equal, P) <= room)))
+
+
+@triton.jit
+def keep_of_row(key, inside, N, BITS: tl.constexpr):
+    """Mask of the N highest keys of the whole tile, lower channels first: the N-th highest is found bit by bit from the top."""
+    key = tl.where(inside, key.to(tl.int32), -1)
+    threshold = tl.full((), 0, tl.int32)
+    for step in range(BITS):
+        candidate = threshold | (1 << (BITS - 1 - step))
+        threshold = tl.where(total((key >= candidate).to(tl.int32)) >= N, candidate, threshold)
+    above = key > threshold
+    equal = (key == threshold).to(tl.int32)
+    room = N - total(above.to(tl.int32))
+    of_group = tl.sum(equal, axis=1)
+    before = tl.cumsum(of_group, axis=0) - of_group
+    order = before[:, None] + tl.cumsum(equal, axis=1)
+    return above | ((equal > 0) & (order <= room))

@@ -1,0 +1,98 @@
+"""Numbers of the Triton backend: bit patterns as floats, keys, and the statistics of one token."""
+
+# triton's compiler reads no annotations of the future
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def total(x):
+    """Sum of a tile."""
+    return tl.sum(tl.sum(x, axis=1), axis=0)
+
+
+@triton.jit
+def to_float(pattern, KIND: tl.constexpr):
+    """fp32 value of a bit pattern: exact."""
+    if KIND == 0:
+        return (pattern.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if KIND == 1:
+        return pattern.to(tl.float16, bitcast=True).to(tl.float32)
+    return pattern.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def from_float(value, KIND: tl.constexpr):
+    """Bit pattern of an fp32 value, rounded to nearest even; NaN stays NaN."""
+    if KIND == 0:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(value == value, rounded, 0x7FC0).to(tl.int16)
+    if KIND == 1:
+        return value.to(tl.float16).to(tl.int16, bitcast=True)
+    return value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def magnitude(pattern, KIND: tl.constexpr):
+    """Key of |x| for 16-bit patterns: int16, every NaN the same."""
+    nan: tl.constexpr = 0x7F81 if KIND == 0 else 0x7C01
+    return tl.minimum(pattern & 0x7FFF, nan).to(tl.int16)
+
+
+@triton.jit
+def score(z, weight):
+    """Key of |fl(z·w)|: int32, every NaN the same."""
+    return tl.minimum((z * weight).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
+
+
+@triton.jit
+def median(pattern, inside, size, KIND: tl.constexpr):
+    """fp32 value of the lower of the two middle values; NaN if one is in the row; never −0."""
+    BITS: tl.constexpr = 32 if KIND == 2 else 16
+    SIGN: tl.constexpr = 1 << (BITS - 1)
+    bits = pattern.to(tl.uint32, bitcast=True) if KIND == 2 else pattern.to(tl.uint16, bitcast=True).to(tl.uint32)
+    order = tl.where((bits & SIGN) != 0, bits ^ (2 * SIGN - 1), bits | SIGN)
+    order = tl.where(inside, order, 2 * SIGN - 1)  # never below a candidate
+    rank = (size - 1) // 2
+    found = tl.full((), 0, tl.uint32)
+    for step in range(BITS):
+        candidate = found | (tl.full((), SIGN, tl.uint32) >> step)
+        found = tl.where(total((order < candidate).to(tl.int32)) <= rank, candidate, found)
+    value = tl.where((found & SIGN) != 0, found & (SIGN - 1), found ^ (2 * SIGN - 1))
+    if KIND == 2:
+        eta = value.to(tl.float32, bitcast=True)
+    else:
+        eta = to_float(value.to(tl.uint16).to(tl.int16, bitcast=True), KIND)
+    number = to_float(pattern, KIND)
+    nans = total((inside & (number != number)).to(tl.int32))
+    return tl.where(nans > 0, float("nan"), eta + 0.0)
+
+
+@triton.jit
+def mean(pattern, inside, size, KIND: tl.constexpr):
+    """fp32 value of the mean, rounded to the kind, in the order-free arithmetic of reference.token_mean; never −0."""
+    value = tl.where(inside, to_float(pattern, KIND), 0.0)
+    # as bits: a maximum of floats would drop NaN
+    peak_bits = tl.max(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
+    peak = peak_bits.to(tl.float32, bitcast=True).to(tl.float64)
+    power = (peak.to(tl.int64, bitcast=True) & (0x7FF << 52)).to(tl.float64, bitcast=True)
+    wide = value.to(tl.float64)
+    magic = power * 196608.0  # 3·2¹⁶
+    on_grid = tl.where(peak_bits < 0x7F800000, (wide + magic) - magic, wide)
+    mean = (total(on_grid) / size.to(tl.float64)).to(tl.float32)
+    return to_float(from_float(mean, KIND), KIND) + 0.0
+
+
+@triton.jit
+def variance_ratio(z, first, kept, inside, size):
+    """ν of one token of which at least one channel is pruned, so that Var k⊙z is 0 only if k⊙z is."""
+    shifted = tl.where(inside, z.to(tl.float64) - first.to(tl.float64), 0.0)
+    sparse = tl.where(kept, z, 0.0).to(tl.float64)
+    n = size.to(tl.float64)
+    shifted_sum, sparse_sum = total(shifted), total(sparse)
+    dense_variance = total(shifted * shifted) - shifted_sum * shifted_sum / n
+    sparse_variance = total(sparse * sparse) - sparse_sum * sparse_sum / n
+    ratio = dense_variance / tl.where(sparse_variance == 0, 1.0, sparse_variance)
+    nu = tl.sqrt(ratio).to(tl.float32)
+    return tl.where((dense_variance == 0) | (sparse_variance == 0), 1.0, nu)
