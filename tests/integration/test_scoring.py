@@ -2,18 +2,28 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from nmsweep.bench.replay import Masks
+from nmsweep.calibrate.fit import fit
+from nmsweep.catalogue import find_method, options
+from nmsweep.config import CalibrationConfig
+from nmsweep.data.tasks import MINI_FOLDER
 from nmsweep.evaluate import packing, scoring
 from nmsweep.evaluate.lm import NMSweepLM
 from nmsweep.evaluate.packing import Request
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
-from nmsweep.sparsity.install import sparsify
+from nmsweep.sparsity.install import installed, sparsification_from_names, sparsify
+from nmsweep.sparsity.method import build
 
 SHAPES = ["tiny-llama", "tiny-qwen2", "tiny-gemma3"]  # Gemma3's sliding window is 16 tokens, shorter than most contexts
 Answers = list[tuple[float, bool]]
@@ -92,32 +102,126 @@ def test_these_requests_have_rows_of_every_kind() -> None:
     assert {row.branches for row in groups[0].rows} == {True, False}
 
 
-SPARSE: dict[str, Callable[[Any], AbstractContextManager[object]]] = {
-    "dense": lambda model: nullcontext(),
-    "act": lambda model: sparsify(model),
-    "shift+var": lambda model: sparsify(model, mitigation="shift+var"),
-}
+def criteria() -> dict[str, Any]:
+    """Every shipped criterion's class, by name."""
+    return {
+        option.name: type(build(find_method("criterion", option.name, {}))) for option in options("criterion").values()
+    }
 
 
-@pytest.mark.parametrize("method", ["act", "shift+var"])
+@contextmanager
+def sparse(model: Any, method: str) -> Iterator[bool]:
+    """Make a model sparse by a criterion, or by `act` with mitigations; whether it looks across tokens."""
+    if method == "dense":
+        yield False
+        return
+    criterion, mitigation = ("act", method) if method in ("shift+var", "larosa") else (method, "none")
+    made, targets = sparsification_from_names("8:16", criterion, mitigation, "all", {})
+    ids = torch.randint(3, 259, (4, 32), generator=torch.Generator().manual_seed(0))
+    state = fit(model, ids, made, targets, settings=CalibrationConfig(seqlen=32)).state if made.calibrated else {}
+    with installed(model, made, targets, state):
+        yield made.criterion.across_tokens
+
+
+METHODS = ["dense", "shift+var", *sorted(criteria())]
+
+
+@pytest.mark.parametrize("method", ["act", "shift+var", "amber", "clact_causal", "clact"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sparse_equals_stock_in_float64(shape: str, method: str) -> None:
     model = tiny(shape, torch.float64)
-    with SPARSE[method](model):
-        assert furthest(scored(model, requests()), scored(model, requests(), "stock")) < 1e-6
+    with sparse(model, method) as across:
+        ours = scored(model, requests(), across_tokens=across)
+        assert furthest(ours, scored(model, requests(), "stock", across_tokens=across)) < 1e-6
 
 
-@pytest.mark.parametrize("method", SPARSE)
-@pytest.mark.parametrize("shape", SHAPES)
+def test_stock_batches_would_change_what_clact_prunes() -> None:
+    model = tiny("tiny-llama", torch.float64)
+    with sparse(model, "clact") as across:
+        alone = scored(model, requests(), "stock", across_tokens=across)
+        padded = scored(model, requests(), "stock", across_tokens=False)
+    assert max(abs(x - y) for (x, _), (y, _) in zip(alone, padded, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "method"),
+    [*(("tiny-llama", method) for method in METHODS), *(("tiny-gemma3", method) for method in ("dense", "shift+var"))],
+)
 def test_budget_and_order_change_nothing_in_float64(shape: str, method: str) -> None:
-    model, asked = tiny(shape, torch.float64), requests()
+    model, asked = tiny(shape, torch.float64), requests(n_items=2)
     order = random.Random(1).sample(range(len(asked)), len(asked))
-    with SPARSE[method](model):
-        base = scored(model, asked, batch_tokens=4096)
+    with sparse(model, method) as across:
+        base = scored(model, asked, batch_tokens=4096, across_tokens=across)
         for budget in (512, 32768):
-            assert furthest(scored(model, asked, batch_tokens=budget), base) < 1e-6
-        shuffled = scored(model, [asked[i] for i in order])
+            assert furthest(scored(model, asked, batch_tokens=budget, across_tokens=across), base) < 1e-6
+        shuffled = scored(model, [asked[i] for i in order], across_tokens=across)
     assert furthest(shuffled, [base[i] for i in order]) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_equals_the_harness_itself(shape: str) -> None:
+    model = tiny(shape)
+    harness = HFLM(pretrained=model, tokenizer=tiny_tokenizer("tiny-llama"), batch_size=8)
+    theirs = harness._loglikelihood_tokens(requests(), disable_tqdm=True)
+    assert furthest(scored(model, requests()), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["act", "shift+var", "amber"])
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-gemma3"])
+def test_with_the_masks_of_stock_sparse_equals_stock(shape: str, method: str) -> None:
+    model = tiny(shape)
+    mitigation = "none" if method in criteria() else method
+    with sparsify(model, criterion=method if method in criteria() else "act", mitigation=mitigation) as layers:
+        asked, masks = requests(n_items=3), Masks(layers)
+        with masks.recording():
+            free = scored(model, asked, "stock")
+        with masks.replaying():
+            packed, stock = scored(model, asked), scored(model, asked, "stock")
+        assert furthest(packed, stock) < 1e-4
+        assert furthest(stock, free) < 1e-4, "the replayed masks are stock's own"
+        with turned_around(masks), masks.replaying():
+            other = scored(model, asked)
+    assert max(abs(a - b) for (a, _), (b, _) in zip(other, packed, strict=True)) > 1e-3
+
+
+@contextmanager
+def turned_around(masks: Masks) -> Iterator[None]:
+    """Every mask turned around: a replay that looked at nothing would not notice."""
+    kept = masks._kept
+    masks._kept = [{key: ~bits for key, bits in layer.items()} for layer in kept]
+    yield
+    masks._kept = kept
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer with merges, small enough for the tiny models."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"])
+    backend.train([str(MINI_FOLDER / "prose.txt")], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=4096
+    )
+
+
+def test_tokens_that_merge_across_the_border_are_scored_as_stock_scores_them() -> None:
+    tokenizer, model = merging_tokenizer(), tiny("tiny-llama")
+    pairs = [
+        (f"{start} {word[:cut]}", word[cut:] + end)
+        for start, word, end in (("It was", "the", " rest"), ("She saw", "and", " then"), ("  Once", "there", " was"))
+        for cut in range(1, len(word))
+    ]
+    pairs += [("A context that ends in spaces  ", "then"), ("", "no context at all"), ("It was", " the rest")]
+    merged = [
+        pair for pair in pairs
+        if tokenizer("".join(pair))["input_ids"][: len(ids := tokenizer(pair[0])["input_ids"])] != ids
+    ]  # fmt: skip
+    assert len(merged) >= 3
+    instances = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    ours = NMSweepLM(model, tokenizer, 512, lambda n: None)
+    assert furthest(ours.loglikelihood(instances), harness.loglikelihood(instances, disable_tqdm=True)) < 1e-4
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,35 @@
+"""Packed scoring of trained models against lm-eval's own path, and both against float64."""
+
+from pathlib import Path
+
+import pytest
+
+from nmsweep.bench import agreement
+from nmsweep.bench.scoring import task_requests
+from nmsweep.cell import model_spec
+from nmsweep.compose import cells_of
+from nmsweep.data.tasks import find_task
+from nmsweep.models import load_model
+
+METHODS = [None, ("act", "none"), ("act", "shift+var"), ("amber", "none"), ("clact_causal", "none"), ("clact", "none")]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
+def test_trained_models_agree(name: str, real_mirror: Path) -> None:
+    (cfg,) = cells_of([f"model={name}", "pattern=dense"], multirun=False, config_dir=None)
+    exact, model = (load_model(model_spec(cfg), dtype=dtype, device="cpu") for dtype in ("float64", "float32"))
+    source = find_task("arc_easy", real_mirror)
+    asked = task_requests(model.model, model.tokenizer, source, limit=6, num_fewshot=0)
+    for method in METHODS:
+        row64, row32 = agreement.rows(model, exact, asked, 12, 4096, method)
+        assert row64["packed_max"] < 1e-6
+        assert row64["packed_flags"] == 0
+        if method is None:
+            assert row32["packed_max"] < 1e-3
+            assert row32["packed_flags"] == 0
+        elif method[0] not in agreement.ACROSS_TOKENS:
+            assert row32["replayed_max"] < 1e-3
+            assert row32["replayed_flags"] == 0
+        assert row32["packed_exact_beyond"] <= row32["stock_exact_beyond"] + 3
