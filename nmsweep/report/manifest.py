@@ -69,8 +69,9 @@ def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
 def cell_list(results: Results) -> pd.DataFrame:
     """One row a cell: what it is, how it went, the command that runs it again and the command that made it."""
     rows = []
-    for cell_id, cell in results.cells.iterrows():
-        known = results.provenance.get(str(cell_id), {})
+    for cell in results.cells.reset_index(names="cell_id").to_dict("records"):
+        cell_id = str(cell["cell_id"])
+        known = results.provenance.get(cell_id, {})
         rows.append(
             {
                 "cell_id": cell_id,
@@ -82,7 +83,7 @@ def cell_list(results: Results) -> pd.DataFrame:
                     name: known.get(name)
                     for name in ("time_s", "tokens", "peak_memory_bytes", "device", "finished", "git")
                 },
-                "rerun": rerun_command(results.configs.get(str(cell_id), {})),
+                "rerun": rerun_command(results.configs.get(cell_id, {})),
                 "made_by": known.get("command", ""),
             }
         )

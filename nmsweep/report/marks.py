@@ -1,6 +1,6 @@
 """Which entry of a column is the best, which are not told apart from it, and the intervals of means over seeds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +22,18 @@ class Column:
     task: str | None
     scores: Scores
 
+    def prepare(self, entries: Iterable[Entry]) -> None:
+        """Work out the replicates of many entries at once."""
+        cells = [cell for entry in entries for cell in entry.cells]
+        self.scores.prepare(self.quantity, cells, self.data, self.task)
+
     def replicates(self, entry: Entry) -> Matrix | None:
         """Bootstrap replicates of an entry, the mean over its seeds; None where there are none."""
         found = [self.scores.replicates(self.quantity, cell, self.data, self.task) for cell in entry.cells]
         known = [one for one in found if one is not None]
-        return np.asarray(np.mean(known, axis=0)) if len(known) == len(found) else None
+        if not known or len(known) < len(found):
+            return None
+        return known[0] if len(known) == 1 else np.asarray(np.mean(known, axis=0))
 
 
 def mark(frame: pd.DataFrame, n_front: int, quantity: Quantity, data: str, scores: Scores) -> None:
@@ -58,6 +65,7 @@ def _place(names: Sequence[Any], name: str) -> int | None:
 def _mark_rivals(frame: pd.DataFrame, number: int, places: list[int], column: Column) -> None:
     cells: Any = frame.iat
     entries: dict[int, Entry] = {place: cells[place, number] for place in places}
+    column.prepare(entry for entry in entries.values() if entry.status == "done")
     done = {place: over_seeds(entry, column) for place, entry in entries.items() if entry.status == "done"}
     for place, entry in marked(done, column).items():
         cells[place, number] = entry

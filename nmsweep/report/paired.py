@@ -4,6 +4,7 @@ So the difference between any two cells is paired too, not only that with the de
 matrix product a task. The statistics are those of `nmsweep.evaluate.statistics`; only the resamples are others.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ Matrix = NDArray[np.float32]
 
 _FEW = 500_000
 """Items × cells up to which 10,000 resamples are drawn; 2,000 beyond."""
+
+
+_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Replicates:
     means: Matrix
 
     def of(self, cells: Sequence[str]) -> Matrix:
+        """Rows of cells; one row, to be broadcast, where they are all the same cell."""
+        if len(set(cells)) == 1:
+            row = self.rows[cells[0]]
+            return self.means[row : row + 1]
         return self.means[[self.rows[cell] for cell in cells]]
 
 
@@ -66,12 +74,9 @@ class PairedResults:
     flips: Mapping[tuple[str, str], tuple[list[int], list[int]]] = field(default_factory=dict)
     n_resamples: int = 0
 
-    def of(self, task: str, metric: str, cells: Sequence[str]) -> Matrix | None:
-        """Replicates [cells, resamples] of cells that saw the same items; None where they did not, or have none."""
-        for one in self.replicates.get((task, metric), ()):
-            if all(cell in one.rows for cell in cells):
-                return one.of(cells)
-        return None
+    def group(self, task: str, metric: str, cell: str) -> Replicates | None:
+        """The replicates among which a cell is; None where it has no such items."""
+        return next((one for one in self.replicates.get((task, metric), ()) if cell in one.rows), None)
 
 
 def paired(
@@ -96,7 +101,7 @@ def paired(
             replicates[task, metric] = [_resampled(task, metric, group, n_resamples) for group in groups]
             for group, drawn in zip(groups, replicates[task, metric], strict=True):
                 here = [pair for pair in pairs if pair.first in group and pair.second in group]
-                for chunk in (here[at : at + 500] for at in range(0, len(here), 500)):
+                for chunk in chunks(here):
                     tables.append(_rows(task, metric, group, drawn, chunk))
                     if place == 0:
                         flips.update(_flips(task, metric, group, chunk))
@@ -106,6 +111,15 @@ def paired(
     if len(table):
         table["p_holm"] = holm_by_task(table)
     return PairedResults(table, replicates, flips, n_resamples)
+
+
+def chunks(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """Pairs with one first cell, few enough that their replicates stay in the processor's cache."""
+    by_first: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_first.setdefault(pair.first, []).append(pair)
+    for same in by_first.values():
+        yield from (same[at : at + _CHUNK] for at in range(0, len(same), _CHUNK))
 
 
 def _same_items(samples: Mapping[str, Samples], task: str, metric: str) -> Iterator[dict[str, TaskItems]]:
@@ -149,9 +163,17 @@ def _draws(task: str, n: int, n_resamples: int) -> Iterator[Matrix]:
 
 
 def ends(replicates: Matrix) -> tuple[Floats, Floats]:
-    """Percentile interval of each row."""
-    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
-    return low.astype(np.float64), high.astype(np.float64)
+    """Percentile interval of each row, NaN where one of its replicates is; as `numpy.quantile`, of which it needs no sort."""
+    last = replicates.shape[1] - 1
+    places = [last * (1 - LEVEL) / 2, last * (1 + LEVEL) / 2]
+    kth = sorted({floor for place in places for floor in (math.floor(place), math.ceil(place))})
+    part = np.partition(replicates, kth, axis=1)
+    bad = np.isnan(replicates).any(axis=1)
+    found = []
+    for place in places:
+        below, above = (part[:, rounded(place)].astype(np.float64) for rounded in (math.floor, math.ceil))
+        found.append(np.where(bad, np.nan, below + (above - below) * (place - math.floor(place))))
+    return found[0], found[1]
 
 
 def _rows(
@@ -197,31 +219,26 @@ def _changes(
             "lost": lost / n, "gained": gained / n, "flip_rate": (lost + gained) / n,
             "p_value": [_mcnemar(int(x), int(y)) for x, y in zip(lost, gained, strict=True)],
         }  # fmt: skip
-    pairs = [(group[x], group[y]) for x, y in zip(first, second, strict=True)]
-    if any(x.loglikelihoods is None or y.loglikelihoods is None for x, y in pairs):
-        return found
-    return found | {
-        "changed": [_changed(metric, x, y) for x, y in pairs],
-        "mean_abs_delta": [_mean_abs_delta(x, y) for x, y in pairs],
-    }
+    return found | _moved(metric, group[first[0]], [group[cell] for cell in second])
 
 
 _mcnemar = cache(mcnemar)
 
 
-def _changed(metric: str, first: TaskItems, second: TaskItems) -> float:
-    chars = first.chars if metric == "acc_norm" else None
-    if metric == "acc_norm" and chars is None:
-        return float("nan")
-    return float((first.chosen(chars) != second.chosen(chars)).mean())
-
-
-def _mean_abs_delta(first: TaskItems, second: TaskItems) -> float:
-    a, b = first.loglikelihoods, second.loglikelihoods
-    if a is None or b is None or a.shape != b.shape:
-        return float("nan")
+def _moved(metric: str, first: TaskItems, second: Sequence[TaskItems]) -> dict[str, NDArray[np.float64] | list[float]]:
+    """Share of items whose chosen answer is another one, and mean |Δ log-likelihood| in nats."""
+    a = first.loglikelihoods
+    if a is None or any(one.loglikelihoods is None or one.loglikelihoods.shape != a.shape for one in second):
+        return {}
+    b = np.stack([one.loglikelihoods for one in second if one.loglikelihoods is not None])
     real = np.isfinite(a)
-    return float(np.abs(a[real] - b[real]).mean())
+    delta = np.abs(b[:, real] - a[real]).mean(axis=1)
+    if metric == "acc_norm" and first.chars is None:
+        return {"mean_abs_delta": delta}
+    n_choices = a.shape[1] if first.chars is None else first.chars.shape[1]
+    per = first.chars if metric == "acc_norm" and first.chars is not None else 1.0
+    chosen = (b[:, :, :n_choices] / per).argmax(axis=2) != (a[:, :n_choices] / per).argmax(axis=1)
+    return {"changed": chosen.mean(axis=1), "mean_abs_delta": delta}
 
 
 def _flips(

@@ -34,13 +34,6 @@ class TaskItems:
     loglikelihoods: Floats | None = None
     chars: Floats | None = None
 
-    def chosen(self, chars: Floats | None) -> NDArray[np.int64]:
-        """Index of each item's most likely choice, per character where `chars` is given."""
-        assert self.loglikelihoods is not None
-        if chars is None:
-            return np.asarray(np.argmax(self.loglikelihoods, axis=1))
-        return np.asarray(np.argmax(self.loglikelihoods[:, : chars.shape[1]] / chars, axis=1))
-
 
 Samples = Mapping[str, TaskItems]
 """By task."""

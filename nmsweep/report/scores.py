@@ -1,14 +1,14 @@
 """The numbers of a report: each cell on each task against dense, and its means over tasks, with paired intervals."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from nmsweep.report.load import Results
-from nmsweep.report.paired import Matrix, Pair, PairedResults, ends, paired
+from nmsweep.report.paired import Matrix, Pair, PairedResults, chunks, ends, paired
 from nmsweep.report.samples import read_many
 from nmsweep.report.tidy import PERPLEXITY, drops, primary
 
@@ -69,12 +69,25 @@ class Scores:
     per_task: pd.DataFrame
     per_cell: pd.DataFrame
     paired: PairedResults
-    _means: Mapping[tuple[str, str, str], Mapping[str, Matrix]]
+    _tasks: Mapping[tuple[str, str, bool], tuple[str, Sequence[tuple[str, str]]]]
+    _known: dict[tuple[str, str, str, str | None], Matrix | None] = field(default_factory=dict)
 
     def replicates(self, quantity: Quantity, cell: str, data: str, task: str | None) -> Matrix | None:
         """Bootstrap replicates [resamples] of a quantity: of one task, or the mean over tasks; None where there are none."""
-        found = self._means.get((quantity.name, data, task or ""), {})
-        return found.get(cell)
+        self.prepare(quantity, [cell], data, task)
+        return self._known[quantity.name, cell, data, task]
+
+    def prepare(self, quantity: Quantity, cells: Sequence[str], data: str, task: str | None) -> None:
+        """Work out the replicates of many cells at once, for `replicates` to find."""
+        same: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+        for cell in cells:
+            if (quantity.name, cell, data, task) not in self._known:
+                dense, tasks = self._tasks.get((cell, data, quantity.text), ("", ()))
+                same.setdefault((dense, tuple(one for one in tasks if task in (None, one[0]))), []).append(cell)
+        for (dense, chosen), together in same.items():
+            found = mean_replicates(self.paired, quantity.name, dense, together, chosen)
+            for place, cell in enumerate(together):
+                self._known[quantity.name, cell, data, task] = None if found is None else found[place]
 
 
 def make_scores(results: Results, problems: list[str]) -> Scores:
@@ -95,10 +108,10 @@ def make_scores(results: Results, problems: list[str]) -> Scores:
         per_task = per_task.merge(extra, on=["cell_id", "task", "metric"], how="left")
     for column in {name for q in QUANTITIES.values() for name in (q.column, q.low, q.high) if name} - set(per_task):
         per_task[column] = np.nan
-    means: dict[tuple[str, str, str], dict[str, Matrix]] = {}
     per_cell = _averages(per_task)
-    _intervals(per_task, per_cell, found, means)
-    return Scores(per_task, per_cell.reset_index(), found, means)
+    tasks = _tasks_of(per_task)
+    _intervals(per_cell, found, tasks)
+    return Scores(per_task, per_cell.reset_index(), found, tasks)
 
 
 _MEAN_OF = ("value", "dense", "drop", "relative_drop", "ratio", "kl", "top1_agreement", "flip_rate", "mean_abs_delta")
@@ -127,56 +140,52 @@ _FORMULAS: Mapping[str, Callable[[Matrix, Matrix], Matrix]] = {
 }
 
 
-def _intervals(
-    per_task: pd.DataFrame,
-    per_cell: pd.DataFrame,
-    found: PairedResults,
-    means: dict[tuple[str, str, str], dict[str, Matrix]],
-) -> None:
-    """Replicates and intervals of every quantity, for each task and for the means over tasks; fills `per_cell` and `means`."""
-    table = per_task.assign(is_text=per_task["metric"] == PERPLEXITY, n=per_task["n_items"].astype(str))
-    table["key"] = table["task"] + "\x1f" + table["metric"] + "\x1f" + table["n"]
-    kinds = (
-        table.groupby(["cell_id", "data", "is_text", "dense_cell_id"], sort=False)["key"].agg("\x1e".join).reset_index()
-    )
-    for name in ("drop", "relative", "ratio"):
-        for end in (QUANTITIES[name].low, QUANTITIES[name].high):
-            per_cell[end] = np.nan
-    for (data, is_text, key), same in kinds.groupby(["data", "is_text", "key"], sort=False):
-        tasks = [tuple(one.split("\x1f")[:2]) for one in str(key).split("\x1e")]
-        for name in ("ratio", "perplexity") if is_text else ("drop", "relative", "accuracy"):
-            _mean_interval(name, str(data), bool(is_text), tasks, same, found, per_cell, means)
+def _tasks_of(per_task: pd.DataFrame) -> dict[tuple[str, str, bool], tuple[str, list[tuple[str, str]]]]:
+    """The dense cell, and tasks with their metrics, behind a mean; by cell, kind of data, and whether it is of texts."""
+    found: dict[tuple[str, str, bool], tuple[str, list[tuple[str, str]]]] = {}
+    columns = (per_task[name] for name in ("cell_id", "dense_cell_id", "data", "task", "metric"))
+    for cell, dense, data, task, metric in zip(*columns, strict=True):
+        found.setdefault((cell, data, metric == PERPLEXITY), (dense, []))[1].append((task, metric))
+    return found
 
 
-def _mean_interval(
-    name: str,
-    data: str,
-    is_text: bool,
-    tasks: Sequence[tuple[str, ...]],
-    cells: pd.DataFrame,
-    found: PairedResults,
-    per_cell: pd.DataFrame,
-    means: dict[tuple[str, str, str], dict[str, Matrix]],
-) -> None:
-    if name in ("drop", "relative", "ratio"):
-        cells = cells[cells["cell_id"] != cells["dense_cell_id"]]
-    own, dense = cells["cell_id"].tolist(), cells["dense_cell_id"].tolist()
-    if name in ("accuracy", "perplexity"):
-        dense = own
+def mean_replicates(
+    found: PairedResults, name: str, dense: str, cells: Sequence[str], tasks: Sequence[tuple[str, str]]
+) -> Matrix | None:
+    """Replicates [cells, resamples] of a quantity's mean over tasks, of cells with one dense cell; None if one lacks a task."""
+    if name not in _FORMULAS or not tasks:
+        return None
     total: Matrix | None = None
     for task, metric in tasks:
-        a, b = found.of(task, metric, dense), found.of(task, metric, own)
-        if a is None or b is None:
-            return
+        group = found.group(task, metric, cells[0])
+        if group is None or any(cell not in group.rows for cell in (dense, *cells)):
+            return None
         with np.errstate(divide="ignore", invalid="ignore"):
-            one = _FORMULAS[name](a, b)
-        means.setdefault((name, data, task), {}).update(zip(own, one, strict=True))
+            one = _FORMULAS[name](group.of([dense]), group.of(cells))
         total = one if total is None else total + one
-    if total is None or not own:
-        return
-    total = total / np.float32(len(tasks))
-    means.setdefault((name, data, ""), {}).update(zip(own, total, strict=True))
-    if name in ("drop", "relative", "ratio"):
-        low, high = ends(total)
-        rows = pd.MultiIndex.from_arrays([own, [data] * len(own), [is_text] * len(own)])
-        per_cell.loc[rows, QUANTITIES[name].low], per_cell.loc[rows, QUANTITIES[name].high] = low, high
+    return None if total is None else total / np.float32(len(tasks))
+
+
+def _intervals(
+    per_cell: pd.DataFrame,
+    found: PairedResults,
+    tasks: Mapping[tuple[str, str, bool], tuple[str, Sequence[tuple[str, str]]]],
+) -> None:
+    """Intervals of the means over tasks, added to `per_cell`."""
+    same: dict[tuple[str, bool, tuple[tuple[str, str], ...]], list[Pair]] = {}
+    for (cell, data, is_text), (dense, chosen) in tasks.items():
+        if cell != dense:
+            same.setdefault((data, is_text, tuple(chosen)), []).append(Pair(dense, cell))
+    ends_of: dict[str, dict[tuple[str, str, bool], float]] = {}
+    for (data, is_text, chosen), pairs in same.items():
+        for quantity in (QUANTITIES[name] for name in (("ratio",) if is_text else ("drop", "relative"))):
+            for chunk in chunks(pairs):
+                cells = [pair.second for pair in chunk]
+                replicates = mean_replicates(found, quantity.name, chunk[0].first, cells, chosen)
+                if replicates is not None:
+                    keys = [(cell, data, is_text) for cell in cells]
+                    for column, values in zip((quantity.low, quantity.high), ends(replicates), strict=True):
+                        ends_of.setdefault(column, {}).update(zip(keys, values.tolist(), strict=True))
+    for name in ("drop", "relative", "ratio"):
+        for column in (QUANTITIES[name].low, QUANTITIES[name].high):
+            per_cell[column] = [ends_of.get(column, {}).get(key, np.nan) for key in per_cell.index]
