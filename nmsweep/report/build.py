@@ -1,12 +1,16 @@
 """`nmsweep report`: everything that a results folder can be shown as."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 
 from nmsweep.report import formats
+from nmsweep.report.figures import Figures, all_points, draw_figures
 from nmsweep.report.load import Results, read_results
 from nmsweep.report.manifest import cell_list, manifest, warnings_of
 from nmsweep.report.scores import Scores, make_scores
@@ -14,6 +18,9 @@ from nmsweep.report.spec import Table, TableSpec
 from nmsweep.report.tables import make_tables, preset_tables
 from nmsweep.report.terminal import show_results, show_table
 from nmsweep.storage import write_text
+
+_MANY = 500
+"""Cells from which a second process for the figures is worth its start."""
 
 
 def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console | None = None) -> None:
@@ -32,14 +39,16 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
     problems = list(results.problems)
     scores = make_scores(results, problems)
     tables = [*(make_tables(asked, results, scores) if asked else ()), *preset_tables(results, scores)]
+    folder = results_dir / "report"
+    figures = draw(all_points(results, scores), folder / "figures")
     made = manifest(results, scores.paired.n_resamples)
     problems += warnings_of(made)
     write_text(results_dir / "tidy.csv", results.tidy.to_csv(index=False))
-    folder = results_dir / "report"
     write_text(folder / "cells.csv", cell_list(results).to_csv(index=False))
     write_text(folder / "manifest.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
     write_tables(folder / "tables", tables)
-    write_text(folder / "summary.md", summary(tables, problems))
+    drawn = figures()
+    write_text(folder / "summary.md", summary(tables, drawn, problems))
     _show(out, results, scores, [table for table in tables if asked and table.spec == asked], problems)
     for file in (results_dir / "tidy.csv", folder / "summary.md"):
         out.print(str(file), soft_wrap=True, highlight=False)
@@ -53,6 +62,17 @@ def _show(out: Console, results: Results, scores: Scores, asked: Sequence[Table]
         out.print(f"warning: {formats.plain(problem)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if len(problems) > 20:
         out.print(f"… {len(problems) - 20} more warnings in summary.md", style="yellow", highlight=False)
+
+
+def draw(cells: Mapping[str, pd.DataFrame], folder: Path) -> Callable[[], Figures]:
+    """Draw the figures, of many cells in a process of its own while the tables are made; call the result to have them."""
+    if sum(map(len, cells.values())) < _MANY:
+        drawn = draw_figures(cells, folder)
+        return lambda: drawn
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    future = pool.submit(draw_figures, cells, folder)
+    pool.shutdown(wait=False)
+    return future.result
 
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> None:
@@ -70,7 +90,7 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> None:
         write_text(folder / "all.tex", formats.latex_document(inputs))
 
 
-def summary(tables: Sequence[Table], problems: Sequence[str]) -> str:
+def summary(tables: Sequence[Table], figures: Figures, problems: Sequence[str]) -> str:
     """All tables in one Markdown file, problems first."""
     parts = ["# Results\n", "Drops are dense − sparse, against the dense cell of the same model and settings; perplexity is given as a ratio and is never part of a mean.\n"]  # fmt: skip
     if problems:
@@ -82,4 +102,8 @@ def summary(tables: Sequence[Table], problems: Sequence[str]) -> str:
         of_data = [formats.to_markdown(table) for table in tables if table.data == data]
         if of_data:
             parts += [f"## {title}\n", *of_data]
+    if figures.skipped:
+        parts.append(
+            "## Figures left out\n\n" + "".join(f"* {formats.markdown_text(one)}\n" for one in figures.skipped)
+        )
     return "\n".join(parts)
