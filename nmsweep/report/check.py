@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from nmsweep.record import file_digest
 from nmsweep.report.load import Results
 
 Floats = NDArray[np.float64]
@@ -38,13 +39,18 @@ class Checked:
 
 
 def check_results(results: Results) -> Checked:
-    """Recompute value, standard error and number of items of every row of metrics.csv, and the cells' sparsity."""
+    """Recompute value, standard error and number of items of every row of metrics.csv, and the cells' sparsity.
+
+    A file whose digest is not the one in provenance.json is a finding too.
+    """
     wrong: list[Finding] = []
     unknown: list[Finding] = []
     n_equal = 0
     rows = {str(cell_id): same for cell_id, same in results.tidy.groupby("cell_id", sort=False)}
     for cell_id, cell in results.done.iterrows():
-        for finding in _check_cell(str(cell_id), cell["place"], rows[str(cell_id)]):
+        for finding in _check_cell(
+            str(cell_id), cell["place"], rows[str(cell_id)], results.provenance[str(cell_id)].get("files") or {}
+        ):
             if finding is None:
                 n_equal += 1
             elif finding.message.startswith("cannot"):
@@ -54,7 +60,12 @@ def check_results(results: Results) -> Checked:
     return Checked(n_equal, wrong, unknown)
 
 
-def _check_cell(cell_id: str, place: Path, rows: pd.DataFrame) -> Iterator[Finding | None]:
+def _check_cell(
+    cell_id: str, place: Path, rows: pd.DataFrame, files: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Finding | None]:
+    for name, written in files.items():
+        if (place / name).is_file() and file_digest(place / name) != written.get("sha256"):
+            yield Finding(cell_id, name, "sha256", "is not the file that was written with the cell")
     try:
         samples = pd.read_parquet(place / "samples.parquet")
         layers = pd.read_csv(place / "layers.csv")

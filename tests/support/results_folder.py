@@ -16,7 +16,7 @@ import pandas as pd
 
 from nmsweep.config import short_hash
 from nmsweep.pattern import parse_pattern
-from nmsweep.record import LayerCount, Metric, cell_folder, write_cell, write_failure
+from nmsweep.record import LayerCount, Metric, cell_folder, failure_folder, write_cell, write_failure
 
 MINI = ("mini_cloze", "mini_continuation", "mini_prose", "mini_science", "mini_yesno")
 REAL = ("arc_easy", "boolq", "hellaswag", "wikitext2")
@@ -98,7 +98,11 @@ def write_one(folder: Path, plan: Plan, seed: int, model: str, pattern: str, cri
 def fail_one(folder: Path, plan: Plan, seed: int, model: str, pattern: str, criterion: str, mitigation: str) -> None:
     config = config_of(plan, seed, model, pattern, criterion, mitigation)
     place = cell_folder(folder, model, parse_pattern(pattern).slug, criterion, mitigation, cell_id_of(config))
-    write_failure(place, config, {"error": "NonFiniteError: the loss of window 3 is not finite", "traceback": "…"})
+    write_failure(
+        failure_folder(folder, place.name),
+        config,
+        {"error": "NonFiniteError: the loss of window 3 is not finite", "traceback": "…"},
+    )
 
 
 def cell_id_of(config: Mapping[str, Any]) -> str:

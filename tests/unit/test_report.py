@@ -248,7 +248,8 @@ def test_a_check_confirms_every_number_and_finds_a_changed_one(made: Path, tmp_p
     text = pd.read_csv(place / "metrics.csv", dtype=str, keep_default_na=False)
     text.loc[0, "value"] = str(float(text.loc[0, "value"]) + 1e-6)
     text.to_csv(place / "metrics.csv", index=False)
-    (finding,) = check_results(read_results(folder)).wrong
+    file, finding = check_results(read_results(folder)).wrong
+    assert file.task == "metrics.csv", "its digest is in provenance.json"
     assert finding.cell_id == text.loc[0, "cell_id"]
     assert (finding.task, finding.metric) == (text.loc[0, "task"], text.loc[0, "metric"])
     assert report([f"results_dir={folder}", "--check"]) == 1
