@@ -1,11 +1,8 @@
-"""The primitive on CUDA, in Triton.
+"""The primitive on CUDA, in Triton: which kernel runs a call, and in which tile.
 
-A thread holds whole groups in its registers. `_halves` and `_weave` split and join a tensor along an axis that lies within a thread, so
-they only rename registers, and a comparator of the sorting network is one minimum and one maximum, nothing else; LLVM drops the
-comparators that do not reach the n-th largest. So that a group lands in one thread, it is loaded in pieces of 16 bytes.
-
-`flat_kernel` takes groups as one stream (no statistic of a token is needed); `row_kernel` holds one token a program.
-Bit patterns travel as integers, so kept channels pass bit for bit. Runs on CPU tensors under TRITON_INTERPRET=1, for tests.
+`packed_kernel` serves 16-bit values by magnitude alone, `flat_kernel` every other call without a statistic of the token, as one stream
+of groups; `row_kernel` holds one token a program. In each a thread holds whole groups in its registers. Bit patterns travel as integers,
+so kept channels pass bit for bit. Runs on CPU tensors under TRITON_INTERPRET=1, for tests.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from .arguments import Arguments
 from .triton_kernels import flat_kernel, row_kernel
+from .triton_packed import packed_kernel
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _PATTERNS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -28,14 +26,18 @@ _LARGEST_ROW = 65536  # channels of a token that one program can hold
 _PIECE_BYTES = 16  # the widest load of a thread
 _THRESHOLD_GROUP = 8  # shape of the tile where no groups exist: consecutive channels of a thread
 
-#: (groups of a program, warps) of flat_kernel by padded M. Change through tune().
+_NAN_KEYS = {torch.bfloat16: 0x7F817F81, torch.float16: 0x7C017C01}
+
+PACKED_CONFIGS = {2: (1024, 4), 4: (512, 4), 8: (256, 4), 16: (128, 4), 32: (128, 4), 64: (64, 2)}
+"""(groups of a program, warps) of packed_kernel by M."""
+
 FLAT_CONFIGS = {1: (2048, 4), 2: (1024, 4), 4: (512, 4), 8: (256, 4), 16: (128, 4), 32: (128, 4), 64: (64, 2)}
+"""(groups of a program, warps) of flat_kernel by the power of two at or above M."""
 
 
 def supports(args: Arguments) -> bool:
     """Whether this backend can run the call; else the reference does."""
-    on_device = args.x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    if not on_device or args.x.dtype not in _KINDS:
+    if not (args.x.is_cuda or _interpreted()) or args.x.dtype not in _KINDS:
         return False
     hidden, per_token = args.x.shape[-1], args.stat != "none" or args.var
     return (args.m <= _LARGEST_M and not per_token) or (
@@ -49,6 +51,10 @@ def prune(
     """u of one call; `mask` bool [*, hidden] and `nu` fp32 [*, 1] are filled and `counts` int64 [2] is added to, where given."""
     x = args.x.contiguous()
     u = torch.empty_like(x)
+    if mask is None and _packs(args, x):
+        with torch.cuda.device_of(x):
+            _launch_packed(x, u, args, counts)
+        return u
     hidden, n, m = x.shape[-1], args.n, args.m
     pattern = _PATTERNS[x.dtype]
     weight = None if args.weight is None else args.weight.to(device=x.device, dtype=torch.float32).contiguous()
@@ -76,6 +82,26 @@ def prune(
         else:
             _launch_row(common, x.numel() // hidden, hidden, args, nu)
     return u
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _packs(args: Arguments, x: Tensor) -> bool:
+    """Whether packed_kernel can run a call on the contiguous x."""
+    by_magnitude = args.weight is None and args.eta is None and args.stat == "none" and not args.var
+    whole_words = x.dtype in _NAN_KEYS and x.storage_offset() % 2 == 0
+    return by_magnitude and whole_words and args.n < args.m and args.m in PACKED_CONFIGS
+
+
+def _launch_packed(x: Tensor, u: Tensor, args: Arguments, counts: Tensor | None) -> None:
+    n_groups = x.numel() // args.m
+    groups, warps = PACKED_CONFIGS[args.m]
+    packed_kernel[(triton.cdiv(n_groups, groups),)](
+        x.view(-1).view(torch.int32), u.view(-1).view(torch.int32), counts, n_groups,
+        N=args.n, M=args.m, NAN=_NAN_KEYS[x.dtype], G=groups, EMULATE=_interpreted(), num_warps=warps,
+    )  # fmt: skip
 
 
 def _launch_flat(common: dict[str, Any], n_groups: int, groups_per_row: int) -> None:

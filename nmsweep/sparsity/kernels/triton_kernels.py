@@ -57,7 +57,8 @@ def flat_kernel(
         store(mask_ptr, base, valid, kept.to(tl.int8), M, P, PIECE)
     if counts_ptr is not None:
         tl.atomic_add(counts_ptr, total(kept.to(tl.int32)).to(tl.int64), sem="relaxed")
-        tl.atomic_add(counts_ptr + 1, total(inside.to(tl.int32)).to(tl.int64), sem="relaxed")
+        if tl.program_id(0) == 0:
+            tl.atomic_add(counts_ptr + 1, n_groups.to(tl.int64) * M, sem="relaxed")
 
 
 @triton.jit

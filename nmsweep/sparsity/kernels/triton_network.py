@@ -26,20 +26,20 @@ def weave(a, b, OUTER: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
-def _reverse(x, P: tl.constexpr, RUN: tl.constexpr):
+def reverse(x, P: tl.constexpr, RUN: tl.constexpr):
     """Reverse every run of RUN channels of [G, P]."""
     if RUN > 1:
         a, b = halves(x, P // RUN, RUN // 2)
-        x = _reverse(weave(b, a, P // RUN, RUN // 2), P, RUN // 2)
+        x = reverse(weave(b, a, P // RUN, RUN // 2), P, RUN // 2)
     return x
 
 
 @triton.jit
-def _settle(x, P: tl.constexpr, STEP: tl.constexpr):
+def settle(x, P: tl.constexpr, STEP: tl.constexpr):
     """Sort every bitonic run of 2·STEP channels."""
     if STEP > 0:
         a, b = halves(x, P // (2 * STEP), STEP)
-        x = _settle(weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * STEP), STEP), P, STEP // 2)
+        x = settle(weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * STEP), STEP), P, STEP // 2)
     return x
 
 
@@ -49,9 +49,9 @@ def sort(x, P: tl.constexpr, RUN: tl.constexpr):
     if RUN < P:
         G: tl.constexpr = x.shape[0]
         a, b = halves(x, P // (2 * RUN), RUN)
-        b = tl.reshape(_reverse(tl.reshape(b, (G, P // 2)), P // 2, RUN), (G, P // (2 * RUN), RUN))
+        b = tl.reshape(reverse(tl.reshape(b, (G, P // 2)), P // 2, RUN), (G, P // (2 * RUN), RUN))
         x = weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * RUN), RUN)
-        x = sort(_settle(x, P, RUN // 2), P, RUN * 2)
+        x = sort(settle(x, P, RUN // 2), P, RUN * 2)
     return x
 
 
@@ -72,10 +72,12 @@ def load(ptr, base, valid, other, M: tl.constexpr, P: tl.constexpr, PIECE: tl.co
     G: tl.constexpr = base.shape[0]
     if P <= PIECE:
         channel = tl.arange(0, P)
-        return tl.load(ptr + base[:, None] + channel, mask=valid[:, None] & (channel < M)[None, :], other=other)
-    a = load(ptr, base, valid, other, M, P // 2, PIECE)
-    b = load(ptr + P // 2, base, valid, other, M - P // 2, P // 2, PIECE)
-    return weave(tl.reshape(a, (G, 1, P // 2)), tl.reshape(b, (G, 1, P // 2)), 1, P // 2)
+        value = tl.load(ptr + base[:, None] + channel, mask=valid[:, None] & (channel < M)[None, :], other=other)
+    else:
+        a = load(ptr, base, valid, other, M, P // 2, PIECE)
+        b = load(ptr + P // 2, base, valid, other, M - P // 2, P // 2, PIECE)
+        value = weave(tl.reshape(a, (G, 1, P // 2)), tl.reshape(b, (G, 1, P // 2)), 1, P // 2)
+    return value
 
 
 @triton.jit
