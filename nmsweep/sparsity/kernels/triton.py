@@ -34,6 +34,9 @@ PACKED_CONFIGS = {2: (1024, 4), 4: (512, 4), 8: (256, 4), 16: (128, 4), 32: (128
 FLAT_CONFIGS = {1: (2048, 4), 2: (1024, 4), 4: (512, 4), 8: (256, 4), 16: (128, 4), 32: (128, 4), 64: (64, 2)}
 """(groups of a program, warps) of flat_kernel by the power of two at or above M."""
 
+ROW_WARP = 1024
+"""Channels of a token that one warp of row_kernel holds."""
+
 
 def supports(args: Arguments) -> bool:
     """Whether this backend can run the call; else the reference does."""
@@ -117,7 +120,7 @@ def _launch_row(common: dict[str, Any], n_rows: int, hidden: int, args: Argument
     width = _THRESHOLD_GROUP if threshold else args.m
     padded_m = triton.next_power_of_2(width)
     groups = triton.next_power_of_2(triton.cdiv(hidden, width))
-    warps = min(32, max(4, groups * padded_m // 1024))
+    warps = min(32, max(4, groups * padded_m // ROW_WARP))
     row_kernel[(n_rows,)](
         **common,
         nu_ptr=nu,

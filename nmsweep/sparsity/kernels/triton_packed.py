@@ -17,11 +17,12 @@ def _packed_min(a, b, EMULATE: tl.constexpr):
     """Signed minimum of each half of two words."""
     if EMULATE:
         low = tl.minimum(a & 0xFFFF, b & 0xFFFF)  # keys are not negative
-        return low | (tl.minimum(a >> 16, b >> 16) << 16)
+        found = low | (tl.minimum(a >> 16, b >> 16) << 16)
     else:
-        return tl.inline_asm_elementwise(
+        found = tl.inline_asm_elementwise(
             "min.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
         )
+    return found
 
 
 @triton.jit
@@ -29,11 +30,12 @@ def _packed_max(a, b, EMULATE: tl.constexpr):
     """Signed maximum of each half of two words."""
     if EMULATE:
         low = tl.maximum(a & 0xFFFF, b & 0xFFFF)
-        return low | (tl.maximum(a >> 16, b >> 16) << 16)
+        found = low | (tl.maximum(a >> 16, b >> 16) << 16)
     else:
-        return tl.inline_asm_elementwise(
+        found = tl.inline_asm_elementwise(
             "max.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
         )
+    return found
 
 
 @triton.jit
@@ -92,11 +94,12 @@ def _swapped(x):
 def _spread(top, EMULATE: tl.constexpr):
     """The top bit of each half in all its bits."""
     if EMULATE:
-        return _ones(top) * 0xFFFF
+        found = _ones(top) * 0xFFFF
     else:
-        return tl.inline_asm_elementwise(
+        found = tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, 0, 0xbb99;", "=r,r", [top], dtype=tl.int32, is_pure=True, pack=1
         )
+    return found
 
 
 @triton.jit
