@@ -247,7 +247,23 @@ def _list(words: Sequence[str]) -> int:
     return 0
 
 
-SUBCOMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": _report, "list": _list}
+def _inspect(words: Sequence[str]) -> int:
+    cells = [word for word in words if "=" not in word]
+    given = _key_values([word for word in words if "=" in word], ["results_dir", "task", "limit"])
+    if len(cells) != 1:
+        raise InputError(
+            f"inspect: {len(cells)} cells were named; name one, by its id or folder: `nmsweep inspect CELL limit=20`"
+        )
+    limit = given.get("limit", "10")
+    if not limit.isdigit():
+        raise InputError(f"limit: {limit!r} is no number of items; pass limit=20")
+    from nmsweep.inspection import show_flips
+
+    show_flips(Path(given.get("results_dir", "results")), cells[0], given.get("task"), int(limit))
+    return 0
+
+
+SUBCOMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": _report, "list": _list, "inspect": _inspect}
 
 if __name__ == "__main__":
     main()

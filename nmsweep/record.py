@@ -109,6 +109,11 @@ def cell_index(results_dir: Path) -> dict[str, Path]:
     return {folder.name.rpartition("_")[2]: folder for folder in cell_folders(results_dir)}
 
 
+def items_file(results_dir: Path, task: str, data: str) -> Path:
+    """Where a task's items lie as text; `data` identifies them, as in a cell's ``provenance["tasks"][task]["data"]``."""
+    return results_dir / "items" / f"{task}_{data[:12]}.parquet"
+
+
 def _write_json(place: Path, value: Any) -> None:
     place.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
 

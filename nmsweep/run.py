@@ -1,5 +1,6 @@
 """One cell, from its config to its record: read `run` aloud."""
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from nmsweep.config import RunConfig
 from nmsweep.damage import damage, quarantine
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.evaluate import harness, perplexity
+from nmsweep.evaluate.identity import METHOD, SCORES, method_id, scores_sha256, twins
+from nmsweep.evaluate.items import keep_items
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.evaluate.result import TaskResult
 from nmsweep.models import LoadedModel
@@ -24,6 +27,8 @@ from nmsweep.provenance import device_name, environment, peak_memory_bytes
 from nmsweep.record import CellRecord, LayerCount, Part, Parts, clear_failure, find_cell, read_cell, write_cell
 from nmsweep.session import Session
 from nmsweep.sparsity.install import Installed, installed
+
+log = logging.getLogger(__name__)
 
 
 def run(cfg: RunConfig, session: Session) -> CellRecord:
@@ -57,6 +62,9 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         with sparse(cell, loaded, calibrated) as layers:
             done = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
         record = write(cell, loaded, done, calibrated, session)
+    for same in twins(cfg.results_dir, cell.folder):
+        log.warning("%s", same)
+        session.display.say(f"    {same}")
     session.display.finished(summary(record))
     return record
 
@@ -123,20 +131,25 @@ def measure(
     if layers:
         layers.reset_counts()
     started = time.perf_counter()
-    result = _evaluate(cell, source, loaded, session)
+    result = _evaluate(cell, source, loaded, layers, session)
     seconds = time.perf_counter() - started
     provenance = {
         "time_s": round(seconds, 3),
         "tokens": result.n_tokens,
         "scoring": result.scoring,
         "batch_tokens": cell.cfg.eval.batch_tokens,
+        SCORES: scores_sha256(result.samples),
     }
+    if source.kind == "harness":
+        keep_items(cell.cfg.results_dir, source, identity["data"], prompting(cell, source))
     part = Part(source.task, identity, result.metrics, layers.counts() if layers else [], result.samples, provenance)
     parts.write(part)
     return part
 
 
-def _evaluate(cell: Cell, source: TaskSource, loaded: LoadedModel, session: Session) -> TaskResult:
+def _evaluate(
+    cell: Cell, source: TaskSource, loaded: LoadedModel, layers: Installed | None, session: Session
+) -> TaskResult:
     cfg = cell.cfg
     model, tokenizer, advance = loaded.model, loaded.tokenizer, session.display.tokens
     if source.kind == "text":
@@ -144,18 +157,25 @@ def _evaluate(cell: Cell, source: TaskSource, loaded: LoadedModel, session: Sess
         return perplexity.perplexity(
             model, tokenizer, source,
             seqlen=cfg.eval.seqlen, limit=cfg.eval.limit, batch_tokens=cfg.eval.batch_tokens, bos=bos, advance=advance,
+            as_dense=layers.as_dense if layers else None,
         )  # fmt: skip
     return harness.measure(
         model, tokenizer, source,
-        prompting=Prompting(
-            limit=cfg.eval.limit,
-            num_fewshot=source.num_fewshot(cfg.eval.num_fewshot),
-            apply_chat_template=cfg.eval.apply_chat_template,
-            fewshot_as_multiturn=cfg.eval.fewshot_as_multiturn,
-            system_instruction=cfg.eval.system_instruction,
-        ),
-        batch_tokens=cfg.eval.batch_tokens, advance=advance, scoring=cfg.eval.scoring, across_tokens=cell.across_tokens,
+        prompting=prompting(cell, source), batch_tokens=cfg.eval.batch_tokens, advance=advance,
+        scoring=cfg.eval.scoring, across_tokens=cell.across_tokens,
     )  # fmt: skip
+
+
+def prompting(cell: Cell, source: TaskSource) -> Prompting:
+    """How a task's items become prompts in this cell."""
+    asked = cell.cfg.eval
+    return Prompting(
+        limit=asked.limit,
+        num_fewshot=source.num_fewshot(asked.num_fewshot),
+        apply_chat_template=asked.apply_chat_template,
+        fewshot_as_multiturn=asked.fewshot_as_multiturn,
+        system_instruction=asked.system_instruction,
+    )
 
 
 def write(
@@ -184,6 +204,7 @@ def write(
         "device": device_name(device_kind(cfg.device)), "dtype": cfg.dtype, "seed": cfg.seed,
         "calibration": calibrated.provenance(), "launch": session.launch,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        METHOD: method_id(cfg.dump()),
         **environment(),
     }  # fmt: skip
     samples = pd.concat([part.samples for part in parts], ignore_index=True)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -208,3 +208,52 @@ def mean_abs_delta(dense: pd.DataFrame, sparse: pd.DataFrame) -> float:
 
 def _has(samples: pd.DataFrame, column: str) -> bool:
     return column in samples and bool(samples[column].notna().all()) and len(samples) > 0
+
+
+def primary_metric(samples: pd.DataFrame, task: str) -> str | None:
+    """The metric that decides whether an item is right: ``acc_norm`` where the task has it, else ``acc``, else the first."""
+    rows = samples[samples["task"] == task]
+    names = [
+        column.removeprefix(METRIC_PREFIX)
+        for column in sorted(rows.columns)
+        if column.startswith(METRIC_PREFIX) and "perplexity" not in column and rows[column].notna().all()
+    ]
+    return min(names, key=lambda name: ({"acc_norm": 0, "acc": 1}.get(name, 2), name), default=None)
+
+
+def flipped(dense: pd.DataFrame, sparse: pd.DataFrame, task: str, metric: str) -> pd.DataFrame:
+    """The items that are right in one cell and wrong in the other.
+
+    Returns:
+        `item`, `doc_hash`, `kind` (``lost``: right only in the dense cell; ``gained``), `gold`, `dense_answer`, `answer`
+        (index of the choice, or what was written), `dense_loglikelihoods`, `loglikelihoods` (None where there are none).
+    """
+    a, b = aligned(dense, sparse, task)
+    column = f"{METRIC_PREFIX}{metric}"
+    moved = a.index[a[column] != b[column]]
+    first, second = _answers(a, metric), _answers(b, metric)
+    rows = [
+        {
+            "item": a.at[at, "item"], "doc_hash": a.at[at, "doc_hash"],
+            "kind": "lost" if a.at[at, column] > b.at[at, column] else "gained", "gold": a.at[at, "gold"],
+            "dense_answer": first[at], "answer": second[at],
+            "dense_loglikelihoods": _list_at(a, at), "loglikelihoods": _list_at(b, at),
+        }
+        for at in moved
+    ]  # fmt: skip
+    columns = ["item", "doc_hash", "kind", "gold", "dense_answer", "answer", "dense_loglikelihoods", "loglikelihoods"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _answers(samples: pd.DataFrame, metric: str) -> list[str]:
+    picked = chosen(samples, metric)
+    if picked is not None:
+        return [str(index) for index in picked]
+    return [str(text) for text in samples["response"]] if _has(samples, "response") else [""] * len(samples)
+
+
+def _list_at(samples: pd.DataFrame, at: int) -> list[float] | None:
+    if not _has(samples, "loglikelihoods"):
+        return None
+    values: Any = samples.at[at, "loglikelihoods"]
+    return [float(value) for value in values]

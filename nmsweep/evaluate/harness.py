@@ -114,20 +114,20 @@ def samples_table(kept: KeptTask, outcomes: Sequence[Outcome], filters: Sequence
 
 def _row(kept: KeptTask, outcome: Outcome, raw: Any) -> dict[str, Any]:
     """What was answered to an item, and what was right."""
-    task, answers, doc = kept.task, outcome.filtered, kept.docs[outcome.item]
+    task, answers = kept.task, outcome.filtered
     row: dict[str, Any] = {"task": kept.source.task, "item": outcome.item, "doc_hash": kept.doc_hash(outcome.item)}
     if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
         row["loglikelihoods"] = [float(value) for value, _ in answers]
         row["greedy"] = [bool(flag) for _, flag in answers]
-        if task.config.doc_to_choice is not None:
-            row["choice_chars"] = [len(choice) for choice in task.doc_to_choice(doc)]
+        if choices := kept.choices(outcome.item):
+            row["choice_chars"] = [len(choice) for choice in choices]
             n_choices = len(row["choice_chars"])
             row["prediction"] = max(range(n_choices), key=row["loglikelihoods"].__getitem__)
     elif task.OUTPUT_TYPE == "loglikelihood_rolling":
         row["loglikelihoods"] = [float(value) for value in answers]
     else:
         row["response"] = str(raw)
-    row["gold"] = str(task.doc_to_target(doc))
+    row["gold"] = kept.gold(outcome.item)
     return row
 
 

@@ -48,6 +48,7 @@ class KeptTask:
         self._hashes: dict[int, str] = {}
         self._plans: dict[object, Plans] = {}
         self.task.doc_iterator = self._doc_iterator
+        self.task.doc_to_text = self._once(self.task.doc_to_text)
         self.task.doc_to_target = self._once(self.task.doc_to_target)
         self.task.doc_to_choice = self._once(self.task.doc_to_choice)
         keep_requests(self.task, source)
@@ -62,6 +63,22 @@ class KeptTask:
             text = json.dumps(self.docs[item], indent=2, default=handle_non_serializable, ensure_ascii=False)
             self._hashes[item] = hash_string(text)
         return self._hashes[item]
+
+    def gold(self, item: int) -> str:
+        """The right choice's index, or the right answer where the task has no choices."""
+        task, doc = self.task, self.docs[item]
+        target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        choices = self.choices(item)
+        return str(choices.index(target) if isinstance(target, str) and target in choices else target)
+
+    def choices(self, item: int) -> list[str]:
+        """What is chosen from; empty where the task has no choices."""
+        return list(self.task.doc_to_choice(self.docs[item])) if self.task.config.doc_to_choice is not None else []
+
+    def text(self, item: int) -> str:
+        """What is asked, without examples; where the choices are contexts, what follows each of them."""
+        task, doc = self.task, self.docs[item]
+        return str(task.doc_to_target(doc) if task.multiple_input else task.doc_to_text(doc))
 
     @contextmanager
     def watched(self) -> Iterator[list[Outcome]]:

@@ -30,6 +30,25 @@ def slice_tokens(model: Any) -> int:
     return max(1, SLICE_ELEMENTS // vocab)
 
 
+def divergence(model: Any, dense: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the next-token distributions of two hidden states are apart.
+
+    Args:
+        model: a causal language model of transformers; its output embedding is used for both.
+        dense, sparse: [tokens, hidden], last hidden states.
+
+    Returns:
+        KL(dense ‖ sparse) [tokens] in nats, float64; whether the most likely tokens are the same, [tokens] bool.
+    """
+    step = max(1, slice_tokens(model) // 4)  # four tensors of this size are alive
+    found, same = [], []
+    for one, other in zip(dense.split(step), sparse.split(step), strict=True):
+        p, q = (token_logits(model, hidden).log_softmax(-1) for hidden in (one, other))
+        same.append(p.argmax(-1) == q.argmax(-1))
+        found.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64))
+    return torch.cat(found), torch.cat(same)
+
+
 def token_logprobs(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and whether it is the most likely token.
 

@@ -4,6 +4,8 @@ Source: the GPTQ (arXiv:2210.17323) and Wanda (arXiv:2306.11695) form of WikiTex
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pandas as pd
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.errors import DataError, NonFiniteError
-from nmsweep.evaluate.logits import decoder, token_logprobs
+from nmsweep.evaluate.logits import decoder, divergence, token_logprobs
 from nmsweep.evaluate.result import Advance, TaskResult
 from nmsweep.record import Metric
 
@@ -47,6 +49,13 @@ def windows(text: str, tokenizer: Any, seqlen: int, bos: bool) -> Tensor:
     return torch.cat([torch.full((n_windows, 1), tokenizer.bos_token_id), cut], dim=1) if bos else cut
 
 
+COMPARED_TOKENS = 8192
+"""Tokens of a text, from its beginning, for which the sparse model is compared with the dense one."""
+
+AsDense = Callable[[], AbstractContextManager[None]]
+"""A block in which a sparse model computes what the dense one does."""
+
+
 @torch.inference_mode()
 def perplexity(
     model: Any,
@@ -58,6 +67,7 @@ def perplexity(
     batch_tokens: int,
     bos: bool | None,
     advance: Advance,
+    as_dense: AsDense | None = None,
 ) -> TaskResult:
     """exp(Σ nll / n) over the seqlen − 1 predicted tokens of each window.
 
@@ -70,6 +80,8 @@ def perplexity(
         batch_tokens: tokens computed at once, at least one window.
         bos: whether windows begin with BOS; None for whether the tokenizer adds one.
         advance: progress.
+        as_dense: where the model is sparse: the first `COMPARED_TOKENS` tokens are then run by the dense model too, for
+            the metrics ``kl_to_dense`` (mean KL of the next-token distributions, nats) and ``top1_agreement`` (0 to 1).
 
     Raises:
         NonFiniteError: the model gives NaN or infinity.
@@ -77,34 +89,70 @@ def perplexity(
     """
     has_bos = adds_bos(tokenizer) if bos is None else bos
     ids = windows(read_text(source), tokenizer, seqlen, has_bos)[:limit]
-    batches = []
+    losses, comparisons, n_left = [], [], COMPARED_TOKENS if as_dense else 0
     for batch in ids.split(max(1, batch_tokens // seqlen)):
-        batches.append(_window_nll(model, batch.to(model.device)).cpu())
+        on_device = batch.to(model.device)
+        hidden = _hidden(model, on_device)
+        losses.append(_window_nll(model, hidden, on_device).cpu())
         advance(batch.numel())
-    nll = torch.cat(batches)
+        if as_dense and n_left >= 2:
+            comparisons += _compared(model, hidden, on_device, n_left, as_dense)
+            n_left -= batch.numel()
+    nll = torch.cat(losses)
     if not torch.isfinite(nll).all():
         raise NonFiniteError(
             f"task {source.task}: the loss of window {int((~torch.isfinite(nll)).nonzero()[0])} is not finite"
         )
-    n_predicted = ids.shape[1] - 1
-    mean = float(nll.sum()) / (len(ids) * n_predicted)
-    per_window = nll / n_predicted
-    spread = float(per_window.std()) / math.sqrt(len(ids)) if len(ids) > 1 else None
-    value = math.exp(mean)
     samples = pd.DataFrame(
-        {
-            "task": source.task,
-            "item": range(len(ids)),
-            "nll": nll.tolist(),
-            "n_tokens": n_predicted,
-        }
+        {"task": source.task, "item": range(len(ids)), "nll": nll.tolist(), "n_tokens": ids.shape[1] - 1}
     )
-    metric = Metric(source.task, "perplexity", value, None if spread is None else value * spread, len(ids))
-    return TaskResult([metric], samples, ids.numel(), f"windows of {seqlen}" + (" with BOS" if has_bos else ""))
+    metrics = [_perplexity(source.task, nll, ids.shape[1] - 1)]
+    if comparisons:
+        samples = samples.join(pd.DataFrame(comparisons, columns=["kl", "top1_agreement", "n_compared"]))
+        samples["n_compared"] = samples["n_compared"].fillna(0).astype(int)
+        metrics += _comparison_metrics(source.task, samples[: len(comparisons)])
+    return TaskResult(metrics, samples, ids.numel(), f"windows of {seqlen}" + (" with BOS" if has_bos else ""))
 
 
-def _window_nll(model: Any, ids: Tensor) -> Tensor:
-    """Σ nll of each window, float64 [batch], for ids [batch, seqlen]."""
-    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    logprobs, _ = token_logprobs(model, hidden.flatten(0, 1), ids[:, 1:].flatten())
+def _perplexity(task: str, nll: Tensor, n_predicted: int) -> Metric:
+    """exp of the mean loss; its standard error is that of the windows' mean losses, carried through exp."""
+    value = math.exp(float(nll.sum()) / (len(nll) * n_predicted))
+    spread = float((nll / n_predicted).std()) / math.sqrt(len(nll)) if len(nll) > 1 else None
+    return Metric(task, "perplexity", value, None if spread is None else value * spread, len(nll))
+
+
+def _comparison_metrics(task: str, compared: pd.DataFrame) -> list[Metric]:
+    weights = compared["n_compared"] / compared["n_compared"].sum()
+    return [
+        Metric(task, name, float((compared[column] * weights).sum()), None, len(compared))
+        for name, column in (("kl_to_dense", "kl"), ("top1_agreement", "top1_agreement"))
+    ]
+
+
+def _hidden(model: Any, ids: Tensor) -> Tensor:
+    """Last hidden states [batch, seqlen, hidden] of ids [batch, seqlen]."""
+    hidden: Tensor = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _window_nll(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Σ nll of each window, float64 [batch], for ids [batch, seqlen] and their hidden states."""
+    logprobs, _ = token_logprobs(model, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return -logprobs.double().view(len(ids), -1).sum(-1)
+
+
+def _compared(
+    model: Any, hidden: Tensor, ids: Tensor, n_left: int, as_dense: AsDense
+) -> list[tuple[float, float, int]]:
+    """KL and top-1 agreement of each window against the dense model, and of how many predictions; `n_left` tokens at most."""
+    found = []
+    for window, own in zip(ids, hidden, strict=True):
+        n = min(len(window), n_left) - 1
+        if n < 1:
+            break
+        with as_dense():
+            dense = _hidden(model, window[None, : n + 1])[0]
+        kl, same = divergence(model, dense[:n], own[:n])
+        found.append((float(kl.mean()), float(same.double().mean()), n))
+        n_left -= len(window)
+    return found

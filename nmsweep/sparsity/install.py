@@ -39,6 +39,7 @@ class Installed:
         flops_share: the share of the model's linear FLOPs that each of them has.
         view: what the layers know about the tokens of the current pass.
         weights: entries and kept entries of every pruned weight; empty where activations are pruned.
+        dense_weights: the layers whose weights are pruned, with their dense weights; empty where activations are pruned.
     """
 
     model: nn.Module
@@ -46,6 +47,20 @@ class Installed:
     flops_share: Mapping[str, float]
     view: TokenView
     weights: Sequence[LayerCount] = ()
+    dense_weights: Sequence[tuple[nn.Linear, torch.Tensor]] = ()
+
+    @contextmanager
+    def as_dense(self) -> Iterator[None]:
+        """The model computes what the dense one does inside the block; nothing is counted."""
+        pruned: list[torch.Tensor] = [linear.weight for linear, _ in self.dense_weights]
+        try:
+            for linear, weight in self.dense_weights:
+                linear.weight = weight
+            with self.view.as_dense():
+                yield
+        finally:
+            for (linear, _), weight in zip(self.dense_weights, pruned, strict=True):
+                linear.weight = weight
 
     def counts(self) -> list[LayerCount]:
         """Channels seen and kept by every layer since `reset_counts`, counted from the masks. Waits for the device.
@@ -123,6 +138,10 @@ class Surgery:
                 self.layers[name] = SparseLinear(self.linears[name], shared, slots[name])
                 _put(self.model, name, self.layers[name])
 
+    def dense_weight(self, name: str) -> torch.Tensor:
+        """The weight that a target layer had before."""
+        return self._weights[name]
+
     def restore(self) -> None:
         """Make the model what it was."""
         for hook in self._hooks:
@@ -180,7 +199,8 @@ def installed(
             for name, linear in linears.items()
             if (kept := surgery.kept_weights.get(name)) is not None
         ]
-        yield Installed(model, ordered, share, surgery.view, weights)
+        dense_weights = [(linears[name], surgery.dense_weight(name)) for name in surgery.kept_weights]
+        yield Installed(model, ordered, share, surgery.view, weights, dense_weights)
     finally:
         surgery.restore()
 
