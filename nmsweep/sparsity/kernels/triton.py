@@ -22,6 +22,7 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _PATTERNS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _STATS = {"none": 0, "median": 1, "mean": 2}
 _LARGEST_M = 64
+_LARGEST_STREAM = 2**31 - 2**16  # groups that a 32-bit number can count, with room for the last program
 _LARGEST_ROW = 65536  # channels of a token that one program can hold
 _PIECE_BYTES = 16  # the widest load of a thread
 _THRESHOLD_GROUP = 8  # shape of the tile where no groups exist: consecutive channels of a thread
@@ -40,7 +41,11 @@ ROW_WARP = 1024
 
 def supports(args: Arguments) -> bool:
     """Whether this backend can run the call; else the reference does."""
-    if not (args.x.is_cuda or _interpreted()) or args.x.dtype not in _KINDS:
+    if (
+        not (args.x.is_cuda or _interpreted())
+        or args.x.dtype not in _KINDS
+        or args.x.numel() // args.m > _LARGEST_STREAM
+    ):
         return False
     hidden, per_token = args.x.shape[-1], args.stat != "none" or args.var
     return (args.m <= _LARGEST_M and not per_token) or (

@@ -28,10 +28,10 @@ def flat_kernel(
     G: tl.constexpr,
 ):
     """G groups a program, across tokens."""
-    group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    group = tl.program_id(0) * G + tl.arange(0, G)
     valid = group < n_groups
     inside = valid[:, None] & (tl.arange(0, P) < M)[None, :]
-    base = group * M
+    base = group.to(tl.int64) * M
     x = load(x_ptr, base, valid, 0, M, P, PIECE)
     row = group // groups_per_row
     start = (group - row * groups_per_row) * M
@@ -49,7 +49,15 @@ def flat_kernel(
     else:
         weight = 1.0
         if weight_ptr is not None:
-            weight = load(weight_ptr, row // rows_per_weight * (groups_per_row * M) + start, valid, 0.0, M, P, PIECE)
+            weight = load(
+                weight_ptr,
+                (row // rows_per_weight).to(tl.int64) * (groups_per_row * M) + start,
+                valid,
+                0.0,
+                M,
+                P,
+                PIECE,
+            )
         key = score(to_float(x, KIND) - eta, weight)
     kept = keep_of_groups(key, inside, N, P)
     store(u_ptr, base, valid, tl.where(kept, x, fill).to(x.dtype), M, P, PIECE)

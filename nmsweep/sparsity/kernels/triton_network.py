@@ -103,11 +103,13 @@ def keep_of_groups(key, inside, N: tl.constexpr, P: tl.constexpr):
     key = tl.where(inside, key, -1)
     threshold = tl.max(tl.where(channel == P - N, sort(key, P, 1), -1), axis=1)[:, None]
     if narrow:
-        return inside & (key >= threshold)
-    above = key > threshold
-    equal = (key == threshold).to(tl.int32)
-    room = N - tl.sum(above.to(tl.int32), axis=1)[:, None]
-    return inside & (above | ((equal > 0) & (running_sum(equal, P) <= room)))
+        kept = key >= threshold
+    else:
+        above = key > threshold
+        equal = (key == threshold).to(tl.int32)
+        room = N - tl.sum(above.to(tl.int32), axis=1)[:, None]
+        kept = above | ((equal > 0) & (running_sum(equal, P) <= room))
+    return inside & kept
 
 
 @triton.jit

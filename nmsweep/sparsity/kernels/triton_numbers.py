@@ -15,10 +15,12 @@ def total(x):
 def to_float(pattern, KIND: tl.constexpr):
     """fp32 value of a bit pattern: exact."""
     if KIND == 0:
-        return (pattern.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    if KIND == 1:
-        return pattern.to(tl.float16, bitcast=True).to(tl.float32)
-    return pattern.to(tl.float32, bitcast=True)
+        value = (pattern.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == 1:
+        value = pattern.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = pattern.to(tl.float32, bitcast=True)
+    return value
 
 
 @triton.jit
@@ -27,10 +29,12 @@ def from_float(value, KIND: tl.constexpr):
     if KIND == 0:
         bits = value.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(value == value, rounded, 0x7FC0).to(tl.int16)
-    if KIND == 1:
-        return value.to(tl.float16).to(tl.int16, bitcast=True)
-    return value.to(tl.int32, bitcast=True)
+        pattern = tl.where(value == value, rounded, 0x7FC0).to(tl.int16)
+    elif KIND == 1:
+        pattern = value.to(tl.float16).to(tl.int16, bitcast=True)
+    else:
+        pattern = value.to(tl.int32, bitcast=True)
+    return pattern
 
 
 @triton.jit
