@@ -38,6 +38,9 @@ format: $(READY)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench: $(READY)  ## speed of the kernel and of a forward pass here, sparse against dense
+	$(BIN)/nmsweep bench
+
 report: $(READY)  ## tables and plots of results/
 	$(BIN)/nmsweep report
 

@@ -263,7 +263,19 @@ def _inspect(words: Sequence[str]) -> int:
     return 0
 
 
-SUBCOMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": _report, "list": _list, "inspect": _inspect}
+def _bench(words: Sequence[str]) -> int:
+    _silence_libraries()
+    from nmsweep.bench.command import bench
+
+    return bench(words)
+
+
+SUBCOMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "bench": _bench,
+    "report": _report,
+    "list": _list,
+    "inspect": _inspect,
+}
 
 if __name__ == "__main__":
     main()
