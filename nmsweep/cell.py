@@ -1,7 +1,7 @@
 """What a cell is: everything that can change one of its numbers, hashed; and where it lies."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from nmsweep.config import CELL_SCHEMA, Method, RunConfig, short_hash
 from nmsweep.data.tasks import TaskSource, find_task
 from nmsweep.errors import DataError, InputError
 from nmsweep.models import ModelSpec, check_model, fingerprint, skeleton, target_linears
+from nmsweep.recipe import read_recipe
 from nmsweep.record import cell_folder
-from nmsweep.sparsity.install import check_divisible
+from nmsweep.sparsity import policy
+from nmsweep.sparsity.install import pattern_errors
 from nmsweep.sparsity.method import Sparsification, build_sparsification
 
 _EVAL_WITHOUT_EFFECT = {"scoring", "batch_tokens", "skip_missing", "include_path"}
@@ -33,7 +35,7 @@ class Cell:
         sources: its tasks and their data.
         sparsification: what makes it sparse; None where it is dense.
         calibration_text: what its calibrated stages see; None where no stage sees a text.
-        calibration_id: hash of everything that their state depends on; empty where no stage has one.
+        calibration_id: hash of everything that their state and a greedy allocation depend on; empty without either.
     """
 
     cfg: RunConfig
@@ -83,7 +85,8 @@ def identify(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> 
     sources = task_sources(cfg, say)
     sparsification = None if cfg.pattern.is_dense else sparsification_of(cfg)
     model = fingerprint(model_spec(cfg))
-    text = calibration_text(cfg, sources) if sparsification and sparsification.uses_text else None
+    sees_text = sparsification is not None and (sparsification.uses_text or cfg.policy == "greedy")
+    text = calibration_text(cfg, sources) if sees_text else None
     part = _identity(cfg, model, sparsification, text)
     dense_part = _identity(cfg.dense(), model, None)
     tasks = {source.task: list(task_identity(source, cfg).values()) for source in sources}
@@ -92,7 +95,7 @@ def identify(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> 
     folder = cell_folder(cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, cell_id)
     dense_id = short_hash({**dense_part, "tasks": tasks})
     state_id = ""
-    if sparsification and sparsification.calibrated:
+    if sparsification and (sparsification.calibrated or cfg.policy == "greedy"):
         state_id = short_hash({**part, "eval": None, "calibration_version": calibrate.VERSION}, 20)
     return Cell(cfg, cell_id, dense_id, short_hash(part), folder, sources, sparsification, text, state_id)
 
@@ -126,7 +129,12 @@ def task_identity(source: TaskSource, cfg: RunConfig) -> dict[str, str]:
 
 def sparsification_of(cfg: RunConfig) -> Sparsification:
     assert cfg.criterion is not None
-    return build_sparsification(cfg.pattern, cfg.criterion, cfg.mitigations, cfg.scope)
+    recipe = cfg.policy not in ("none", "greedy")
+    return build_sparsification(
+        replace(cfg.pattern, policy=""), cfg.criterion, cfg.mitigations, cfg.scope,
+        patterns=read_recipe(Path(cfg.policy)).layers if recipe else None,
+        drops_bias=cfg.profile == "paper_code",
+    )  # fmt: skip
 
 
 def calibration_text(cfg: RunConfig, evaluated: Sequence[TaskSource]) -> TaskSource:
@@ -147,7 +155,7 @@ def _identity(
     identity: dict[str, Any] = {
         "schema": CELL_SCHEMA,
         "model": model,
-        "pattern": str(cfg.pattern),
+        "pattern": cfg.pattern.rule,
         "profile": cfg.profile,
         "dtype": cfg.dtype,
         "device": device_kind(cfg.device),
@@ -171,7 +179,17 @@ def _identity(
         ],
         "targets": sorted(cfg.targets),
         "scope": cfg.scope,
+        **_policy_identity(cfg, sparsification),
     }
+
+
+def _policy_identity(cfg: RunConfig, sparsification: Sparsification) -> dict[str, Any]:
+    """What the layers' own patterns depend on: a recipe is what it says, whatever its file is called."""
+    if cfg.policy == "none":
+        return {}
+    if cfg.policy == "greedy":
+        return {"policy": {"name": "greedy", "version": policy.VERSION, **cfg.allocation.model_dump()}}
+    return {"policy": {name: str(pattern) for name, pattern in sorted(sparsification.patterns.items())}}
 
 
 def _method_identity(method: Method, version: int) -> Mapping[str, Any]:
@@ -223,15 +241,19 @@ def _scope_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:
 def _check_calibration(cfg: RunConfig) -> None:
     """Methods that cannot be made or cannot act together, and a calibration text that cannot be used."""
     made = sparsification_of(cfg)
-    if errors := learning_errors(made, cfg.calibration):
+    if cfg.policy == "greedy":
+        policy.check_budget(cfg.allocation.ladder, cfg.allocation.density or 1 - cfg.pattern.sparsity)
+    if errors := learning_errors(made, cfg.calibration, cfg.policy != "none"):
         raise InputError(*errors)
-    if made.uses_text:
+    if made.uses_text or cfg.policy == "greedy":
         calibration_text(cfg, task_sources(cfg))
 
 
 def _check_targets(cfg: RunConfig) -> list[str]:
     linears = target_linears(_kept_skeleton(model_spec(cfg)), cfg.targets)
-    return check_divisible(linears, cfg.pattern)
+    made = sparsification_of(cfg)
+    ladder = cfg.allocation.ladder if cfg.policy == "greedy" else ()
+    return [text for one in (made, *map(made.fitted_only, ladder)) for text in pattern_errors(linears, one)]
 
 
 def model_bytes(cfg: RunConfig) -> int:

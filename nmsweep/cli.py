@@ -270,11 +270,38 @@ def _bench(words: Sequence[str]) -> int:
     return bench(words)
 
 
+def _sensitivity(words: Sequence[str]) -> int:
+    """`nmsweep sensitivity [skip=K] <key=value …>`: the overrides of one cell."""
+    own = [word for word in words if word.startswith("skip=")]
+    value = _key_values(own, ["skip"]).get("skip", "0")
+    if not value.isdigit():
+        raise InputError(f"skip: {value!r} is no number of layers; allowed: 0, 1, 2, …")
+    from nmsweep.compose import cells_of
+
+    [cfg] = cells_of([word for word in words if word not in own], multirun=False, config_dir=None)
+    if errors := _unwritable(cfg.results_dir):
+        raise InputError(*errors)
+    _silence_libraries()
+    from nmsweep.sensitivity import sensitivity, targets_word
+    from nmsweep.session import Session
+
+    session = Session()
+    with session.display:
+        file, table = sensitivity(cfg, int(value), session)
+    for row in table.nlargest(10, "relative_error").itertuples():
+        print(f"{row.relative_error:8.4f}  {row.layer}{'  skipped' if row.skip else ''}")
+    if int(value):
+        print(f"'targets=\"{targets_word(cfg.targets, table)}\"'")
+    print(file)
+    return 0
+
+
 SUBCOMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench": _bench,
     "report": _report,
     "list": _list,
     "inspect": _inspect,
+    "sensitivity": _sensitivity,
 }
 
 if __name__ == "__main__":

@@ -194,6 +194,8 @@ def grid(words: Sequence[str], sweeper: Any = None) -> list[list[str]]:
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
+    if cfg.profile not in cfg.profiles:
+        raise InputError(f"profile: {cfg.profile!r} is not known; {nearest(str(cfg.profile), map(str, cfg.profiles))}")
     try:
         with contextlib.suppress(KeyError):
             OmegaConf.set_struct(cfg, False)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from nmsweep.errors import InputError, nearest
 from nmsweep.pattern import Pattern, parse_pattern
+from nmsweep.recipe import read_recipe
 
 CELL_SCHEMA = 1
 """Version of what goes into a cell's identity; a change gives every cell a new id."""
@@ -133,6 +135,28 @@ class CalibrationConfig(_Node):
     epochs: Annotated[int, Field(ge=1)] = 1
 
 
+class AllocationConfig(_Node):
+    """What ``policy=greedy`` chooses from.
+
+    `patterns` are N:M or p%; `density` is the budget, the average density of the target layers weighted by their
+    multiply-adds, 0 to 1 (None: that of `pattern`).
+    """
+
+    patterns: Annotated[tuple[str, ...], BeforeValidator(split_names)] = (
+        "4:16",
+        "6:16",
+        "8:16",
+        "10:16",
+        "12:16",
+        "16:16",
+    )
+    density: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @property
+    def ladder(self) -> tuple[Pattern, ...]:
+        return tuple(parse_pattern(word) for word in self.patterns)
+
+
 class ClusterConfig(_Node):
     """How the cells of a sweep are given to a launcher's jobs; changes no number.
 
@@ -149,6 +173,8 @@ class RunConfig(_Node):
 
     model: dict[str, Any]
     pattern: Annotated[Pattern, _reported(parse_pattern)]
+    policy: str = "none"
+    allocation: AllocationConfig = AllocationConfig()
     criterion: Method | None
     mitigations: tuple[Method, ...]
     targets: Annotated[tuple[str, ...], BeforeValidator(split_names)]
@@ -184,14 +210,15 @@ class RunConfig(_Node):
         """The dense cell that this one is compared with; the cell itself where it is dense."""
         if self.pattern.is_dense:
             return self
-        null = {"pattern": Pattern("dense"), "criterion": None, "mitigations": (), "targets": (), "scope": "all"}
-        return self.model_copy(update=null)
+        null = {"pattern": Pattern("dense"), "policy": "none", "criterion": None, "mitigations": (), "targets": ()}
+        return self.model_copy(update={**null, "scope": "all"})
 
     def dump(self) -> dict[str, Any]:
         """The effective config as plain values, in the words that the command line takes."""
         return {
             "model": dict(self.model),
-            "pattern": str(self.pattern),
+            "pattern": self.pattern.rule,
+            "policy": self.policy,
             "criterion": self.criterion and {"name": self.criterion.name, **self.criterion.params},
             "mitigation": self.mitigation,
             "mitigations": {method.name: dict(method.params) for method in self.mitigations},
@@ -199,7 +226,9 @@ class RunConfig(_Node):
             "scope": self.scope,
             "profile": self.profile,
             "tasks": list(self.tasks),
-            **{key: getattr(self, key).model_dump(mode="json") for key in ("eval", "data", "calibration")},
+            **{
+                key: getattr(self, key).model_dump(mode="json") for key in ("eval", "data", "calibration", "allocation")
+            },
             **{key: getattr(self, key) for key in ("dtype", "device", "seed", "baseline", "plugins")},
             "results_dir": str(self.results_dir),
         }
@@ -238,6 +267,7 @@ def parse_run(raw: Mapping[str, Any]) -> RunConfig:
     errors: list[str] = []
     fields = dict(raw)
     presets = fields.pop("task_presets", {})
+    fields.pop("profiles", None)  # what the composed values were taken from
     known = fields.pop("mitigations", None) or {}
     plugins = split_names(fields.get("plugins"))
     fields["plugins"] = plugins
@@ -276,6 +306,7 @@ def parse_run(raw: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise InputError(*errors, *map(_describe, error.errors())) from None
     errors += _cross_field_errors(cfg)
+    errors += _policy_errors(cfg)
     if errors:
         raise InputError(*errors)
     return _normalised(cfg)
@@ -291,8 +322,47 @@ def expand_tasks(value: Any, presets: Mapping[str, Iterable[str]]) -> tuple[str,
 
 def _normalised(cfg: RunConfig) -> RunConfig:
     if cfg.pattern.is_dense:
-        return cfg.model_copy(update={"criterion": None, "mitigations": (), "targets": (), "scope": "all"})
+        return cfg.dense().model_copy(update={"criterion": None, "mitigations": (), "targets": (), "scope": "all"})
+    policy = "greedy" if cfg.pattern.policy else cfg.policy
+    if policy == "greedy":
+        return cfg.model_copy(update={"policy": policy, "pattern": replace(cfg.pattern, policy=policy)})
+    if policy != "none":
+        file = Path(policy).expanduser().resolve()
+        label = "recipe-" + re.sub(r"[^A-Za-z0-9._+-]+", "-", file.stem)
+        pattern = replace(read_recipe(file).pattern, policy=label)
+        return cfg.model_copy(update={"policy": str(file), "pattern": pattern})
     return cfg
+
+
+def _policy_errors(cfg: RunConfig) -> list[str]:
+    """What is wrong with a policy, and with what it chooses from."""
+    policy, errors = cfg.policy, []
+    if cfg.pattern.policy.startswith("recipe-"):
+        return [f"pattern: {cfg.pattern} is the name of a recipe; pass policy=FILE with its YAML file"]
+    if policy == "none" and not cfg.pattern.policy:
+        return []
+    if cfg.pattern.is_dense:
+        return [f"policy: {policy} has no effect with pattern=dense; take policy=none, or pattern=8:16 as the budget"]
+    if policy not in ("none", "greedy"):
+        try:
+            read_recipe(Path(policy).expanduser())
+        except InputError as error:
+            return list(error.messages)
+        return []
+    if cfg.pattern.kind == "threshold":
+        errors.append(f"pattern: {cfg.pattern.rule} with policy=greedy; the budget is N:M or p%, such as 8:16")
+    try:
+        if bad := [str(pattern) for pattern in cfg.allocation.ladder if pattern.kind not in ("n:m", "unstructured")]:
+            errors.append(
+                f"allocation.patterns: {', '.join(bad)}; allowed: N:M or p%, M:M for a layer that stays dense"
+            )
+        if len(set(cfg.allocation.ladder)) < 2:
+            errors.append(
+                "allocation.patterns: one pattern leaves nothing to choose; name at least two, such as 1:4+2:4+3:4"
+            )
+    except InputError as error:
+        errors += [f"allocation.patterns: {message}" for message in error.messages]
+    return errors
 
 
 def _target_errors(where: str, node: Mapping[str, Any], plugins: tuple[str, ...]) -> list[str]:

@@ -6,7 +6,7 @@ Source: METHODS, "Patterns"; arXiv:2509.22166 for N:M, arXiv:2408.14690 (TEAL) f
 import math
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from nmsweep.errors import InputError
@@ -15,6 +15,7 @@ Kind = Literal["dense", "n:m", "unstructured", "threshold"]
 
 _NM = re.compile(r"(\d+):(\d+)")
 _PERCENT = re.compile(r"(threshold:)?(\d+(?:\.\d+)?)%")
+_POLICY = re.compile(r"(greedy|recipe-[A-Za-z0-9._+-]+):(.+)")
 _ALLOWED = "allowed: dense, N:M with 0 < N <= M (N kept of M), p% with 0 < p < 100 (share set to zero), threshold:p%"
 
 
@@ -27,14 +28,21 @@ class Pattern:
         n: channels **kept** in each group; 0 unless `kind` is ``"n:m"``.
         m: consecutive channels of a group; 0 unless `kind` is ``"n:m"``.
         percent: share of channels masked, in percent; 0 unless unstructured or threshold.
+        policy: how this budget is dealt out to the layers, ``greedy`` or ``recipe-<name>``; empty where all have this pattern.
     """
 
     kind: Kind
     n: int = 0
     m: int = 0
     percent: float = 0.0
+    policy: str = ""
 
     def __str__(self) -> str:
+        return f"{self.policy}:{self.rule}" if self.policy else self.rule
+
+    @property
+    def rule(self) -> str:
+        """The pattern without its policy."""
         match self.kind:
             case "dense":
                 return "dense"
@@ -85,6 +93,8 @@ def parse_pattern(value: object) -> Pattern:
     if isinstance(value, Pattern):
         return value
     text = str(value).strip()
+    if (hit := _POLICY.fullmatch(text)) and not (rule := parse_pattern(hit[2])).is_dense:
+        return replace(rule, policy=hit[1])
     if isinstance(value, bool) or value is None:
         raise InputError(f"pattern: {value!r} is not a pattern; {_ALLOWED}")
     if text == "dense":

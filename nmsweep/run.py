@@ -7,21 +7,19 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import pandas as pd
-import torch
 
-from nmsweep.calibrate.fit import fit
-from nmsweep.calibrate.store import Calibrated, calibrate
-from nmsweep.calibrate.text import windows
+from nmsweep.calibrate.store import Calibrated
 from nmsweep.cell import Cell, device_kind, identify, task_identity
 from nmsweep.claims import claimed
 from nmsweep.config import RunConfig
 from nmsweep.damage import damage, quarantine
-from nmsweep.data.tasks import TaskSource, read_text
+from nmsweep.data.tasks import TaskSource
 from nmsweep.evaluate import harness, perplexity
 from nmsweep.evaluate.identity import METHOD, SCORES, method_id, scores_sha256, twins
 from nmsweep.evaluate.items import keep_items
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.evaluate.result import TaskResult
+from nmsweep.fitting import allocated, calibration
 from nmsweep.models import LoadedModel
 from nmsweep.provenance import device_name, environment, peak_memory_bytes
 from nmsweep.record import CellRecord, LayerCount, Part, Parts, clear_failure, find_cell, read_cell, write_cell
@@ -34,7 +32,7 @@ log = logging.getLogger(__name__)
 def run(cfg: RunConfig, session: Session) -> CellRecord:
     """Run one cell, unless its record exists already.
 
-    The flow: identity → claim → model → calibrate → sparsify → measure each task, keeping it → record.
+    The flow: identity → claim → model → allocate → calibrate → sparsify → measure each task, keeping it → record.
 
     Args:
         cfg: the cell.
@@ -58,6 +56,7 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         if cfg.force:
             parts.forget()
         loaded = session.model(cfg)
+        cell = allocated(cell, loaded, session)
         calibrated = calibration(cell, loaded, session)
         with sparse(cell, loaded, calibrated) as layers:
             done = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
@@ -84,33 +83,6 @@ def finished(cell: Cell, session: Session) -> CellRecord | None:
         return None
     record = read_cell(folder)
     return None if cfg.force and record.provenance.get("launch") != session.launch else record
-
-
-def calibration(cell: Cell, loaded: LoadedModel, session: Session) -> Calibrated:
-    """What the cell's calibrated stages know: kept from an earlier cell, or found out now; nothing without such stages."""
-    cfg, made = cell.cfg, cell.sparsification
-    if made is None or not made.calibrated:
-        return Calibrated()
-
-    def make() -> Calibrated:
-        ids = torch.empty(1, 0, dtype=torch.long)
-        if cell.calibration_text is not None:
-            ids = windows(
-                read_text(cell.calibration_text), loaded.tokenizer, seqlen=cfg.calibration.seqlen, seed=cfg.seed,
-                n_samples=cfg.calibration.n_samples or (256 if made.learned else 32),
-                exact=cfg.calibration.n_samples is not None,
-                bos=cfg.profile == "strict" and perplexity.adds_bos(loaded.tokenizer),
-            )  # fmt: skip
-        return fit(
-            loaded.model, ids, made, cfg.targets,
-            scope=cfg.scope, settings=cfg.calibration, seed=cfg.seed, step=session.display.step,
-        )  # fmt: skip
-
-    session.display.stage("calibration", loaded.model.config.get_text_config().num_hidden_layers)
-    folder = cfg.results_dir / ".calibration"
-    exists = (folder / f"{cell.calibration_id}.safetensors").is_file()
-    with nullcontext() if exists else claimed(cfg.results_dir, f"calibration-{cell.calibration_id}", "calibration"):
-        return calibrate(folder, cell.calibration_id, make)
 
 
 def sparse(cell: Cell, loaded: LoadedModel, calibrated: Calibrated) -> AbstractContextManager[Installed | None]:
@@ -188,7 +160,8 @@ def write(
     shared = {
         "cell_id": cell.cell_id, "dense_cell_id": cell.dense_cell_id, "model": cfg.model_name, "revision": loaded.revision,
         "operand": cell.sparsification.criterion.operand if cell.sparsification else "none",
-        "pattern": str(cfg.pattern), "n": cfg.pattern.n or None, "m": cfg.pattern.m or None,
+        "pattern": str(cfg.pattern),
+        **{key: None if cfg.pattern.policy else getattr(cfg.pattern, key) or None for key in ("n", "m")},
         "criterion": cfg.criterion.name if cfg.criterion else "none", "mitigation": cfg.mitigation,
         "targets": "+".join(cfg.targets) or "none", "scope": cfg.scope, "profile": cfg.profile, "dtype": cfg.dtype,
         "sparsity": 1 - kept / channels if channels else 0.0,
@@ -202,6 +175,7 @@ def write(
         "tokens": sum(part.provenance["tokens"] for part in parts),
         "peak_memory_bytes": peak_memory_bytes(device_kind(cfg.device)),
         "device": device_name(device_kind(cfg.device)), "dtype": cfg.dtype, "seed": cfg.seed,
+        "patterns": patterns_of(cell),
         "calibration": calibrated.provenance(), "launch": session.launch,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         METHOD: method_id(cfg.dump()),
@@ -212,6 +186,11 @@ def write(
     record = write_cell(cell.folder, cfg.dump(), shared, metrics, layers, samples, provenance)
     clear_failure(cell.folder)
     return record
+
+
+def patterns_of(cell: Cell) -> dict[str, str]:
+    """Each layer's own pattern, where they differ."""
+    return {name: str(own) for name, own in cell.sparsification.patterns.items()} if cell.sparsification else {}
 
 
 def total_counts(parts: Sequence[Part]) -> list[LayerCount]:

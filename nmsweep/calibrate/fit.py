@@ -48,7 +48,7 @@ def fit(
     settings = settings or CalibrationConfig()
     if errors := learning_errors(sparsification, settings):
         raise InputError(*errors)
-    linears = dense_targets(model, sparsification.pattern, targets)
+    linears = dense_targets(model, sparsification, targets)
     surgery = Surgery(model, sparsification, linears, "all" if scope in ("prefill", "decode") else scope)
     was_training = model.training
     model.eval()
@@ -62,13 +62,23 @@ def fit(
     return Calibrated(walk.state, losses)
 
 
-def learning_errors(sparsification: Sparsification, settings: CalibrationConfig) -> list[str]:
-    """Settings of training that contradict each other or the pattern: one message each; none where nothing is learned."""
+def learning_errors(
+    sparsification: Sparsification, settings: CalibrationConfig, each_its_own: bool = False
+) -> list[str]:
+    """Settings of training that contradict each other or the pattern: one message each; none where nothing is learned.
+
+    Args:
+        sparsification: what is to be trained.
+        settings: how.
+        each_its_own: whether layers will have patterns of their own, though they may not be known yet.
+    """
     errors: list[str] = []
     if not sparsification.learned:
         return errors
     if settings.schedule == "step" and sparsification.pattern.kind == "threshold":
         errors.append("calibration.schedule: step goes through N:M or p% patterns, not thresholds; take none or decay")
+    if settings.schedule == "step" and (each_its_own or sparsification.patterns):
+        errors.append("calibration.schedule: step is of one pattern, but each layer has its own; take none or decay")
     if settings.objective == "kl" and settings.teacher == "dense":
         errors.append(
             "calibration.teacher: dense has no effect with objective=kl, whose target is always the dense model's logits; "

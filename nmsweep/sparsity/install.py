@@ -78,6 +78,30 @@ class Installed:
             layer.shared.counts.zero_()
 
 
+def pattern_errors(linears: Mapping[str, nn.Linear], sparsification: Sparsification) -> list[str]:
+    """What does not fit between target layers and their patterns: one message for each mistake."""
+    patterns = sparsification.patterns
+    errors = []
+    if patterns:
+        without, beyond = [n for n in linears if n not in patterns], [n for n in patterns if n not in linears]
+        if without:
+            errors.append(
+                f"policy: no pattern for {_some(without)}; leave these out of targets, or add them to the recipe"
+            )
+        if beyond:
+            errors.append(
+                f"policy: {_some(beyond)} in the recipe, but no target of this model; widen targets, or take them out"
+            )
+    by_pattern: dict[Pattern, dict[str, nn.Linear]] = {}
+    for name, linear in linears.items():
+        by_pattern.setdefault(sparsification.pattern_of(name), {})[name] = linear
+    return errors + [message for pattern, same in by_pattern.items() for message in check_divisible(same, pattern)]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", … ({len(names)} layers)" if len(names) > 3 else "")
+
+
 def check_divisible(linears: Mapping[str, nn.Linear], pattern: Pattern) -> list[str]:
     """One message if M does not divide the input width of some target; it names a layer of each such width."""
     if pattern.kind != "n:m":
@@ -127,16 +151,14 @@ class Surgery:
         if isinstance(made.criterion, WeightCriterion):
             for name in group:
                 layer = Layer(name, self.linears[name])
-                weight, self.kept_weights[name] = made.criterion.pruned(layer, made.pattern, state.get(name, {}))
+                pattern = made.pattern_of(name)
+                weight, self.kept_weights[name] = made.criterion.pruned(layer, pattern, state.get(name, {}))
                 self.linears[name].weight = nn.Parameter(weight, requires_grad=False)
             return
-        slots = {name: made.slots(Layer(name, self.linears[name]), state.get(name, {})) for name in group}
-        for members in _equal_inputs(slots):
-            shared = SharedInput(slots[members[0]], len(members), self.view, self._weights[members[0]].device)
-            shared.prepare(self.linears[members[0]].in_features, self.linears[members[0]].weight.dtype)
-            for name in members:
-                self.layers[name] = SparseLinear(self.linears[name], shared, slots[name])
-                _put(self.model, name, self.layers[name])
+        layers = sparse_layers(made, {name: self.linears[name] for name in group}, state, self.view)
+        self.layers.update(layers)
+        for name, double in layers.items():
+            _put(self.model, name, double)
 
     def dense_weight(self, name: str) -> torch.Tensor:
         """The weight that a target layer had before."""
@@ -151,14 +173,28 @@ class Surgery:
             _put(self.model, name, linear)
 
 
-def dense_targets(model: nn.Module, pattern: Pattern, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def sparse_layers(
+    made: Sparsification, group: Mapping[str, nn.Linear], state: Mapping[str, State], view: TokenView
+) -> dict[str, SparseLinear]:
+    """The sparse doubles of layers that read one tensor, by module path; those that see the same pruned tensor share it."""
+    slots = {name: made.slots(Layer(name, linear), state.get(name, {})) for name, linear in group.items()}
+    found = {}
+    for members in _equal_inputs(slots):
+        shared = SharedInput(slots[members[0]], len(members), view, group[members[0]].weight.device)
+        shared.prepare(group[members[0]].in_features, group[members[0]].weight.dtype)
+        for name in members:
+            found[name] = SparseLinear(group[name], shared, slots[name], made.drops_bias)
+    return found
+
+
+def dense_targets(model: nn.Module, sparsification: Sparsification, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """The target layers of a model that is dense now, by module path.
 
     Raises:
         InputError: a target that matches nothing, an input width that M does not divide, or a model that is sparse.
     """
     linears = target_linears(model, targets)
-    if errors := check_divisible(linears, pattern):
+    if errors := pattern_errors(linears, sparsification):
         raise InputError(*errors)
     if any(isinstance(linear, SparseLinear) for linear in linears.values()):
         raise InputError("sparsify: the model is sparse already; leave the other block first")
@@ -185,7 +221,7 @@ def installed(
     Raises:
         InputError: a target that matches nothing, an input width that M does not divide, or a state that is missing.
     """
-    linears = dense_targets(model, sparsification.pattern, targets)
+    linears = dense_targets(model, sparsification, targets)
     flops = linear_flops(model)
     total = sum(flops.values())
     share = {name: flops[name] / total for name in linears}

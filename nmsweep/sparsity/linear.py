@@ -134,13 +134,15 @@ class SparseLinear(nn.Module):
         dense: the layer it stands in for; its weight and bias are used as they are, never copied.
         shared: the input it reads.
         slots: this layer's slots.
+        drops_bias: leave b out, as the paper's code does.
     """
 
-    def __init__(self, dense: nn.Linear, shared: SharedInput, slots: Slots) -> None:
+    def __init__(self, dense: nn.Linear, shared: SharedInput, slots: Slots, drops_bias: bool = False) -> None:
         super().__init__()
         self.dense = dense
         self.shared = shared
         self.slots = slots
+        self.drops_bias = drops_bias
 
     @property
     def weight(self) -> Tensor:
@@ -148,7 +150,7 @@ class SparseLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.dense.bias
+        return None if self.drops_bias else self.dense.bias
 
     @property
     def in_features(self) -> int:
@@ -161,7 +163,7 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [*, in] to y [*, out]."""
         if self.shared.view.dense:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, self.dense.bias)
         u, removed, in_scope = self.shared(x)
         slots = self.slots
         weight = self.weight if slots.folded is None else slots.folded

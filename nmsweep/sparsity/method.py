@@ -236,11 +236,30 @@ class Mitigation(Stage, ABC):
 
 @dataclass(frozen=True)
 class Sparsification:
-    """Pattern, criterion and mitigations together: everything that turns a dense layer into a sparse one."""
+    """Pattern, criterion and mitigations together: everything that turns a dense layer into a sparse one.
+
+    Attributes:
+        pattern: of all layers; with `patterns` the uniform one that they stand for.
+        criterion: says which channels are kept.
+        mitigations: fill the other slots.
+        patterns: module path -> pattern, where layers have patterns of their own; then every target is named.
+        drops_bias: sparse layers lose their bias, a defect of the paper's code that `profile=paper_code` reproduces.
+    """
 
     pattern: Pattern
     criterion: Criterion
     mitigations: Sequence[Mitigation] = field(default_factory=tuple)
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+    drops_bias: bool = False
+
+    def pattern_of(self, layer: str) -> Pattern:
+        """The pattern of one layer, by module path."""
+        return self.patterns.get(layer, self.pattern)
+
+    def fitted_only(self, pattern: Pattern) -> "Sparsification":
+        """The same with one pattern for all layers and without learned stages."""
+        fitted = tuple(stage for stage in self.mitigations if stage.calibration != "learned")
+        return replace(self, pattern=pattern, patterns={}, mitigations=fitted)
 
     @property
     def stages(self) -> list[Stage]:
@@ -273,7 +292,7 @@ class Sparsification:
 
     def slots(self, layer: Layer, state: State, before: Stage | None = None) -> Slots:
         """Fill all slots of one layer, or those of the stages that come before one."""
-        slots = Slots(self.pattern)
+        slots = Slots(self.pattern_of(layer.name))
         for stage in self.stages:
             if before is not None and SLOT_ORDER.index(stage.slot) >= SLOT_ORDER.index(before.slot):
                 break
@@ -302,7 +321,13 @@ def build(method: Method) -> Any:
 
 
 def build_sparsification(
-    pattern: Pattern, criterion: Method, mitigations: Sequence[Method], scope: str = "all"
+    pattern: Pattern,
+    criterion: Method,
+    mitigations: Sequence[Method],
+    scope: str = "all",
+    *,
+    patterns: Mapping[str, Pattern] | None = None,
+    drops_bias: bool = False,
 ) -> Sparsification:
     """Make the sparsification that a config names.
 
@@ -326,7 +351,7 @@ def build_sparsification(
         errors += _weight_errors(criterion.name, pattern, [method.name for method in mitigations], scope)
     if errors:
         raise InputError(*errors)
-    return Sparsification(pattern, ranks, tuple(mitigation for _, mitigation in made))
+    return Sparsification(pattern, ranks, tuple(mitigation for _, mitigation in made), patterns or {}, drops_bias)
 
 
 def _weight_errors(criterion: str, pattern: Pattern, mitigations: Sequence[str], scope: str) -> list[str]:

@@ -1,0 +1,52 @@
+"""The greedy policy on a model: output errors of every pattern, then one pattern for each layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nmsweep.calibrate.sensitivity import output_errors
+from nmsweep.config import AllocationConfig, CalibrationConfig
+from nmsweep.models.targets import linear_flops
+from nmsweep.pattern import Pattern
+from nmsweep.recipe import Recipe
+from nmsweep.sparsity.method import Sparsification
+from nmsweep.sparsity.policy import density_of, greedy
+
+
+def search(
+    model: Any,
+    windows: Tensor,
+    sparsification: Sparsification,
+    allocation: AllocationConfig,
+    targets: Sequence[str] = ("all",),
+    *,
+    scope: str = "all",
+    settings: CalibrationConfig | None = None,
+    seed: int = 0,
+    step: Callable[[], None] = lambda: None,
+) -> Recipe:
+    """Give each target layer the strictest pattern under an average density budget, by its output error on a text.
+
+    Args:
+        model: a dense causal language model of transformers.
+        windows: ids [n_windows, seqlen].
+        sparsification: criterion and mitigations; its pattern is the budget where `allocation` has none.
+        allocation: the patterns to choose from, and the budget.
+        targets, scope, settings, seed, step: as for `output_errors`.
+
+    Raises:
+        InputError: a budget that no choice or every choice meets, or widths that do not fit a pattern.
+    """
+    ladder: Sequence[Pattern] = allocation.ladder
+    budget = allocation.density or 1 - sparsification.pattern.sparsity
+    errors = output_errors(
+        model, windows, sparsification, ladder, targets, scope=scope, settings=settings, seed=seed, step=step
+    )
+    cost = linear_flops(model)
+    layers = greedy(errors, cost, ladder, budget)
+    made = {
+        "policy": "greedy", "budget": budget, "patterns": [str(pattern) for pattern in ladder],
+        "windows": len(windows), "seqlen": windows.shape[1],
+    }  # fmt: skip
+    return Recipe(sparsification.pattern, layers, density_of(layers, cost), made)

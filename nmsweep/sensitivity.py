@@ -1,0 +1,96 @@
+"""`nmsweep sensitivity`: each layer's output error when it alone is pruned, as CSV; and the skip list that follows from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from nmsweep.calibrate.sensitivity import output_errors
+from nmsweep.cell import calibration_text, check, identify, sparsification_of
+from nmsweep.config import RunConfig, short_hash
+from nmsweep.errors import InputError
+from nmsweep.fitting import calibration_windows
+from nmsweep.models import linear_flops
+from nmsweep.pattern import Pattern
+from nmsweep.record import cell_folder
+from nmsweep.session import Session
+
+COLUMNS = (
+    "layer",
+    "block",
+    "projection",
+    "pattern",
+    "criterion",
+    "mitigation",
+    "relative_error",
+    "flops_share",
+    "skip",
+)
+
+NEVER_SKIPPED = {"amber": ("down_proj",)}
+"""Projections that a preset prunes in every block: arXiv:2508.02128 skips q and gate only."""
+
+
+def sensitivity(cfg: RunConfig, skip: int, session: Session) -> tuple[Path, pd.DataFrame]:
+    """Measure a cell's layers one by one on its calibration text, and write the table.
+
+    Args:
+        cfg: a sparse cell; its tasks only say which text is not to be used.
+        skip: how many of the most sensitive layers to leave dense.
+        session: keeps the model.
+
+    Returns:
+        the CSV in ``results_dir/sensitivity``, and its table, layers in the order they run.
+
+    Raises:
+        InputError: a dense cell, a policy, or more layers to skip than there are.
+    """
+    if cfg.pattern.is_dense or cfg.policy != "none":
+        raise InputError("sensitivity: it is of one pattern, criterion and mitigation; take pattern=8:16 policy=none")
+    if errors := check(cfg):
+        raise InputError(*errors)
+    cell = identify(cfg, session.display.say)
+    if cell.calibration_text is None:
+        cell = replace(cell, calibration_text=calibration_text(cfg, cell.sources))
+    loaded = session.model(cfg)
+    windows = calibration_windows(cell, loaded, 32)
+    session.display.stage("sensitivity", len(windows))
+    pattern: Pattern = sparsification_of(cfg).pattern
+    errors_of = output_errors(
+        loaded.model, windows, sparsification_of(cfg), [pattern], cfg.targets,
+        scope=cfg.scope, settings=cfg.calibration, seed=cfg.seed, step=session.display.step,
+    )  # fmt: skip
+    table = _table(cfg, {name: found[pattern] for name, found in errors_of.items()}, linear_flops(loaded.model), skip)
+    return _write(cfg, cell.cell_id, table), table
+
+
+def _table(cfg: RunConfig, errors: Mapping[str, float], flops: Mapping[str, int], skip: int) -> pd.DataFrame:
+    table = pd.DataFrame({"layer": list(errors), "relative_error": list(errors.values())})
+    table["block"] = table["layer"].str.extract(r"layers\.(\d+)\.", expand=False).astype(int)
+    table["projection"] = table["layer"].str.rpartition(".")[2]
+    table["pattern"], table["mitigation"] = str(cfg.pattern), cfg.mitigation
+    table["criterion"] = cfg.criterion.name if cfg.criterion else "none"
+    table["flops_share"] = [flops[name] / sum(flops.values()) for name in errors]
+    fixed = [leaf for target in cfg.targets for leaf in NEVER_SKIPPED.get(target, ())]
+    free = table[~table["projection"].isin(fixed)]
+    if not 0 <= skip < len(free):
+        raise InputError(f"skip: {skip} of {len(free)} layers that may be left dense; allowed: 0 to {len(free) - 1}")
+    table["skip"] = table.index.isin(free.nlargest(skip, "relative_error").index).astype(int)
+    return table[list(COLUMNS)]
+
+
+def _write(cfg: RunConfig, cell_id: str, table: pd.DataFrame) -> Path:
+    criterion = cfg.criterion.name if cfg.criterion else "none"
+    key = short_hash([cell_id, cfg.calibration.model_dump()])
+    name = cell_folder(cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, key).name
+    file = cfg.results_dir / "sensitivity" / f"{name}.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(file, index=False, float_format="%.6g")
+    return file
+
+
+def targets_word(targets: Sequence[str], table: pd.DataFrame) -> str:
+    """What to pass as `targets` so that the skipped layers stay dense."""
+    skipped = table.loc[table["skip"] == 1, "layer"]
+    return "+".join([*targets, *(f"!{name[name.find('layers.') :]}" for name in skipped)])
