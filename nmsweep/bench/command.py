@@ -192,7 +192,15 @@ def _write(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, 
     command = " ".join(["nmsweep bench", name, *(f"{key}={value}" for key, value in settings.items() if key != "out")])
     shown = table.drop(columns=["machine", "measured"]).dropna(axis=1, how="all")
     text = "\n".join(
-        [f"# bench {name}", "", f"`{command}`", "", f"{machine(device)}; ratios are medians of interleaved rounds.", "", ""]
+        [
+            f"# bench {name}",
+            "",
+            f"`{command}`",
+            "",
+            f"{machine(device)}; ratios are medians of interleaved rounds.",
+            "",
+            "",
+        ]
     )
     text += shown.to_markdown(index=False, floatfmt=".3f") + "\n"
     folder = Path(settings["out"])

@@ -226,7 +226,8 @@ def pruned(
         return _fill(x, mask, slots), mask
     weight = slots.weight
     if slots.dynamic is not None:
-        weight = slots.dynamic.token_weight(centred(x.detach(), slots), tokens, memory)
+        z = x.detach() if slots.eta is None else centred(x.detach(), slots)
+        weight = slots.dynamic.token_weight(z, tokens, memory)
     share = budget(pattern, x.shape[-1])
     if counts is not None:
         u = prune(x, **share, weight=weight, eta=slots.eta, var=slots.nu, counts=counts)

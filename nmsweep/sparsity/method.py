@@ -198,7 +198,7 @@ class Criterion(Stage):
         """w of a batch of inputs, [batch, 1, in] or [batch, seq, in] fp32, for a dynamic criterion.
 
         Args:
-            z: [batch, seq, in] fp32, the centred input.
+            z: [batch, seq, in], the centred input: fp32, or x itself in the dtype of the model where nothing is subtracted.
             tokens: what is known about the rows.
             memory: what this layer kept of the sequence in earlier passes; empty at its beginning.
         """

@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from nmsweep.errors import InputError
-from nmsweep.sparsity.method import Criterion, Memory, Tokens
+from nmsweep.sparsity.kernels.norms import channel_squares
+from nmsweep.sparsity.method import Criterion, Memory, Tokens, as_tensor
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ class Clact(Criterion):
     looks_ahead: ClassVar[bool] = True
 
     def token_weight(self, z: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
-        """[batch, 1, in] in the dtype of z."""
+        """[batch, 1, in] fp32 (float64 for a float64 model)."""
         if tokens.past:
             raise InputError(
                 f"criterion clact: a pass after {tokens.past} cached tokens; it needs the whole sequence at once; "
                 "take clact_causal or clact_static, or tasks without generation"
             )
-        return squares(z, tokens).sum(dim=1, keepdim=True).sqrt().to(z.dtype)
+        padding = None if tokens.padding is None else tokens.padding.to(z.device)
+        return as_tensor(channel_squares(z, padding).sqrt_(), z)
 
 
 def squares(z: Tensor, tokens: Tokens) -> Tensor:

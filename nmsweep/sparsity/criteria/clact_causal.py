@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nmsweep.errors import InputError
 from nmsweep.sparsity.criteria.clact import squares
-from nmsweep.sparsity.method import Criterion, Memory, Tokens
+from nmsweep.sparsity.method import Criterion, Memory, Tokens, as_tensor
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ClactCausal(Criterion):
     across_tokens: ClassVar[bool] = True
 
     def token_weight(self, z: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
-        """[batch, seq, in] in the dtype of z."""
+        """[batch, seq, in] fp32 (float64 for a float64 model)."""
         running = squares(z, tokens).cumsum(dim=1)
         if tokens.past:
             before = memory.get("squares")
@@ -36,4 +36,4 @@ class ClactCausal(Criterion):
                 )
             running = running + before
         memory["squares"] = running[:, -1:]
-        return running.sqrt().to(z.dtype)
+        return as_tensor(running.sqrt(), z)

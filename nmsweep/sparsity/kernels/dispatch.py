@@ -71,7 +71,7 @@ def choose(args: Arguments, name: str) -> Backend | None:
         InputError: as for `run`.
     """
     if not name:
-        fast = _by_device(args.x.device.type)
+        fast = by_device(args.x.device.type)
         return fast if fast is not None and fast.supports(args) else None
     if name not in BACKENDS:
         raise InputError(
@@ -96,7 +96,8 @@ def choose(args: Arguments, name: str) -> Backend | None:
 _NEEDS = {"cpu": "numba", "triton": "triton"}
 
 
-def _by_device(kind: str) -> Backend | None:
+def by_device(kind: str) -> Backend | None:
+    """The fast backend of a kind of device, where there is one and its package is installed."""
     return _module("triton") if kind == "cuda" else _module("cpu") if kind == "cpu" else None
 
 

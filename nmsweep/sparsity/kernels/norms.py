@@ -1,0 +1,33 @@
+"""Norms of channels over the tokens of each sequence, in one reading of the input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import by_device
+
+_SLICE_ELEMENTS = 2**22  # float64 squares held at once where there is no kernel
+
+
+def channel_squares(z: Tensor, padding: Tensor | None = None) -> Tensor:
+    """Σ_t z_tj² over the tokens of each sequence, float64 [batch, 1, hidden].
+
+    The sum is over exact float64 squares, so its last bits alone depend on where the tokens stand.
+
+    Args:
+        z: [batch, tokens, hidden], floating.
+        padding: [batch, tokens] bool, True for tokens that do not count; None for none.
+    """
+    if z.is_cuda and z.dtype != torch.float64 and by_device("cuda") is not None:
+        from .triton_norms import channel_squares as compiled
+
+        return compiled(z, padding)
+    step = max(1, _SLICE_ELEMENTS // max(1, z.shape[0] * z.shape[2]))
+    total = z.new_zeros(z.shape[0], 1, z.shape[2], dtype=torch.float64)
+    for start in range(0, z.shape[1], step):
+        squares = z[:, start : start + step].double().square_()
+        if padding is not None:
+            squares.masked_fill_(padding[:, start : start + step, None], 0.0)
+        total += squares.sum(dim=1, keepdim=True)
+    return total
