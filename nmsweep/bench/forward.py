@@ -1,10 +1,12 @@
 """A decoder forward pass, sparse against dense, interleaved."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from nmsweep.bench.timing import Contender, interleave, peak_bytes, ratios
 from nmsweep.evaluate.logits import decoder
@@ -46,8 +48,11 @@ def run(
     contenders = {"dense": Contender(forward)}
     names = {"|".join(variant): variant for variant in variants}
     for name, (pattern, criterion, mitigation) in names.items():
-        around = partial(sparsify, model, pattern=pattern, criterion=criterion, mitigation=mitigation, targets=targets)
-        contenders[name] = Contender(forward, around)
+        with sparsify(
+            model, pattern=pattern, criterion=criterion, mitigation=mitigation, targets=targets
+        ) as sparse:  # what the weights alone decide is found out once
+            layers = dict(sparse.layers)
+        contenders[name] = Contender(forward, partial(_in_place, model, layers))
     times = interleave(contenders, device, rounds)
     found = ratios(times, "dense")
     memory = {name: peak_bytes(contender, device) for name, contender in contenders.items()}
@@ -70,6 +75,19 @@ def run(
             }
         )
     return rows
+
+
+@contextmanager
+def _in_place(model: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Layers that were made before stand in the model inside the block."""
+    before = {name: model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    try:
+        yield
+    finally:
+        for name, layer in before.items():
+            model.set_submodule(name, layer)
 
 
 def _generator(device: str) -> torch.Generator:
