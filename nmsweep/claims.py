@@ -145,11 +145,16 @@ def all_claims(results_dir: Path) -> list[tuple[Claim, str]]:
     return found
 
 
-def is_void(claim: Claim) -> bool:
-    """Whether a claim's process is gone, or has not touched it for the length of the lease."""
+def is_void(claim: Claim, now: float | None = None) -> bool:
+    """Whether a claim's process is gone, or has not touched it for the length of the lease.
+
+    Args:
+        claim: a claim.
+        now: the file server's time in seconds; it is asked by default.
+    """
     if claim.owner is not None and claim.owner.is_alive() is False:
         return True
-    return server_time(claim.place.parent) - claim.touched > LEASE_S
+    return (server_time(claim.place.parent) if now is None else now) - claim.touched > LEASE_S
 
 
 def _release(results_dir: Path, place: Path) -> None:

@@ -1,6 +1,8 @@
 """From the words of a command to typed cells: compose with Hydra, find every mistake, write nothing."""
 
 import contextlib
+import copy
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -67,14 +69,98 @@ def cells_of(words: Sequence[str], *, multirun: bool, config_dir: Path | None) -
         swept = multirun or base.hydra.mode == RunMode.MULTIRUN
         words = [str(override.input_line) for override in overrides]
         configs: list[RunConfig] = []
+        composer = Composer(loader, search)
         for job in grid(words, base.hydra.sweeper if swept else None):
             try:
-                configs.append(parse_run(_plain(_compose(loader, search, job))))
+                configs.append(parse_run(composer.compose(job)))
             except InputError as error:
                 errors += [message for message in error.messages if message not in errors]
     if errors:
         raise InputError(*errors)
     return configs
+
+
+class Composer:
+    """Cells' configs as plain values: what Hydra composes, but only once for each choice of groups.
+
+    Hydra applies an override of a plain value last, to the composed config. So cells that differ in nothing else share a
+    composition, which takes Hydra tens of milliseconds, and the value is set in a copy. A value that an interpolation may
+    refer to is left to Hydra.
+    """
+
+    def __init__(self, loader: ConfigLoaderImpl, search: list[str]) -> None:
+        self._loader, self._search = loader, search
+        self._parser = OverridesParser.create()
+        self._groups: dict[str, bool] = {}
+        self._composed: dict[tuple[str, ...], tuple[dict[str, Any], set[str]]] = {}
+
+    def compose(self, job: Sequence[str]) -> dict[str, Any]:
+        """The config of one cell's overrides.
+
+        Raises:
+            InputError: Hydra refuses them.
+        """
+        overrides = self._parser.parse_overrides(list(job))
+        plain = [override for override in overrides if self._is_plain(override)]
+        rest = tuple(str(override.input_line) for override in overrides if override not in plain)
+        if rest not in self._composed:
+            composed = _compose(self._loader, self._search, rest)
+            self._composed[rest] = _plain(composed.copy()), _referred(composed)
+        base, referred = self._composed[rest]
+        if any(override.key_or_group.split(".")[0] in referred for override in plain) or not all(
+            _is_leaf(base, override.key_or_group) for override in plain
+        ):
+            return _plain(_compose(self._loader, self._search, job))
+        cell = copy.deepcopy(base)
+        for override in plain:
+            *path, key = override.key_or_group.split(".")
+            node = cell
+            for part in path:
+                node = node[part]
+            node[key] = override.value()
+        return cell
+
+    def _is_plain(self, override: Override) -> bool:
+        """Whether it sets a value of the config, and nothing else."""
+        key, value = override.key_or_group, override.value()
+        values = value if isinstance(value, list) else [value]
+        return (
+            override.type == OverrideType.CHANGE
+            and override.package is None
+            and not key.startswith("hydra")
+            and all(part is None or isinstance(part, str | int | float | bool) for part in values)
+            and not any("${" in part for part in values if isinstance(part, str))
+            and not self._is_group(key)
+        )
+
+    def _is_group(self, key: str) -> bool:
+        if key not in self._groups:
+            self._groups[key] = bool(_options(self._loader, self._search, key))
+        return self._groups[key]
+
+
+_INTERPOLATION = re.compile(r"\$\{([A-Za-z_]\w*)[.}]")
+_OTHER_INTERPOLATION = re.compile(r"\$\{(?![A-Za-z_]\w*[.}])")
+
+
+def _is_leaf(config: dict[str, Any], key: str) -> bool:
+    """Whether a dotted key is there and holds a value, not a node."""
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return not isinstance(node, dict)
+
+
+def _referred(cfg: DictConfig) -> set[str]:
+    """The top-level keys that interpolations of a config may refer to."""
+    unresolved = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(unresolved, dict)
+    text = str({key: value for key, value in unresolved.items() if key != "hydra"})
+    if _OTHER_INTERPOLATION.search(text):  # relative, nested or of a resolver: it may refer to anything
+        return set(map(str, unresolved))
+    return set(_INTERPOLATION.findall(text))
 
 
 def is_multirun(words: Sequence[str], config_dir: Path | None) -> bool:

@@ -19,8 +19,8 @@ from nmsweep.config import ClusterConfig
 from nmsweep.errors import InputError, NmsweepError
 from nmsweep.plan import Plan, PlannedCell, indices_text, load, parse_indices
 from nmsweep.progress import Display
-from nmsweep.record import cell_index, failure_folder
-from nmsweep.sweep import Outcome, failure_of, session, work
+from nmsweep.record import cell_index, failure_folder, failure_of
+from nmsweep.sweep import Outcome, session, work
 from nmsweep.workers import grouped, n_local_workers, share_machine
 
 log = logging.getLogger(__name__)
@@ -68,13 +68,11 @@ class Launch:
 
     Attributes:
         plan: all its cells.
-        results_dir: where they are.
         pending: indices of those that have to be computed.
         launch: id of this launch.
     """
 
     plan: Plan
-    results_dir: Path
     pending: tuple[int, ...]
     launch: str
 
@@ -102,7 +100,7 @@ def run_batch(word: str, results_dir: Path, *, remote: bool) -> list[Outcome]:
     batch = Batch.parse(word)
     plan = load(results_dir, batch.plan_id)
     if not remote:
-        return Launch(plan, results_dir, batch.indices, batch.launch).run_here()
+        return Launch(plan, batch.indices, batch.launch).run_here()
     here = session()
     here.launch = batch.launch
     if "SLURM_JOB_ID" not in os.environ:  # Slurm has a log for each job; other workers share the terminal
@@ -119,8 +117,7 @@ def batches(launcher: Any, task: Launch, cluster: ClusterConfig) -> list[Batch]:
     shares = [pending]
     n_workers = 1
     if kind in ("JoblibLauncher", "LocalJobs"):
-        cells = [task.plan.cells[index] for index in pending]
-        n_workers = min(cluster.workers or n_local_workers(cells), len(pending))
+        n_workers = min(cluster.workers or n_local_workers(task.plan, pending), len(pending))
         if kind == "JoblibLauncher":
             launcher.joblib["n_jobs"] = n_workers
         starts = [len(pending) * worker // n_workers for worker in range(n_workers)]
@@ -171,13 +168,13 @@ def launch(launcher: Any, task: Launch, words: Sequence[str], cluster: ClusterCo
             raise value
         if isinstance(value, BaseException):
             reasons.update(dict.fromkeys(job.indices, f"{value}"))
-    known = cell_index(task.results_dir)
+    known = cell_index(task.plan.results_dir)
     return [_outcome(task, task.plan.cells[index], known, reasons.get(index, lost)) for index in task.pending]
 
 
 def _outcome(task: Launch, cell: PlannedCell, known: Mapping[str, Path], lost: str) -> Outcome:
     """How a cell ended, by its records."""
-    if (error := failure_of(failure_folder(task.results_dir, cell.name), task.launch)) is not None:
+    if (error := failure_of(failure_folder(task.plan.results_dir, cell.name), task.launch)) is not None:
         return Outcome(cell.name, "failed", error)
     if cell.cell_id in known and not (lost and cell.config.get("force")):
         return Outcome(cell.name, "done")
@@ -196,11 +193,11 @@ def _watching(task: Launch, display: Display) -> Iterator[None]:
     waiting = {task.plan.cells[index].cell_id: task.plan.cells[index].name for index in task.pending}
 
     def look() -> None:
-        for cell_id in waiting.keys() & cell_index(task.results_dir).keys():
+        for cell_id in waiting.keys() & cell_index(task.plan.results_dir).keys():
             display.cell(waiting.pop(cell_id))
             display.finished("done")
         for cell_id, name in list(waiting.items()):
-            if (error := failure_of(failure_folder(task.results_dir, name), task.launch)) is not None:
+            if (error := failure_of(failure_folder(task.plan.results_dir, name), task.launch)) is not None:
                 display.cell(waiting.pop(cell_id))
                 display.finished(f"FAILED: {error}")
 

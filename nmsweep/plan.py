@@ -33,7 +33,7 @@ class PlannedCell:
         cell_id, part_id, dense_cell_id, calibration_id: as in `cell.Cell`.
         model_key: equal for cells that one loaded model serves.
         baseline: not asked for itself, but what other cells are compared with.
-        config: of the cell, for `config.from_plain`.
+        config: of the cell, for `config.from_plain`, the results folder left out.
     """
 
     name: str
@@ -45,28 +45,32 @@ class PlannedCell:
     baseline: bool
     config: Mapping[str, Any]
 
-    @property
-    def cfg(self) -> RunConfig:
-        return from_plain(self.config)
-
 
 @dataclass(frozen=True)
 class Plan:
     """All cells of one command, in the order they are run.
 
     Attributes:
-        words: the command's overrides.
-        cwd: folder that it was given in.
+        words: of the command, for people.
         cells: what is to be there in the end, missing or not.
+        results_dir: the results folder; not part of what is stored, since a folder may be moved.
     """
 
     words: tuple[str, ...]
-    cwd: str
     cells: tuple[PlannedCell, ...]
+    results_dir: Path
 
     @property
     def plan_id(self) -> str:
         return short_hash(self.content(), 20)
+
+    def config(self, cell: PlannedCell) -> RunConfig:
+        """The config of one of its cells.
+
+        Raises:
+            InputError: it is no config of this version, or names a class that it may not.
+        """
+        return from_plain({**cell.config, "results_dir": self.results_dir})
 
     def content(self) -> dict[str, Any]:
         """As JSON; what all cells' configs have in common stands there once."""
@@ -76,7 +80,7 @@ class Plan:
         for cell in self.cells:
             own = {key: value for key, value in cell.config.items() if key not in common}
             cells.append({**asdict(cell), "config": own})
-        return {"schema": SCHEMA, "words": list(self.words), "cwd": self.cwd, "common": common, "cells": cells}
+        return {"schema": SCHEMA, "words": list(self.words), "common": common, "cells": cells}
 
 
 def ordered(cells: Iterable[PlannedCell]) -> list[PlannedCell]:
@@ -94,13 +98,13 @@ def plans_folder(results_dir: Path) -> Path:
     return results_dir / ".plans"
 
 
-def store(plan: Plan, results_dir: Path) -> Path:
+def store(plan: Plan) -> Path:
     """Keep a plan; one that is kept already counts as the latest again.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    place = plans_folder(results_dir) / f"{plan.plan_id}.json"
+    place = plans_folder(plan.results_dir) / f"{plan.plan_id}.json"
     if place.exists():
         os.utime(place)
     else:
@@ -120,7 +124,7 @@ def load(results_dir: Path, plan_id: str) -> Plan:
         raise InputError(f"plan: {plan_id!r} is no plan of {results_dir}; there is {have}")
     try:
         content = json.loads(place.read_text())
-        plan = _from_content(content)
+        plan = _from_content(content, results_dir)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"plan {place}: {type(error).__name__}: {error}; give the sweep's command again") from error
     if plan.plan_id != plan_id:
@@ -128,7 +132,7 @@ def load(results_dir: Path, plan_id: str) -> Plan:
     return plan
 
 
-def _from_content(content: Mapping[str, Any]) -> Plan:
+def _from_content(content: Mapping[str, Any], results_dir: Path) -> Plan:
     if content["schema"] != SCHEMA:
         raise ValueError(f"schema {content['schema']}, this version reads {SCHEMA}")
     common = content["common"]
@@ -136,7 +140,7 @@ def _from_content(content: Mapping[str, Any]) -> Plan:
     for cell in cells:  # names become paths
         if not _NAME.fullmatch(cell.name) or not _ID.fullmatch(cell.cell_id) or not _ID.fullmatch(cell.part_id):
             raise ValueError(f"{cell.name!r} is no cell's name")
-    return Plan(tuple(content["words"]), str(content["cwd"]), tuple(cells))
+    return Plan(tuple(content["words"]), tuple(cells), results_dir)
 
 
 def plan_ids(results_dir: Path) -> list[str]:

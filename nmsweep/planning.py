@@ -1,6 +1,6 @@
 """From typed configs to a plan: identities, baselines, every mistake, and what exists already."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,28 +17,38 @@ from nmsweep.session import device_of, model_key
 class Draft:
     """A plan in the making, with the mistakes found."""
 
+    say: Callable[[str], None]
     cells: dict[str, PlannedCell] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    said: set[str] = field(default_factory=set)
+
+    def say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
     def blame(self, messages: Sequence[str]) -> None:
         self.errors += [message for message in messages if message not in self.errors]
 
 
-def make_plan(configs: Sequence[RunConfig], words: Sequence[str], cwd: str) -> Plan:
+def make_plan(
+    configs: Sequence[RunConfig], words: Sequence[str], say: Callable[[str], None] = lambda text: None
+) -> Plan:
     """Work out the cells of a command.
 
     Args:
         configs: its cells as typed.
-        words: its overrides.
-        cwd: the folder it is given in.
+        words: as typed.
+        say: told what is left out (`eval.skip_missing`), once.
 
     Raises:
         InputError: every mistake that can be found without loading weights, all together.
     """
     if len({cfg.results_dir for cfg in configs}) > 1:
         raise InputError("results_dir: a sweep has one results folder; give one, and sweep over something else")
-    known = cell_index(configs[0].results_dir)
-    draft = Draft()
+    results_dir = configs[0].results_dir
+    known = cell_index(results_dir)
+    draft = Draft(say)
     baselines: dict[str, RunConfig] = {}
     for cfg in configs:
         cell = _add(draft, cfg, known)
@@ -49,26 +59,29 @@ def make_plan(configs: Sequence[RunConfig], words: Sequence[str], cwd: str) -> P
             _add(draft, cfg, known, baseline=True)
     if draft.errors:
         raise InputError(*draft.errors)
-    return Plan(tuple(words), cwd, tuple(ordered(draft.cells.values())))
+    return Plan(tuple(words), tuple(ordered(draft.cells.values())), results_dir)
 
 
 def _add(draft: Draft, cfg: RunConfig, known: Mapping[str, Path], baseline: bool = False) -> PlannedCell | None:
     try:
-        cell = identify(cfg)
+        cell = identify(cfg, draft.say_once)
     except InputError:  # one mistake; `check` finds them all
         draft.blame(check(cfg))
         return None
     if cfg.force or cell.cell_id not in known:
         draft.blame(check(cfg))
     config = {**to_plain(cfg), "device": device_of(cfg)}  # another node may have other devices: `auto` is decided here
+    del config["results_dir"]
+    if cfg.data.mirror:
+        config["data"] = {**config["data"], "mirror": str(cfg.data.mirror.absolute())}
     ids = (cell.cell_id, cell.part_id, cell.dense_cell_id, cell.calibration_id)
     planned = PlannedCell(cell.folder.name, *ids, short_hash(model_key(cfg)), baseline, config)
     return draft.cells.setdefault(cell.cell_id, planned)
 
 
-def missing(plan: Plan, results_dir: Path) -> list[int]:
+def missing(plan: Plan) -> list[int]:
     """Which of a plan's cells have to be computed: those without a record, with a damaged one, or forced."""
-    known = cell_index(results_dir)
+    known = cell_index(plan.results_dir)
     return [
         at
         for at, cell in enumerate(plan.cells)

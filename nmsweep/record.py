@@ -271,6 +271,15 @@ def write_failure(place: Path, config: Mapping[str, Any], provenance: Mapping[st
         _write_json(temporary / "provenance.json", {"schema": SCHEMA, "status": "failed", **provenance})
 
 
+def failure_of(place: Path, launch: str | None = None) -> str | None:
+    """Why a cell failed, in one launch or at all; None if it did not."""
+    try:
+        stored = json.loads((place / "provenance.json").read_text())
+        return str(stored["error"]) if launch in (None, stored.get("launch")) else None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
 def clear_failure(folder: Path) -> None:
     """Take away the failure of a cell that has succeeded since."""
     shutil.rmtree(failure_folder(folder.parent.parent, folder.name), ignore_errors=True)

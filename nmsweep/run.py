@@ -3,8 +3,9 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pandas as pd
 
@@ -52,6 +53,7 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         if kept := finished(cell, session):  # its last holder may have written it just before
             return kept
         session.display.cell(cell.folder.name)
+        started = time.perf_counter()
         parts = Parts(cfg.results_dir, cell.part_id)
         if cfg.force:
             parts.forget()
@@ -60,7 +62,8 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         calibrated = calibration(cell, loaded, session)
         with sparse(cell, loaded, calibrated) as layers:
             done = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
-        record = write(cell, loaded, done, calibrated, session)
+        about = {"launch": session.launch, "wall_s": round(time.perf_counter() - started, 3)}
+        record = write(cell, loaded, done, calibrated, about)
     for same in twins(cfg.results_dir, cell.folder):
         log.warning("%s", same)
         session.display.say(f"    {same}")
@@ -151,9 +154,9 @@ def prompting(cell: Cell, source: TaskSource) -> Prompting:
 
 
 def write(
-    cell: Cell, loaded: LoadedModel, parts: Sequence[Part], calibrated: Calibrated, session: Session
+    cell: Cell, loaded: LoadedModel, parts: Sequence[Part], calibrated: Calibrated, about: Mapping[str, Any]
 ) -> CellRecord:
-    """Put a cell's parts together and write its record."""
+    """Put a cell's parts together and write its record; `about` goes into its provenance."""
     cfg = cell.cfg
     layers = total_counts(parts)
     channels, kept = sum(layer.channels for layer in layers), sum(layer.kept for layer in layers)
@@ -176,7 +179,7 @@ def write(
         "peak_memory_bytes": peak_memory_bytes(device_kind(cfg.device)),
         "device": device_name(device_kind(cfg.device)), "dtype": cfg.dtype, "seed": cfg.seed,
         "patterns": patterns_of(cell),
-        "calibration": calibrated.provenance(), "launch": session.launch,
+        "calibration": calibrated.provenance(), "limit": cfg.eval.limit, **about,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         METHOD: method_id(cfg.dump()),
         **environment(),

@@ -1,6 +1,5 @@
 """Cells one after another in one process: whatever happens to one, the others go on, and each is computed by one process."""
 
-import json
 import logging
 import time
 import traceback
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from nmsweep.claims import find
+from nmsweep.config import RunConfig
 from nmsweep.errors import Busy, NmsweepError, StorageError
 from nmsweep.plan import Plan, PlannedCell
-from nmsweep.record import failure_folder, write_failure
+from nmsweep.record import failure_folder, failure_of, write_failure
 from nmsweep.run import run
 from nmsweep.session import Session
 
@@ -70,10 +70,14 @@ def work(plan: Plan, indices: Sequence[int], *, patient: bool) -> list[Outcome]:
     while waiting:
         before = len(waiting)
         for cell in waiting:
-            outcomes[cell.name] = attempt(cell)
+            outcomes[cell.name] = attempt(cell, plan.config(cell))
         waiting = [cell for cell in waiting if outcomes[cell.name].status == "busy"]
         if not patient:
-            waiting = [cell for cell in waiting if not _is_elsewhere(cell, outcomes[cell.name].claim, watched)]
+            waiting = [
+                cell
+                for cell in waiting
+                if not _is_elsewhere(plan.results_dir, cell, outcomes[cell.name].claim, watched)
+            ]
         if waiting and len(waiting) == before:
             if patient and not told:
                 session().display.say(f"    waiting for other processes: {outcomes[waiting[0].name].error}")
@@ -82,11 +86,11 @@ def work(plan: Plan, indices: Sequence[int], *, patient: bool) -> list[Outcome]:
     return list(outcomes.values())
 
 
-def _is_elsewhere(cell: PlannedCell, claim: str, watched: dict[str, tuple[int, float]]) -> bool:
+def _is_elsewhere(results_dir: Path, cell: PlannedCell, claim: str, watched: dict[str, tuple[int, float]]) -> bool:
     """Whether another process is seen to work at the cell itself: it runs on this machine, or its claim was touched since."""
     if claim != cell.part_id:  # a calibrated state that is being made: its cell is nobody's yet
         return False
-    found = find(cell.cfg.results_dir, claim)
+    found = find(results_dir, claim)
     if found is None:
         return False
     if found.owner and found.owner.is_alive():
@@ -95,9 +99,9 @@ def _is_elsewhere(cell: PlannedCell, claim: str, watched: dict[str, tuple[int, f
     return watched.setdefault(claim, seen) != seen
 
 
-def attempt(cell: PlannedCell) -> Outcome:
+def attempt(cell: PlannedCell, cfg: RunConfig) -> Outcome:
     """Run a cell; record a failure instead of raising it, so that a sweep goes on."""
-    here, cfg = session(), cell.cfg
+    here = session()
     place = failure_folder(cfg.results_dir, cell.name)
     if (error := failure_of(place, here.launch)) is not None:  # by another process of this launch
         return Outcome(cell.name, "failed", error)
@@ -115,12 +119,3 @@ def attempt(cell: PlannedCell) -> Outcome:
         write_failure(place, cfg.dump(), about)
         here.display.finished(f"FAILED: {reason} (traceback: {place / 'provenance.json'})")
         return Outcome(cell.name, "failed", reason)
-
-
-def failure_of(place: Path, launch: str | None = None) -> str | None:
-    """Why a cell failed, in one launch or at all; None if it did not."""
-    try:
-        stored = json.loads((place / "provenance.json").read_text())
-        return str(stored["error"]) if launch in (None, stored.get("launch")) else None
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None

@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from nmsweep.cell import model_bytes
-from nmsweep.plan import Plan, PlannedCell
+from nmsweep.plan import Plan
 
 WORKER_BYTES = 1_500_000_000
 """Memory of a process beside the weights: the libraries, activations, a slice of logits."""
@@ -36,9 +36,10 @@ def grouped(plan: Plan, pending: Sequence[int], size: int) -> list[list[int]]:
     return shares
 
 
-def n_local_workers(cells: Sequence[PlannedCell]) -> int:
+def n_local_workers(plan: Plan, pending: Sequence[int]) -> int:
     """Processes for this machine: one a GPU where the cells use GPUs; else what cores and memory allow; at least one."""
-    configs = {cell.model_key: cell.cfg for cell in cells}.values()
+    cells = {plan.cells[index].model_key: plan.cells[index] for index in pending}
+    configs = [plan.config(cell) for cell in cells.values()]
     if any(cfg.device.startswith("cuda") for cfg in configs):
         import torch
 

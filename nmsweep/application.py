@@ -1,0 +1,154 @@
+"""A command that runs cells: planned, then handed to Hydra, which calls back for each batch of them."""
+
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmsweep.errors import InputError
+
+if TYPE_CHECKING:  # torch comes with them
+    from nmsweep.launching import Launch
+    from nmsweep.plan import Plan
+    from nmsweep.sweep import Outcome
+
+
+def planned(words: Sequence[str], overrides: Sequence[str], multirun: bool, config_dir: Path | None) -> "Plan":
+    """The plan of a command, with a look at nothing but its words, the models' configs and the data.
+
+    Raises:
+        InputError: every mistake of the command, all together.
+    """
+    from nmsweep.compose import cells_of, is_multirun
+
+    multirun = multirun or is_multirun(overrides, config_dir)
+    configs = cells_of(overrides, multirun=multirun, config_dir=config_dir)
+    silence_libraries()
+    from nmsweep.planning import make_plan
+
+    return make_plan(configs, words, lambda text: print(f"nmsweep: {text.strip()}", file=sys.stderr))
+
+
+def run_cells(words: list[str], overrides: list[str], multirun: bool, config_dir: Path | None) -> int:
+    """Run the cells of a command that are missing; the exit code."""
+    plan = planned(words, overrides, multirun, config_dir)
+    if errors := unwritable(plan.results_dir):
+        raise InputError(*errors)
+    from nmsweep.leftovers import remove_abandoned
+    from nmsweep.plan import store
+    from nmsweep.planning import missing
+
+    pending = missing(plan)
+    n_cells, n_missing = len(plan.cells), len(pending)
+    if not pending:
+        what, them = (f"all {n_cells} cells exist", "them") if n_cells > 1 else ("this cell exists", "it")
+        print(f"nmsweep: {what} in {plan.results_dir}; nothing to do (force=true runs {them} again)", file=sys.stderr)
+        return 0
+    if n_cells > 1:
+        print(f"nmsweep: {n_cells} cells, {n_cells - n_missing} exist already, {n_missing} to run", file=sys.stderr)
+    remove_abandoned(plan.results_dir)
+    store(plan)
+    return run_plan(words, plan, pending)
+
+
+def run_plan(words: list[str], plan: "Plan", pending: Sequence[int]) -> int:
+    """Run some cells of a plan that is stored, through the launcher that the words name; the exit code."""
+    from nmsweep.interrupt import interruptible
+    from nmsweep.launching import Launch
+
+    with interruptible():
+        return hand_to_hydra(words, Launch(plan, tuple(pending), secrets.token_hex(6)))
+
+
+def silence_libraries() -> None:
+    """Cells have one display; download bars and chatter of libraries would tear it."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def unwritable(results_dir: Path) -> list[str]:
+    """Try to write where the results will lie, and leave no trace of it."""
+    made = [folder for folder in (results_dir, *results_dir.parents) if not folder.exists()]
+    try:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=results_dir, prefix=".tmp_"):
+            pass
+    except OSError as error:
+        why = f"{results_dir} cannot be written ({error.strerror})"
+        return [f"results_dir: {why}; pass results_dir=DIR with a folder of yours"]
+    finally:
+        for folder in made:
+            if folder.is_dir():
+                folder.rmdir()
+    return []
+
+
+def hand_to_hydra(words: list[str], task: "Launch | None" = None) -> int:
+    """Start Hydra's application on a command that was checked; the exit code."""
+    import hydra
+
+    from nmsweep.catalogue import conf_dir
+
+    outcomes: list[Outcome] = []
+    sys.argv = [sys.argv[0], *words]
+    job = _Job(task, outcomes)
+    _current.append(job)
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    finally:
+        _current.pop()
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if len(outcomes) > 1:
+        for outcome in failed:
+            print(f"FAILED {outcome.name}: {outcome.error}", file=sys.stderr)
+    return int(bool(failed))
+
+
+_current: "list[_Job]" = []
+"""The job of the command that runs; Hydra makes the sweeper, which has to find it."""
+
+
+class _Job:
+    """What Hydra calls: for a single command once in this process, for a sweep once a batch, perhaps on another machine.
+
+    Args:
+        task: what the command is to do; left behind when the job is sent away.
+        outcomes: filled with how its cells ended.
+    """
+
+    __name__ = "nmsweep"
+    __qualname__ = "nmsweep"
+
+    def __init__(self, task: "Launch | None", outcomes: "list[Outcome]") -> None:
+        self.task = task
+        self.outcomes = outcomes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"task": None, "outcomes": []}
+
+    def __call__(self, cfg: Any) -> None:
+        silence_libraries()
+        from nmsweep.launching import run_batch
+
+        if self.task is not None and "batch" not in cfg:
+            self.outcomes += self.task.run_here()
+            return
+        run_batch(str(cfg.batch), Path(str(cfg.results_dir)), remote=self.task is None)
+
+
+def sweep_cells(launcher: Any, arguments: Sequence[str], config: Any) -> None:
+    """Run the cells of the current command through one of Hydra's launchers; what the sweeper calls."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from nmsweep.config import ClusterConfig
+    from nmsweep.launching import launch
+
+    job = _current[-1]
+    assert job.task is not None
+    overrides = OverridesParser.create().parse_overrides(list(arguments))
+    shared = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    job.outcomes += launch(launcher, job.task, shared, ClusterConfig(**config.cluster))

@@ -1,0 +1,119 @@
+"""The subcommands of a sweep: `plan`, `status`, `retry`, `gc`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nmsweep.application import planned, run_plan
+from nmsweep.damage import damage
+from nmsweep.errors import InputError
+from nmsweep.estimate import duration, measured
+from nmsweep.leftovers import leftovers, remove
+from nmsweep.plan import Plan, load, plan_ids, store
+from nmsweep.record import cell_index
+from nmsweep.status import read_status, show_status
+from nmsweep.words import key_values
+
+
+def plan(words: Sequence[str]) -> int:
+    """Show the cells of a command, what exists and how long the rest takes; run and write nothing."""
+    parser = argparse.ArgumentParser("nmsweep plan", add_help=False, exit_on_error=False)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    try:
+        options, overrides = parser.parse_known_args(list(words))
+    except argparse.ArgumentError as error:
+        raise InputError(f"plan: {error}; it takes the words of the command that would run the cells") from error
+    made = planned(words, overrides, options.multirun, options.config_dir)
+    _show_plan(made)
+    return 0
+
+
+def _show_plan(made: Plan) -> None:
+    known = cell_index(made.results_dir)
+    throughput = measured(known.values())
+    total, unknown = 0.0, set()
+    for cell in made.cells:
+        exists = cell.cell_id in known and not damage(known[cell.cell_id])
+        seconds = throughput.seconds(cell)
+        if not exists and seconds is None:
+            unknown.add(str(cell.config["model"]["name"]))
+        total += 0.0 if exists else seconds or 0.0
+        state = "exists" if exists else "to run" if seconds is None else f"to run, about {duration(seconds)}"
+        print(f"{cell.name}  {state}{' (baseline)' if cell.baseline else ''}")
+    n_done = sum(cell.cell_id in known for cell in made.cells)
+    print(f"{len(made.cells)} cells, {n_done} exist in {made.results_dir}, {len(made.cells) - n_done} to run")
+    if unknown:
+        print(
+            f"time: unknown for {', '.join(sorted(unknown))}: no finished cell with these tasks is in {made.results_dir}"
+        )
+    elif n_done < len(made.cells):
+        device = "GPU" if any(str(cell.config["device"]).startswith("cuda") for cell in made.cells) else "process"
+        print(f"time: about {duration(total)} of one {device}, from {throughput.n_cells} measured cells")
+
+
+def _stored(given: dict[str, str]) -> Plan:
+    """The plan that the words of a subcommand mean: the latest, if they name none."""
+    results_dir = Path(given.get("results_dir", "results"))
+    ids = plan_ids(results_dir)
+    if not ids and "plan" not in given:
+        raise InputError(f"results_dir: {results_dir} has no plan of a sweep; run one first, or pass results_dir=DIR")
+    return load(results_dir, given.get("plan", ids[0] if ids else ""))
+
+
+def status(words: Sequence[str]) -> int:
+    """Show how far a sweep is; exit code 1 if a cell failed."""
+    given = key_values(words, ["results_dir", "plan", "limit"])
+    limit = given.get("limit", "20")
+    if not limit.isdecimal():
+        raise InputError(f"limit: {limit!r} is no number of lines; pass limit=N")
+    found = _stored(given)
+    shown = show_status(found, int(limit))
+    others = [plan_id for plan_id in plan_ids(found.results_dir) if plan_id != found.plan_id]
+    if others and "plan" not in given:
+        print(f"{len(others)} other plans: plan=ID shows one of {', '.join(others[:3])}{', …' if others[3:] else ''}")
+    return int(bool(shown.failed))
+
+
+def retry(words: Sequence[str]) -> int:
+    """Run a sweep's failed cells again, here or through the launcher that is named.
+
+    Only the cells come from the stored plan, not the command: whoever can write to a results folder can write a plan.
+    """
+    own = [word for word in words if word.startswith(("hydra/", "hydra.", "cluster.", "+hydra."))]
+    given = key_values([word for word in words if word not in own], ["results_dir", "plan", "trust"])
+    found = _stored(given)
+    pending = [found.cells.index(cell) for cell, _ in read_status(found).failed]
+    if not pending:
+        print(f"nmsweep: no cell of plan {found.plan_id} has failed; nothing to do", file=sys.stderr)
+        return 0
+    if given.get("trust") != "true" and (why := _foreign_code(found)):
+        raise InputError(f"plan {found.plan_id}: {why}; if it is yours, add trust=true")
+    print(f"nmsweep: {len(pending)} failed cells to run again", file=sys.stderr)
+    store(found)
+    return run_plan(["--multirun", f"results_dir={found.results_dir}", *own], found, pending)
+
+
+def _foreign_code(found: Plan) -> str:
+    """Why a stored plan runs code that is not nmsweep's; empty if it does not."""
+    for cell in found.cells:
+        if packages := cell.config.get("plugins"):
+            return f"it runs code of {', '.join(map(str, packages))}"
+        if cell.config["model"].get("trust_remote_code"):
+            return f"it runs code that model {cell.config['model']['name']} brings along"
+    return ""
+
+
+def gc(words: Sequence[str]) -> int:
+    """List what interrupted runs left; remove it with the word ``remove``."""
+    given = key_values([word for word in words if word != "remove"], ["results_dir"])
+    found = leftovers(Path(given.get("results_dir", "results")))
+    for leftover in found:
+        print(f"{leftover.n_bytes / 1e6:10.2f} MB  {leftover.path}  ({leftover.what})")
+    if "remove" in words:
+        remove(found)
+        print(f"{len(found)} removed")
+    else:
+        print(f"{len(found)} leftovers" + ("; `nmsweep gc remove` removes them" if found else ""))
+    return 0

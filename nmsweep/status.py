@@ -1,0 +1,91 @@
+"""How far a sweep is: its stored plan against what lies in the results folder. Nothing is composed, nothing written."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nmsweep.claims import all_claims, is_void
+from nmsweep.damage import damage
+from nmsweep.estimate import duration, measured
+from nmsweep.owner import server_time
+from nmsweep.plan import Plan, PlannedCell
+from nmsweep.record import cell_index, failure_folder, failure_of
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where each cell of a plan stands.
+
+    Attributes:
+        done: with a record.
+        damaged: with a record that is not what was written; to be computed again.
+        running: claimed by a living process, which is named.
+        failed: with the reason.
+        missing: none of these.
+        seconds_left: expected for what is not done with as many processes as run now, at least one; None if unknown.
+    """
+
+    done: Sequence[PlannedCell]
+    damaged: Sequence[PlannedCell]
+    running: Sequence[tuple[PlannedCell, str]]
+    failed: Sequence[tuple[PlannedCell, str]]
+    missing: Sequence[PlannedCell]
+    seconds_left: float | None
+
+
+def read_status(plan: Plan) -> Status:
+    """Look at every cell of a plan."""
+    known = cell_index(plan.results_dir)
+    done = [cell for cell in plan.cells if cell.cell_id in known]
+    damaged = [cell for cell in done if damage(known[cell.cell_id])]
+    open_cells = [cell for cell in plan.cells if cell.cell_id not in known]
+    holders = _holders(plan)
+    running = [(cell, holders[cell.part_id]) for cell in open_cells if cell.part_id in holders]
+    rest = [cell for cell in open_cells if cell.part_id not in holders]
+    reasons = {cell.cell_id: failure_of(failure_folder(plan.results_dir, cell.name)) for cell in rest}
+    failed = [(cell, reason) for cell in rest if (reason := reasons[cell.cell_id]) is not None]
+    missing = [cell for cell in rest if reasons[cell.cell_id] is None]
+    throughput = measured(known.values())
+    expected = [throughput.seconds(cell) for cell in [*open_cells, *damaged]]
+    left = None if None in expected else sum(filter(None, expected)) / max(1, len(set(holders.values())))
+    whole = [cell for cell in done if cell not in damaged]
+    return Status(whole, damaged, running, failed, missing, left)
+
+
+def _holders(plan: Plan) -> dict[str, str]:
+    """Who computes what at the moment, by claimed name."""
+    claims = all_claims(plan.results_dir)
+    if not claims:
+        return {}
+    try:
+        now = server_time(claims[0][0].place.parent)
+    except OSError:  # a folder that cannot be written can still be looked at
+        now = time.time()
+    return {c.name: c.owner.shown if c.owner else "a process" for c, _ in claims if not is_void(c, now)}
+
+
+def show_status(plan: Plan, limit: int = 20) -> Status:
+    """Print how far a plan is; of each list the first `limit` lines."""
+    status = read_status(plan)
+    n_cells = len(plan.cells)
+    print(f"plan {plan.plan_id}: nmsweep {' '.join(plan.words)}")
+    counts = [f"{len(status.done)} done", f"{len(status.running)} running", f"{len(status.failed)} failed"]
+    counts += [f"{len(status.missing)} missing"] + ([f"{len(status.damaged)} damaged"] if status.damaged else [])
+    print(f"{n_cells} cells: {', '.join(counts)}")
+    if len(status.done) < n_cells:
+        left = "unknown: no cell with these tasks and models is finished"
+        print(f"time left: {left if status.seconds_left is None else 'about ' + duration(status.seconds_left)}")
+    _lines([f"running  {cell.name}  ({holder})" for cell, holder in status.running], limit)
+    _lines([f"failed   {cell.name}: {error}" for cell, error in status.failed], limit)
+    _lines([f"damaged  {cell.name}" for cell in status.damaged], limit)
+    _lines([f"missing  {cell.name}" for cell in status.missing], limit)
+    if status.failed:
+        print("`nmsweep retry` runs the failed cells again; the sweep's own command runs all that is not done")
+    return status
+
+
+def _lines(lines: Sequence[str], limit: int) -> None:
+    for line in lines[:limit]:
+        print(f"  {line}")
+    if len(lines) > limit:
+        print(f"  … and {len(lines) - limit} more; limit=N shows more")
