@@ -10,6 +10,8 @@ from nmsweep.calibrate import store as calibrate
 from nmsweep.calibrate.fit import learning_errors
 from nmsweep.calibrate.text import check_disjoint, find_source
 from nmsweep.config import CELL_SCHEMA, Method, RunConfig, short_hash
+from nmsweep.data.examples import check_examples
+from nmsweep.data.extras import missing_extras
 from nmsweep.data.tasks import TaskSource, find_task
 from nmsweep.errors import DataError, InputError
 from nmsweep.models import ModelSpec, check_model, fingerprint, skeleton, target_linears
@@ -144,7 +146,7 @@ def calibration_text(cfg: RunConfig, evaluated: Sequence[TaskSource]) -> TaskSou
         DataError: it cannot be had, or has text in common with what is evaluated.
     """
     found = find_source(cfg.calibration.source, cfg.tasks, cfg.data.mirror)
-    check_disjoint(found, evaluated)
+    check_disjoint(found, [leaf for source in evaluated for leaf in source.leaves])
     return found
 
 
@@ -199,7 +201,7 @@ def _method_identity(method: Method, version: int) -> Mapping[str, Any]:
 def check(cfg: RunConfig) -> list[str]:
     """Everything that can be found wrong with a cell before its weights are loaded: one message each."""
     messages: list[str] = list(check_model(model_spec(cfg)))
-    steps: list[Callable[[], object]] = [lambda: task_sources(cfg)]
+    steps: list[Callable[[], object]] = [lambda: messages.extend(_task_errors(cfg, task_sources(cfg)))]
     if not cfg.pattern.is_dense:
         steps.append(lambda: messages.extend(_scope_errors(cfg, task_sources(cfg))))
         steps.append(lambda: _check_calibration(cfg))
@@ -211,6 +213,17 @@ def check(cfg: RunConfig) -> list[str]:
         except InputError as error:
             messages.extend(message for message in error.messages if message not in messages)
     return messages
+
+
+def _task_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:
+    """Tasks that lack a package, or a split to take examples from."""
+    errors = [message for source in sources for message in missing_extras(source)]
+    for leaf in (leaf for source in sources for leaf in source.leaves):
+        try:
+            check_examples(leaf, leaf.num_fewshot(cfg.eval.num_fewshot))
+        except DataError as error:
+            errors.append(str(error))
+    return errors
 
 
 def _scope_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:

@@ -6,13 +6,14 @@ YAML says how an item becomes a request; only where the items are read from is e
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from nmsweep.data.groups import KNOWN_GROUPS, find_group, group_config, member_names
 from nmsweep.errors import DataError, nearest
 
 MINI_FOLDER = Path(__file__).parent / "mini"
@@ -33,7 +34,9 @@ _YAML_FILES = {
     "arc_challenge": "arc/arc_challenge.yaml",
     "arc_easy": "arc/arc_easy.yaml",
     "boolq": "super_glue/boolq/default.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
+    "ifeval": "ifeval/ifeval.yaml",
     "lambada_openai": "lambada/lambada_openai.yaml",
     "openbookqa": "openbookqa/openbookqa.yaml",
     "piqa": "piqa/piqa.yaml",
@@ -55,7 +58,8 @@ class TaskSource:
         config: the harness's own YAML as plain values, functions unresolved; empty for a text.
         yaml_file: that YAML; None for a text.
         files: local file of each split; empty where the hub is asked.
-        split: the split that is evaluated.
+        split: the split that is evaluated; empty for a group.
+        members: the tasks of a group that is reported as one; empty for a single task.
     """
 
     task: str
@@ -64,18 +68,27 @@ class TaskSource:
     yaml_file: Path | None
     files: Mapping[str, Path]
     split: str
+    members: Sequence["TaskSource"] = ()
+
+    @property
+    def leaves(self) -> Sequence["TaskSource"]:
+        """The tasks of a group, or the task itself."""
+        return self.members or (self,)
 
     @property
     def version(self) -> str:
         """The harness's version of the task, with the harness's own; ``1`` for a text."""
         if self.kind == "text" or self.task in MINI_TASKS:
             return "1"
-        return f"{(self.config.get('metadata') or {}).get('version', 0)}/{version('lm_eval')}"
+        own = f"{(self.config.get('metadata') or {}).get('version', 0)}/{version('lm_eval')}"
+        if self.members:
+            return f"{own}/{_digest(f'{member.task} {member.version}' for member in self.members)[:12]}"
+        return own
 
     @property
     def generates(self) -> bool:
         """Whether the model writes text, token by token; else whole sequences are scored."""
-        return self.config.get("output_type") == "generate_until"
+        return any(leaf.config.get("output_type") == "generate_until" for leaf in self.leaves)
 
     def fingerprint(self, examples: bool = False) -> str:
         """sha256 of the evaluated split, or of all splits where few-shot examples come from another one.
@@ -84,16 +97,19 @@ class TaskSource:
         """
         if examples:
             return self.content()
+        if self.members:
+            return _digest(member.fingerprint() for member in self.members)
         if self.split in self.files:
             return file_sha256(self.files[self.split])
         return hub_fingerprint(*self.hub_name, self.split)
 
     def content(self) -> str:
         """sha256 of all splits that there are."""
+        if self.members:
+            return _digest(member.content() for member in self.members)
         if not self.files:
             return hub_fingerprint(*self.hub_name, "")
-        digests = [f"{split} {file_sha256(file)}" for split, file in sorted(self.files.items())]
-        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        return _digest(f"{split} {file_sha256(file)}" for split, file in sorted(self.files.items()))
 
     def definition(self) -> str:
         """sha256 of what says how an item becomes a request: the YAML, and the code in its folder."""
@@ -101,17 +117,22 @@ class TaskSource:
         folder = self.yaml_file.parent
         parts = [repr(sorted(self.config.items(), key=str)).replace(str(folder), "")]
         parts += [file_sha256(file) for file in sorted(folder.glob("*.py"))]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return _digest(parts)
 
     def num_fewshot(self, asked: int | None) -> int:
         """Examples before each item: as asked, else the task's own number."""
-        return int(self.config.get("num_fewshot") or 0) if asked is None else asked
+        own = max(int(leaf.config.get("num_fewshot") or 0) for leaf in self.leaves)
+        return own if asked is None else asked
 
     @property
     def hub_name(self) -> tuple[str, str | None]:
         if self.kind == "text":
             return _WIKITEXT_HUB
         return str(self.config["dataset_path"]), self.config.get("dataset_name")
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def find_task(task: str, mirror: Path | None, include_path: Path | None = None) -> TaskSource:
@@ -134,9 +155,54 @@ def find_task(task: str, mirror: Path | None, include_path: Path | None = None) 
         base, name = MINI_TASKS[task]
         config, file = harness_config(base)
         return TaskSource(task, "harness", config, file, {_split(config): MINI_FOLDER / name}, _split(config))
+    if group := _group_file(task, include_path):
+        return _group(task, group, mirror)
     config, file = harness_config(task, include_path)
-    files = _mirror_splits(mirror, task, config) if mirror else {}
+    files = _own_files(config) or (_mirror_splits(mirror, task, config) if mirror else {})
     return TaskSource(task, "harness", config, file, files, _split(config))
+
+
+def _own_files(config: Mapping[str, Any]) -> dict[str, Path]:
+    """The local JSON files that a task's YAML names itself; a mirror does not replace them."""
+    named = (config.get("dataset_kwargs") or {}).get("data_files") if config.get("dataset_path") == "json" else None
+    named = {"train": named} if isinstance(named, str) else named
+    if not isinstance(named, Mapping) or not all(isinstance(file, str) for file in named.values()):
+        return {}
+    files = {str(split): Path(file) for split, file in named.items()}
+    if lost := [str(file) for file in files.values() if not file.is_file()]:
+        raise DataError(
+            f"task {config.get('task')}: its YAML names {', '.join(lost)}, which does not exist; correct data_files"
+        )
+    return files
+
+
+def _group_file(task: str, include_path: Path | None) -> Path | None:
+    """The YAML of a group of that name, unless it is a task."""
+    import lm_eval.tasks
+
+    shipped = Path(lm_eval.tasks.__file__).parent
+    if include_path is None and task in KNOWN_GROUPS:
+        return find_group(task, shipped)
+    try:
+        harness_config(task, include_path)
+    except DataError:
+        own = find_group(task, include_path) if include_path else None
+        return own or find_group(task, shipped)
+    return None
+
+
+def _group(task: str, file: Path, mirror: Path | None) -> TaskSource:
+    """A group with its tasks; one message if the mirror lacks some of them."""
+    members, missing = [], []
+    names = member_names(file)
+    for name in names:
+        try:
+            members.append(find_task(name, mirror, file.parent))
+        except DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise DataError(f"task {task}: {len(missing)} of its {len(names)} tasks cannot be had; the first: {missing[0]}")
+    return TaskSource(task, "harness", group_config(file), file, {}, "", tuple(members))
 
 
 def _split(config: Mapping[str, Any]) -> str:

@@ -230,12 +230,13 @@ def flipped(dense: pd.DataFrame, sparse: pd.DataFrame, task: str, metric: str) -
     """
     a, b = aligned(dense, sparse, task)
     column = f"{METRIC_PREFIX}{metric}"
-    moved = a.index[a[column] != b[column]]
+    before, after = (samples[column].to_numpy(np.float64) for samples in (a, b))
+    moved: list[int] = np.flatnonzero(before != after).tolist()
     first, second = _answers(a, metric), _answers(b, metric)
     rows = [
         {
             "item": a.at[at, "item"], "doc_hash": a.at[at, "doc_hash"],
-            "kind": "lost" if a.at[at, column] > b.at[at, column] else "gained", "gold": a.at[at, "gold"],
+            "kind": "lost" if before[at] > after[at] else "gained", "gold": a.at[at, "gold"],
             "dense_answer": first[at], "answer": second[at],
             "dense_loglikelihoods": _list_at(a, at), "loglikelihoods": _list_at(b, at),
         }

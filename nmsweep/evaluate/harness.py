@@ -11,6 +11,7 @@ from lm_eval.evaluator import evaluate as harness_evaluate
 
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import NonFiniteError
+from nmsweep.evaluate.groups import joined
 from nmsweep.evaluate.kept import KeptTask, Outcome, kept_task
 from nmsweep.evaluate.lm import NMSweepLM, Scoring, quiet
 from nmsweep.evaluate.prompting import Prompting
@@ -48,6 +49,15 @@ def measure(
         DataError: its data cannot be had or has another form.
         NonFiniteError: the model gives NaN or infinity.
     """
+    if source.members:
+        measured = [
+            measure(
+                model, tokenizer, member, prompting=prompting, batch_tokens=batch_tokens, advance=advance,
+                scoring=scoring, across_tokens=across_tokens,
+            )
+            for member in source.members
+        ]  # fmt: skip
+        return joined(source, measured)
     kept = kept_task(source, prompting.num_fewshot)
     plans = kept.plans(prompting, tokenizer_identity(tokenizer))
     lm = NMSweepLM(model, tokenizer, batch_tokens, advance, scoring, across_tokens, plans)

@@ -6,6 +6,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from nmsweep.data.tasks import TaskSource
+from nmsweep.evaluate.groups import numbered
 from nmsweep.evaluate.kept import KeptTask, kept_task
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.record import items_file
@@ -22,12 +23,13 @@ def keep_items(results_dir: Path, source: TaskSource, data: str, prompting: Prom
         prompting: says how many items were measured.
     """
     place = items_file(results_dir, source.task, data)
-    kept = kept_task(source, prompting.num_fewshot)
-    n_items = min(len(kept.docs), prompting.limit or len(kept.docs))
-    if place.is_file() and pq.read_metadata(place).num_rows >= n_items:
+    members = [kept_task(leaf, prompting.num_fewshot) for leaf in source.leaves]
+    sizes = [min(len(kept.docs), prompting.limit or len(kept.docs)) for kept in members]
+    if place.is_file() and pq.read_metadata(place).num_rows >= sum(sizes):
         return
+    tables = [items_table(kept, n_items) for kept, n_items in zip(members, sizes, strict=True)]
     with whole_file(place) as file:
-        items_table(kept, n_items).to_parquet(file, index=False)
+        numbered(tables).to_parquet(file, index=False)
 
 
 def items_table(kept: KeptTask, n_items: int) -> pd.DataFrame:

@@ -125,15 +125,21 @@ def load_task(source: TaskSource, num_fewshot: int) -> ConfigurableTask:
         DataError: the items cannot be had, or few-shot examples would come from the evaluated split.
     """
     assert source.yaml_file is not None
-    config = dict(load_yaml(source.yaml_file, resolve_func=True, recursive=True))
-    for key in ("tag", "group", "task_list"):
-        config.pop(key, None)
-    config |= {"task": source.task, "num_fewshot": num_fewshot}
-    if source.files:
-        config |= local_data(source, config, num_fewshot)
     try:
+        config = dict(load_yaml(source.yaml_file, resolve_func=True, recursive=True))
+        for key in ("tag", "group", "task_list"):
+            config.pop(key, None)
+        config |= {"task": source.task, "num_fewshot": num_fewshot}
+        if source.files:
+            config |= local_data(source, config, num_fewshot)
         with quiet():
             task = ConfigurableTask(config=config)
+    except DataError:
+        raise
+    except ImportError as error:
+        raise DataError(
+            f"task {source.task}: its code needs {error.name or error}; install it: pip install {error.name}"
+        ) from error
     except (OSError, ConnectionError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         if source.files:
             raise DataError(

@@ -1,0 +1,235 @@
+"""Tasks beyond the shipped ones: generation, few-shot, chat, groups, the user's own YAML; from local files."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pandas as pd
+import pytest
+import torch
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from nmsweep.data import extras
+from nmsweep.data.tasks import MINI_FOLDER, find_task
+from nmsweep.evaluate import harness
+from nmsweep.evaluate.prompting import Prompting
+from nmsweep.models.tiny import tiny_model, tiny_tokenizer
+from nmsweep.record import cell_folders, read_cell
+
+Call = Callable[..., tuple[int, str, str]]
+TINY = ("model=tiny-llama", "dtype=float64", "device=cpu")
+CHAT = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sums(n: int, start: int = 1) -> list[dict[str, str]]:
+    return [
+        {"question": f"Ann has {i} nuts and finds {i + 2}. How many?", "answer": f"{i} + {i + 2}.\n#### {2 * i + 2}"}
+        for i in range(start, start + n)
+    ]
+
+
+@pytest.fixture
+def mirror_of_sums(tmp_path: Path) -> Path:
+    write_lines(tmp_path / "mirror" / "gsm8k" / "test.jsonl", sums(3, 50))
+    write_lines(tmp_path / "mirror" / "gsm8k" / "train.jsonl", sums(8))
+    return tmp_path / "mirror"
+
+
+@pytest.fixture
+def science(tmp_path: Path) -> Path:
+    """A folder of task YAMLs over local files: two tasks, and groups that hold them by name and by tag."""
+    rows = [json.loads(line) for line in (MINI_FOLDER / "science.jsonl").read_text().splitlines()]
+    write_lines(tmp_path / "data" / "examples.jsonl", rows[:8])
+    folder = tmp_path / "yamls"
+    folder.mkdir()
+    for name, part in (("sky", rows[8:20]), ("earth", rows[20:27])):
+        write_lines(tmp_path / "data" / f"{name}.jsonl", part)
+        config = {
+            "task": f"own_{name}", "tag": "own_science_tasks", "dataset_path": "json", "output_type": "multiple_choice",
+            "dataset_kwargs": {"data_files": {
+                "train": str(tmp_path / "data" / "examples.jsonl"), "test": str(tmp_path / "data" / f"{name}.jsonl"),
+            }},
+            "training_split": "train", "test_split": "test", "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_target": "{{choices.label.index(answerKey)}}", "doc_to_choice": "{{choices.text}}",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}], "metadata": {"version": 1.0},
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    group = {
+        "group": "own_science", "task": ["own_science_tasks"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}], "metadata": {"version": 2},
+    }  # fmt: skip
+    (folder / "_group.yaml").write_text(yaml.safe_dump(group, sort_keys=False))
+    return folder
+
+
+def responses(results: Path) -> dict[str, list[str]]:
+    """What was written to each item, by scope; dense under its pattern's name."""
+    found = {}
+    for record in map(read_cell, cell_folders(results)):
+        first = record.metrics.iloc[0]
+        name = "dense" if first["pattern"] == "dense" else str(first["scope"])
+        found[name] = record.samples["response"].tolist()
+    return found
+
+
+def test_gsm8k_is_generated_under_every_scope(nmsweep: Call, results: Path, mirror_of_sums: Path) -> None:
+    words = (*TINY, "tasks=gsm8k", f"data.mirror={mirror_of_sums}", f"results_dir={results}", "pattern=2:4")
+    code, _, err = nmsweep("-m", *words, "scope=all,prefill,decode", "eval.limit=2")
+    assert code == 0, err
+    found = responses(results)
+    assert len({tuple(texts) for texts in found.values()}) == 4
+    assert found["decode"][0][:1] == found["dense"][0][:1], "the first token comes of the dense prompt"
+    record = next(r for r in map(read_cell, cell_folders(results)) if r.metrics["pattern"].iloc[0] == "2:4")
+    assert set(record.metrics["metric"]) == {"exact_match:flexible-extract", "exact_match:strict-match"}
+    assert record.metrics["n_items"].tolist() == [2, 2]
+    for metric in ("exact_match:flexible-extract", "exact_match:strict-match"):
+        (value,) = record.metrics[record.metrics["metric"] == metric]["value"]
+        assert value == record.samples[f"metric_{metric}"].mean()
+
+
+def test_an_answer_that_is_right_counts(mirror_of_sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("tiny-llama", 0, torch.float64, torch.device("cpu")), tiny_tokenizer("tiny-llama")
+    answers = iter([sums(3, 50)[0]["answer"], "It must be 104", "no idea"])
+    monkeypatch.setattr(harness.NMSweepLM, "generate_until", lambda self, requests: [next(answers) for _ in requests])
+    source = find_task("gsm8k", mirror_of_sums)
+    result = harness.measure(
+        model, tokenizer, source, prompting=Prompting(num_fewshot=5), batch_tokens=512, advance=lambda n: None
+    )
+    values = {metric.metric: metric.value for metric in result.metrics}
+    assert values == pytest.approx({"exact_match:flexible-extract": 2 / 3, "exact_match:strict-match": 1 / 3})
+    assert result.samples["response"].tolist()[1] == "It must be 104"
+
+
+def test_examples_never_come_from_the_evaluated_split(nmsweep: Call, results: Path, mirror_of_sums: Path) -> None:
+    (mirror_of_sums / "gsm8k" / "train.jsonl").unlink()
+    words = (*TINY, "tasks=gsm8k", f"data.mirror={mirror_of_sums}", f"results_dir={results}", "pattern=2:4")
+    code, _, err = nmsweep(*words)
+    assert code == 2
+    assert "5 examples, but gsm8k has only the split that is evaluated (test); add train.jsonl beside" in err
+    assert not results.exists()
+
+
+def test_other_examples_make_another_cell(nmsweep: Call, results: Path, mirror_of_sums: Path) -> None:
+    source = find_task("gsm8k", mirror_of_sums)
+    before, without = source.fingerprint(examples=True), source.fingerprint()
+    write_lines(mirror_of_sums / "gsm8k" / "train.jsonl", sums(9, 3))
+    assert find_task("gsm8k", mirror_of_sums).fingerprint(examples=True) != before
+    assert find_task("gsm8k", mirror_of_sums).fingerprint() == without
+
+
+@pytest.mark.parametrize("lacking", ["package", "data"])
+def test_ifeval_says_what_it_lacks(
+    lacking: str, nmsweep: Call, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "mirror" / "ifeval" / "train.jsonl", [{"key": 1, "prompt": "Say hi."}])
+    if lacking == "package":
+        monkeypatch.setattr(extras, "PACKAGES", {"ifeval": ("no_such_package_anywhere",)})
+    else:
+        monkeypatch.setattr(extras, "PACKAGES", {})
+        monkeypatch.setattr(extras, "NLTK_DATA", {"ifeval": "tokenizers/no_such_data"})
+    words = (*TINY, "tasks=ifeval", f"data.mirror={tmp_path / 'mirror'}", f"results_dir={results}")
+    code, _, err = nmsweep(*words)
+    assert code == 2
+    assert ("pip install 'nmsweep[ifeval]'" if lacking == "package" else "nltk.downloader no_such_data") in err
+    assert not results.exists()
+
+
+def test_ifeval_runs_where_its_extra_is_installed(
+    nmsweep: Call, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("langdetect")
+    nltk = pytest.importorskip("nltk")
+    english = (
+        tmp_path / "nltk" / "tokenizers" / "punkt_tab" / "english"
+    )  # an untrained sentence splitter is enough here
+    english.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (english / name).touch()
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    rules = ["punctuation:no_comma", "length_constraints:number_words"]
+    kwargs = [{}, {"num_words": 3, "relation": "at least"}]
+    row = {"key": 1, "prompt": "Write without commas.", "instruction_id_list": rules, "kwargs": kwargs}
+    write_lines(tmp_path / "mirror" / "ifeval" / "train.jsonl", [row, {**row, "key": 2}])
+    words = (*TINY, "tasks=ifeval", f"data.mirror={tmp_path / 'mirror'}", f"results_dir={results}", "pattern=dense")
+    code, _, err = nmsweep(*words)
+    assert code == 0, err
+    (record,) = map(read_cell, cell_folders(results))
+    assert set(record.metrics["metric"]) == {
+        f"{level}_level_{how}_acc" for level in ("prompt", "inst") for how in ("strict", "loose")
+    }
+    assert [len(values) for values in record.samples["values_inst_level_strict_acc"]] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_fewshot": 3},
+        {"num_fewshot": 2, "apply_chat_template": True, "system_instruction": "Be brief."},
+        {"num_fewshot": 2, "apply_chat_template": True, "fewshot_as_multiturn": True},
+    ],
+    ids=["plain", "few-shot", "chat", "multiturn"],
+)
+def test_prompts_and_numbers_are_the_harnesss(how: dict[str, Any], science: Path) -> None:
+    model, tokenizer = tiny_model("tiny-llama", 0, torch.float64, torch.device("cpu")), tiny_tokenizer("tiny-llama")
+    tokenizer.chat_template = CHAT
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), tasks=["own_science"],
+        task_manager=TaskManager(include_path=str(science), include_defaults=False), bootstrap_iters=0,
+        num_fewshot=how.get("num_fewshot"), apply_chat_template=how.get("apply_chat_template", False),
+        system_instruction=how.get("system_instruction"), fewshot_as_multiturn=how.get("fewshot_as_multiturn", False),
+    )  # fmt: skip
+    ours = harness.measure(
+        model, tokenizer, find_task("own_science", None, science), prompting=Prompting(**how), batch_tokens=512,
+        advance=lambda n: None,
+    )  # fmt: skip
+    (metric,) = ours.metrics
+    assert (metric.metric, metric.n_items) == ("acc", 19)
+    assert metric.value == pytest.approx(theirs["groups"]["own_science"]["acc,none"])
+    for task, samples in theirs["samples"].items():
+        own = ours.samples[ours.samples["subtask"] == task]
+        wanted = [[value for (value, _), *_ in sample["resps"]] for sample in samples]
+        assert len(own) == len(wanted)
+        for a, b in zip(own["loglikelihoods"], wanted, strict=True):
+            assert list(a) == pytest.approx(b, abs=1e-6)
+        assert own["doc_hash"].tolist() == [sample["doc_hash"] for sample in samples]
+
+
+def test_a_group_is_one_task_of_a_cell(nmsweep: Call, results: Path, science: Path) -> None:
+    words = (*TINY, "tasks=own_science", f"eval.include_path={science}", f"results_dir={results}", "pattern=2:4")
+    code, _, err = nmsweep(*words, "eval.num_fewshot=2", "eval.limit=5")
+    assert code == 0, err
+    record = next(r for r in map(read_cell, cell_folders(results)) if r.metrics["pattern"].iloc[0] == "2:4")
+    assert record.samples["item"].tolist() == list(range(10))
+    assert record.samples.groupby("subtask").size().to_dict() == {"own_earth": 5, "own_sky": 5}
+    assert record.metrics["value"].item() == record.samples["metric_acc"].mean()
+    (items,) = (results / "items").iterdir()
+    assert pd.read_parquet(items)["doc_hash"].tolist() == record.samples["doc_hash"].tolist()
+
+
+def test_mmlu_has_its_57_tasks_and_says_what_a_mirror_lacks(nmsweep: Call, results: Path, tmp_path: Path) -> None:
+    assert len(find_task("mmlu", None).members) == 57
+    (tmp_path / "empty").mkdir()
+    code, _, err = nmsweep(*TINY, "tasks=knowledge", f"data.mirror={tmp_path / 'empty'}", f"results_dir={results}")
+    assert code == 2
+    assert "task mmlu: 57 of its 57 tasks cannot be had; the first" in err
+    assert "mmlu_abstract_algebra/test.jsonl" in err
+
+
+def test_a_yaml_that_names_a_lost_file_says_so(nmsweep: Call, results: Path, science: Path) -> None:
+    (science.parent / "data" / "sky.jsonl").unlink()
+    code, _, err = nmsweep(*TINY, "tasks=own_sky", f"eval.include_path={science}", f"results_dir={results}")
+    assert code == 2
+    assert "which does not exist; correct data_files" in err
