@@ -381,7 +381,7 @@ def _cross_field_errors(cfg: RunConfig) -> list[str]:
     errors = []
     if cfg.pattern.is_dense and cfg.mitigations:
         errors.append(
-            f"mitigation: {cfg.mitigation} has no effect with pattern=dense; take mitigation=none or another pattern"
+            f"mitigation: {cfg.mitigation} has no effect with pattern=dense; take mitigation=none or another pattern (a sweep runs the dense cell by itself)"
         )
     if not cfg.pattern.is_dense and not cfg.targets:
         errors.append(f"targets: nothing is named; allowed: {', '.join(TARGET_PRESETS)}, or globs such as '*.mlp.*'")

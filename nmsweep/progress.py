@@ -20,12 +20,23 @@ from rich.progress import (
 from rich.text import Text
 
 
+SPEED_PERIOD_S = 6 * 3600.0
+"""Time left is estimated from the cells of so many last seconds; a cell of a large model takes an hour."""
+
+
 class _TokensPerSecond(ProgressColumn):
     """Speed of the current stage."""
 
     def render(self, task: Task) -> Text:
         speed = task.fields.get("speed")
         return Text(f"{speed:,.0f} tokens/s" if speed else "")
+
+
+class _Count(MofNCompleteColumn):
+    """Steps done and in all, where their number is known."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total else Text("")
 
 
 class Display:
@@ -40,8 +51,8 @@ class Display:
         self._console = Console(file=stream or sys.stderr)
         self._live = self._console.is_terminal
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), _TokensPerSecond(),
-            console=self._console, transient=True, disable=not self._live,
+            TextColumn("{task.description}"), BarColumn(), _Count(), TimeElapsedColumn(), TimeRemainingColumn(), _TokensPerSecond(),
+            console=self._console, transient=True, disable=not self._live, speed_estimate_period=SPEED_PERIOD_S,
         )  # fmt: skip
         self._n_cells = n_cells
         self._n_done = 0
