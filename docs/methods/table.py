@@ -108,7 +108,12 @@ def _cell(same: pd.DataFrame, model: str, pattern: str) -> str:
     row = found.iloc[0]
     if pattern == "dense" or (row["criterion"] == "act" and row["mitigation"] == "none"):
         return f"{row['perplexity']:.4g}"
-    return f"{row['perplexity']:.4g} (×{row['ratio_to_act']:.3g}, {row['low']:.3g}–{row['high']:.3g})"
+    ratio, low, high = (_ratio(row[key]) for key in ("ratio_to_act", "low", "high"))
+    return f"{row['perplexity']:.4g} (×{ratio}, {low}–{high})"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.2e}" if value >= 1000 else f"{value:.1f}"
 
 
 if __name__ == "__main__":
