@@ -11,8 +11,10 @@ from rich.console import Console
 
 from nmsweep.report import formats
 from nmsweep.report.figures import Figures, all_points, draw_figures
+from nmsweep.report.hardware import hardware_view
 from nmsweep.report.load import Results, read_results
 from nmsweep.report.manifest import cell_list, manifest, warnings_of
+from nmsweep.report.page import make_page
 from nmsweep.report.scores import Scores, make_scores
 from nmsweep.report.spec import Table, TableSpec
 from nmsweep.report.tables import make_tables, preset_tables
@@ -47,10 +49,13 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
     write_text(folder / "cells.csv", cell_list(results).to_csv(index=False))
     write_text(folder / "manifest.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
     write_tables(folder / "tables", tables)
+    view = hardware_view(results, scores)
+    write_text(folder / "hardware.csv", view.to_csv(index=False))
     drawn = figures()
+    write_text(folder / "index.html", make_page(results, scores, tables, drawn, view, made, problems))
     write_text(folder / "summary.md", summary(tables, drawn, problems))
     _show(out, results, scores, [table for table in tables if asked and table.spec == asked], problems)
-    for file in (results_dir / "tidy.csv", folder / "summary.md"):
+    for file in (results_dir / "tidy.csv", folder / "summary.md", folder / "index.html"):
         out.print(str(file), soft_wrap=True, highlight=False)
 
 

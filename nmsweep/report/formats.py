@@ -163,7 +163,7 @@ def to_csv(table: Table) -> pd.DataFrame:
 
 
 def to_latex(table: Table, label: str) -> str:
-    """A table for ``\\input``; needs booktabs, multirow and graphicx, and longtable where it is long."""
+    """A table for ``\\input``; needs booktabs and graphicx, and longtable where it is long."""
     frame = _frame(table, latex_text)
     is_long = len(frame) > _LONG
     styler = _styled(
@@ -174,7 +174,7 @@ def to_latex(table: Table, label: str) -> str:
     if is_long:
         body = styler.to_latex(environment="longtable", hrules=True, convert_css=True, column_format=formats, caption=text, label=label, multirow_align="naive")  # fmt: skip
         return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}%\n{body}}}\n"
-    body = styler.to_latex(hrules=True, convert_css=True, column_format=formats, multirow_align="t")
+    body = styler.to_latex(hrules=True, convert_css=True, column_format=formats, multirow_align="naive")
     return _FLOAT.format(caption=text, label=label, body=body)
 
 
@@ -190,7 +190,7 @@ _FLOAT = r"""\begin{{table}}[htbp]
 _PREAMBLE = r"""\documentclass{{article}}
 \usepackage[T1]{{fontenc}}
 \usepackage[margin=2cm]{{geometry}}
-\usepackage{{booktabs,multirow,graphicx,longtable}}
+\usepackage{{booktabs,graphicx,longtable}}
 \begin{{document}}
 {inputs}
 \end{{document}}

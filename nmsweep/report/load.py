@@ -37,6 +37,7 @@ class Results:
             `status`, `error`, `tasks` (joined by +), `variant` (settings that tell it from a cell with the same fields),
             `place` (its folder).
         configs: effective config by cell id.
+        blocks: config.yaml by cell id, cut at its top-level keys: most cells share most blocks.
         provenance: provenance.json by cell id.
         problems: records that could not be read, one message each.
     """
@@ -46,6 +47,7 @@ class Results:
     cells: pd.DataFrame
     configs: Mapping[str, Mapping[str, Any]]
     provenance: Mapping[str, Mapping[str, Any]]
+    blocks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     problems: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -82,9 +84,11 @@ def read_results(results_dir: Path) -> Results:
     configs: dict[str, Mapping[str, Any]] = {}
     provenance: dict[str, Mapping[str, Any]] = {}
     places: dict[str, Path] = {}
+    blocks: dict[str, list[str]] = {}
     for one in files:
         cell_id = str(one.provenance.get("cell_id") or one.place.name.rpartition("_")[2])
         configs.setdefault(cell_id, read_config(one.config))
+        blocks.setdefault(cell_id, list(config_blocks(one.config)))
         provenance.setdefault(cell_id, one.provenance)
         places.setdefault(cell_id, one.place)
     tidy = pd.concat(tables, ignore_index=True).drop_duplicates(["cell_id", "task", "metric"])
@@ -96,7 +100,9 @@ def read_results(results_dir: Path) -> Results:
     failed = pd.DataFrame(_failures(results_dir, set(cells.index), configs, provenance, problems))
     if len(failed):
         cells = pd.concat([cells, failed.set_index("cell_id")])
-    return Results(results_dir, tidy, cells.assign(variant=variants(cells, configs)), configs, provenance, problems)
+    return Results(
+        results_dir, tidy, cells.assign(variant=variants(cells, configs)), configs, provenance, blocks, problems
+    )
 
 
 def _because(problems: Sequence[str]) -> str:
@@ -160,7 +166,7 @@ def read_config(text: str) -> Mapping[str, Any]:
     """config.yaml; thousands of them share most of their blocks, and each distinct block is parsed once."""
     try:
         config: dict[str, Any] = {}
-        for block in _blocks(text):
+        for block in config_blocks(text):
             config |= _parsed(block)
         return config
     except (yaml.YAMLError, TypeError):
@@ -172,7 +178,8 @@ def _parsed(block: str) -> Mapping[str, Any]:
     return yaml.load(block, Loader=_Loader) or {}
 
 
-def _blocks(text: str) -> Iterator[str]:
+def config_blocks(text: str) -> Iterator[str]:
+    """config.yaml cut where a top-level key begins."""
     block: list[str] = []
     for line in text.splitlines(keepends=True):
         if block and line[0] not in " -\n":

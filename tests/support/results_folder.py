@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nmsweep.config import short_hash
+from nmsweep.config import CalibrationConfig, DataConfig, EvalConfig, short_hash
 from nmsweep.pattern import parse_pattern
 from nmsweep.record import LayerCount, Metric, cell_folder, failure_folder, write_cell, write_failure
 
@@ -120,11 +120,8 @@ def config_of(plan: Plan, seed: int, model: str, pattern: str, criterion: str, m
         "mitigations": {name: {} for name in mitigation.split("+") if name != "none"},
         "targets": None if dense else "all",
         "scope": "all", "profile": "strict", "tasks": list(plan.tasks),
-        "eval": {"limit": plan.n_items, "seqlen": 512, "num_fewshot": 0, "scoring": "packed", "batch_tokens": 4096,
-                 "skip_missing": False, "chat_template": False, "system_prompt": None},
-        "data": {"mirror": None},
-        "calibration": {"source": "auto", "n_samples": None, "seqlen": 512, "prefix": "sparse", "teacher": "block",
-                        "objective": "mse", "schedule": "none", "lr": 0.001, "epochs": 1},
+        "eval": {**EvalConfig().model_dump(mode="json"), "limit": plan.n_items, "seqlen": 512},
+        "data": DataConfig().model_dump(mode="json"), "calibration": CalibrationConfig().model_dump(mode="json"),
         "dtype": "bfloat16", "device": "auto", "seed": seed, "baseline": True, "plugins": [], "results_dir": "results",
     }  # fmt: skip
 

@@ -1,0 +1,89 @@
+"""The hardware view: what N:M formats would need and save, from patterns and layer shapes alone. Theory, not measured."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nmsweep.pattern import Pattern, parse_pattern
+from nmsweep.report.load import Results
+from nmsweep.report.scores import QUANTITIES, Scores
+
+_BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
+
+COLUMNS = {
+    "density": "values kept",
+    "combinatorial_bits": "metadata, bits an element: ⌈log₂ C(M,N)⌉/M",
+    "index_bits": "metadata with one index a kept value",
+    "bitmask_bits": "metadata with a bit mask",
+    "compressed": "compressed ÷ dense activation size",
+    "bandwidth_saved": "activation traffic saved",
+    "dense_bytes_per_token": "inputs of the target layers, bytes a token, dense",
+    "compressed_bytes_per_token": "the same, compressed",
+    "linear_flops_kept": "linear FLOPs kept",
+}
+"""Theoretical columns of the view and what they say."""
+
+
+def metadata_bits(pattern: Pattern) -> dict[str, float]:
+    """Bits of metadata an element of each coding; NaN where a coding does not apply (an unstructured pattern has no groups)."""
+    grouped = pattern.kind == "n:m"
+    return {
+        "combinatorial_bits": pattern.metadata_bits if pattern.metadata_bits is not None else math.nan,
+        "index_bits": pattern.n * math.ceil(math.log2(pattern.m)) / pattern.m if grouped else math.nan,
+        "bitmask_bits": 1.0,
+    }
+
+
+def compressed_share(pattern: Pattern, value_bits: int) -> float:
+    """Compressed size over dense size of an activation: kept values, and the smallest of the metadata codings."""
+    least = min(bits for bits in metadata_bits(pattern).values() if not math.isnan(bits))
+    return (1 - pattern.sparsity) + least / value_bits
+
+
+def hardware_view(results: Results, scores: Scores) -> pd.DataFrame:
+    """One row for each model, pattern, targets and dtype whose activations were pruned: theory, then the measured drop.
+
+    The measured columns are the mean drop (in points) and perplexity ratio of criterion `act` without mitigation, and the
+    smallest ones of any method, for each kind of data.
+    """
+    sparse = results.done[(results.done["operand"] == "activations")]
+    sparse = sparse[[parse_pattern(pattern).kind != "dense" for pattern in sparse["pattern"]]]
+    rows = []
+    for (model, targets, dtype, pattern), same in sparse.groupby(["model", "targets", "dtype", "pattern"], sort=True):
+        widths = _input_bytes(Path(same["place"].iloc[0]), str(dtype))
+        parsed = parse_pattern(str(pattern))
+        share = compressed_share(parsed, _BITS.get(str(dtype), 16))
+        rows.append(
+            {
+                "model": model, "targets": targets, "dtype": dtype, "pattern": pattern, "density": 1 - parsed.sparsity,
+                **metadata_bits(parsed), "compressed": share, "bandwidth_saved": 1 - share,
+                "dense_bytes_per_token": widths, "compressed_bytes_per_token": widths * share,
+                "linear_flops_kept": float((1 - same["flops_share"] * same["sparsity"]).mean()), **_measured(same, scores),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _input_bytes(place: Path, dtype: str) -> float:
+    """Bytes a token of the inputs that the target layers read, each layer by itself; NaN without its record."""
+    try:
+        layers = pd.read_csv(place / "layers.csv")
+    except (OSError, ValueError):
+        return math.nan
+    return float(layers["in_features"].sum()) * _BITS.get(dtype, 16) / 8 if len(layers) else math.nan
+
+
+def _measured(cells: pd.DataFrame, scores: Scores) -> Mapping[str, Any]:
+    """Measured columns of one row."""
+    plain = cells[(cells["criterion"] == "act") & (cells["mitigation"] == "none")].index
+    known = scores.per_cell[scores.per_cell["cell_id"].isin(cells.index)]
+    found: dict[str, Any] = {}
+    for (data, is_text), same in known.groupby(["data", "is_text"], sort=True):
+        quantity = QUANTITIES["ratio" if is_text else "drop"]
+        values = same.set_index("cell_id")[quantity.column] * quantity.scale
+        found[f"{data}: {quantity.title}, act"] = values[values.index.isin(plain)].mean()
+        found[f"{data}: {quantity.title}, best"] = values.min()
+    return found
