@@ -19,7 +19,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-
 SPEED_PERIOD_S = 6 * 3600.0
 """Time left is estimated from the cells of so many last seconds; a cell of a large model takes an hour."""
 

@@ -15,7 +15,8 @@ VALUES = {
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("eval.limit=null", "seed=3"), ("data.mirror='${results_dir}'",), ("model=tiny-llama", "model.seed=4")]
+    "extra",
+    [(), ("eval.limit=null", "seed=3"), ("data.mirror='${results_dir}'",), ("model=tiny-llama", "model.seed=4")],
 )
 def test_a_shared_composition_is_hydras_own(extra: tuple[str, ...]) -> None:
     prepare(None)

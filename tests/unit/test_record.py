@@ -59,9 +59,13 @@ def test_a_cell_reads_what_was_written(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "cells" / "one") as place:
-        (place / "half").write_text("x")
-        raise RuntimeError
+    def fail(place: Path) -> None:
+        with whole_folder(place) as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail(tmp_path / "cells" / "one")
     assert list((tmp_path / "cells").iterdir()) == []
 
 
