@@ -65,6 +65,10 @@ class Settings:
             raise InputError(f"bench: {key}={text}; a whole number from 1 on is needed")
         return int(text)
 
+    def count(self, key: str) -> int:
+        """A whole number from 0 on."""
+        return 0 if self.values[key] == "0" else self.number(key)
+
     def names(self, key: str, known: Sequence[str] = ()) -> list[str]:
         """Words joined by commas."""
         words = [word for word in self.values[key].split(",") if word]
@@ -168,6 +172,7 @@ def _scoring(given: Settings) -> list[dict[str, Any]]:
     rows = scoring.run(
         loaded.model, loaded.tokenizer, [source for source in cell.sources if source.kind != "text"], device=device,
         limit=given.number("limit"), batch_tokens=given.number("batch_tokens"), rounds=given.number("rounds"),
+        num_fewshot=given.count("shots"),
     )  # fmt: skip
     return [{"model": given["model"], "dtype": given["dtype"], **row} for row in rows]
 
@@ -236,7 +241,7 @@ BENCHMARKS: dict[str, tuple[Benchmark, Words]] = {
     ),
     "scoring": (
         _scoring,
-        {"model": "smollm2", "tasks": "mini", "limit": "32", "batch_tokens": "4096", "mirror": ""},
+        {"model": "smollm2", "tasks": "mini", "limit": "32", "batch_tokens": "4096", "mirror": "", "shots": "0"},
     ),
     "semistructured": (_semistructured, {"tokens": "8192"}),
 }  # fmt: skip

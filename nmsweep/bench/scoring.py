@@ -1,11 +1,11 @@
 """lm-eval's own scoring path against packed scoring, interleaved, with the same padded tokens at once."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from nmsweep.bench.timing import Contender, interleave, peak_bytes, ratios
+from nmsweep.bench.timing import Contender, interleave, peak_bytes, peak_process_bytes, ratios
 from nmsweep.data.tasks import TaskSource
 from nmsweep.evaluate.kept import kept_task
 from nmsweep.evaluate.lm import NMSweepLM, quiet
@@ -79,8 +79,8 @@ def compare(
 
     Returns:
         `speedup` (median over rounds of stock/packed time) and its quartiles; seconds; tokens fed by each, padding
-        included for stock; `memory_ratio` packed/stock of peak GPU memory (None on a CPU); the largest difference of a
-        log-likelihood in nats, and how many greedy flags differ.
+        included for stock; peak memory in GB of the GPU, or on a CPU of the whole process, and its `memory_ratio`
+        packed/stock; the largest difference of a log-likelihood in nats, and how many greedy flags differ.
     """
     answers: dict[str, list[tuple[float, bool]]] = {}
     n_tokens: dict[str, int] = {}
@@ -94,7 +94,10 @@ def compare(
     contenders = {scoring: Contender(partial(answer, scoring)) for scoring in ("packed", "stock")}
     times = interleave(contenders, device, rounds, warm_up=1)
     middle, low, high = ratios(times, "packed")["stock"]
-    memory = {name: peak_bytes(contender, device) for name, contender in contenders.items()}
+    memory = {
+        name: peak_bytes(contender, device) if device.startswith("cuda") else peak_process_bytes(contender)
+        for name, contender in contenders.items()
+    }
     pairs = list(zip(answers["packed"], answers["stock"], strict=True))
     return {
         "requests": len(asked),
@@ -106,18 +109,10 @@ def compare(
         "packed_s": times["packed"].median_s,
         "stock_tokens": n_tokens["stock"],
         "packed_tokens": n_tokens["packed"],
+        "stock_gb": memory["stock"] / 1e9,
+        "packed_gb": memory["packed"] / 1e9,
         "memory_ratio": memory["packed"] / memory["stock"] if memory["stock"] else None,
         "max_difference": max((abs(a - b) for (a, _), (b, _) in pairs), default=math.nan),
         "flags_differ": sum(a != b for (_, a), (_, b) in pairs),
         "rounds": rounds,
     }
-
-
-def describe(row: Mapping[str, Any]) -> str:
-    """A row on one line."""
-    shots = f", {row['num_fewshot']}-shot" if row["num_fewshot"] else ""
-    return (
-        f"{row['task']}{shots}: packed {row['speedup']:.2f}× sooner (quartiles {row['speedup_q1']:.2f} to "
-        f"{row['speedup_q3']:.2f}; {row['requests']} requests, {row['stock_s']:.1f} s against {row['packed_s']:.1f} s, "
-        f"{row['stock_tokens']} tokens against {row['packed_tokens']})"
-    )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -88,6 +89,18 @@ def peak_bytes(contender: Contender, device: str) -> int:
         contender.run()
         synchronize(device)
         return int(torch.cuda.max_memory_allocated())
+
+
+def peak_process_bytes(contender: Contender) -> int:
+    """Most memory that this process had in use during one run, weights and libraries included, in bytes; 0 but on Linux."""
+    try:
+        with contender.around():
+            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is in use now
+            contender.run()
+            status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def ratios(times: Mapping[str, Timing], base: str) -> dict[str, tuple[float, float, float]]:

@@ -131,6 +131,14 @@ class TaskSource:
         return str(self.config["dataset_path"]), self.config.get("dataset_name")
 
 
+def _mini(task: str, config: Mapping[str, Any], file: Path, name: str) -> TaskSource:
+    """A shipped task; its few-shot examples are the first ones of a file of their own, the same for every item."""
+    split = _split(config)
+    files = {split: MINI_FOLDER / name, "train": MINI_FOLDER / name.replace(".jsonl", "_examples.jsonl")}
+    own = {"training_split": "train", "fewshot_config": {"sampler": "first_n"}}
+    return TaskSource(task, "harness", {**config, **own}, file, files, split)
+
+
 def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -154,7 +162,7 @@ def find_task(task: str, mirror: Path | None, include_path: Path | None = None) 
     if task in MINI_TASKS:
         base, name = MINI_TASKS[task]
         config, file = harness_config(base)
-        return TaskSource(task, "harness", config, file, {_split(config): MINI_FOLDER / name}, _split(config))
+        return _mini(task, config, file, name)
     if group := _group_file(task, include_path):
         return _group(task, group, mirror)
     config, file = harness_config(task, include_path)

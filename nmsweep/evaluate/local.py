@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nmsweep.data.examples import fewshot_split, needs_split
-from nmsweep.data.tasks import TaskSource
+from nmsweep.data.tasks import MINI_TASKS, TaskSource
 
 
 def local_data(source: TaskSource, config: Mapping[str, Any], num_fewshot: int) -> dict[str, Any]:
@@ -18,6 +18,8 @@ def local_data(source: TaskSource, config: Mapping[str, Any], num_fewshot: int) 
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
         if config.get(key) not in files:
             change[key] = None
+    if source.task in MINI_TASKS:  # their YAML is another task's
+        change |= {key: source.config[key] for key in ("training_split", "fewshot_config")}
     if needs_split(source, num_fewshot):
         change["fewshot_split"] = fewshot_split(source, num_fewshot)
     return change

@@ -67,3 +67,18 @@ def test_the_calibration_text_is_not_the_evaluated_text() -> None:
     assert min(len(prose), len(calibration)) >= 7000
     spans = {tuple(prose[i : i + 13]) for i in range(len(prose) - 12)}
     assert not any(tuple(calibration[i : i + 13]) in spans for i in range(len(calibration) - 12))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_examples_are_of_the_same_form_and_not_among_the_items(name: str) -> None:
+    examples = [json.loads(line) for line in (MINI_FOLDER / f"{name}_examples.jsonl").read_text().splitlines()]
+    assert len(examples) == 5
+    evaluated = {tuple(FORMS[name](item)[0]) for item in items(name)} if name != "yesno" else set()
+    for example in examples:
+        choices, gold = FORMS[name](example)
+        assert 0 <= gold < len(choices)
+        assert tuple(choices) not in evaluated
+        assert set(example) == set(items(name)[0])
+    keys = ("question", "ctx", "sentence")
+    asked = {item[key] for item in items(name) for key in keys if key in item}
+    assert not asked & {example[key] for example in examples for key in keys if key in example}
