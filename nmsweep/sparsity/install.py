@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from nmsweep.config import Method, parse_scope, split_names
 from nmsweep.errors import InputError
 from nmsweep.models.targets import input_groups, linear_flops, target_linears
 from nmsweep.pattern import Pattern, parse_pattern
+from nmsweep.recipe import read_recipe
 from nmsweep.record import LayerCount
 from nmsweep.sparsity.linear import SharedInput, SparseLinear, TokenView
 from nmsweep.sparsity.method import (
@@ -297,6 +298,7 @@ def sparsify(
     mitigations: Mapping[str, Mapping[str, Any]] | None = None,
     scope: str = "all",
     state: Mapping[str, State] | None = None,
+    recipe: str | Path | None = None,
     config_dir: str | Path | None = None,
 ) -> Iterator[Installed]:
     """Make a transformers model sparse inside a `with` block, without a config file.
@@ -314,6 +316,7 @@ def sparsify(
         mitigations: parameters by mitigation, ``{"shift": {"stat": "mean"}}``.
         scope: which tokens are pruned: ``"all"``, ``"prefill"``, ``"decode"``, ``"skip_first:4"``, ``"skip_first:50%"``.
         state: what `nmsweep.calibrate.fit` gave for calibrated stages.
+        recipe: the YAML file of a pattern for each layer, which `policy=greedy` makes; it takes the place of `pattern`.
         config_dir: a folder of your own with ``criterion/`` and ``mitigations/``.
 
     Raises:
@@ -322,6 +325,9 @@ def sparsify(
     made, names = sparsification_from_names(
         pattern, criterion, mitigation, targets, mitigations or {}, config_dir, scope
     )
+    if recipe is not None:
+        found = read_recipe(Path(recipe))
+        made = replace(made, pattern=found.pattern, patterns=found.layers)
     with installed(model, made, names, state, scope) as sparse:
         yield sparse
 

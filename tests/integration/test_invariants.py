@@ -83,7 +83,7 @@ def logits(model: Any, ids: Tensor, padding: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize(("criterion", "mitigation"), METHODS)
 def test_a_sequence_is_pruned_by_itself(criterion: str, mitigation: str, family: str) -> None:
     """In float64 batch mates, padding and a second pass change nothing; and exactly N of each M are kept."""
-    made, targets = sparsification_from_names("1:4", criterion, mitigation, "all", {})
+    made, targets = sparsification_from_names("1:4", criterion, mitigation, "all", {"rsparse": {"rank": 4}})
     model, state = model_of(family, "float64"), calibrated(family, "float64", made)
     ids, other = text(1, 9), text(1, 13, 2)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
