@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+if shutil.which("nvidia-smi") is None:  # before anything imports triton: it reads this when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from nmsweep import sweep
 from nmsweep.data.tasks import MINI_FOLDER
 

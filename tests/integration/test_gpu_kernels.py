@@ -1,0 +1,105 @@
+"""The Triton kernels on a real GPU: `pytest -m gpu`. Needs a CUDA device."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmsweep.models import ModelSpec, load_model
+from nmsweep.sparsity.install import sparsify
+from nmsweep.sparsity.kernels import prune
+from nmsweep.sparsity.kernels.norms import channel_squares
+
+pytestmark = pytest.mark.gpu
+
+CALLS: list[dict[str, Any]] = [
+    {"n": 2, "m": 4}, {"n": 3, "m": 4}, {"n": 4, "m": 8}, {"n": 8, "m": 16}, {"n": 5, "m": 16}, {"n": 16, "m": 32}, {"n": 3, "m": 6},
+    {"n": 32, "m": 64}, {"n": 40, "m": 96}, {"kept": 480}, {"n": 8, "m": 16, "weight": True}, {"n": 8, "m": 16, "eta": "median"},
+    {"n": 2, "m": 4, "eta": "mean"}, {"n": 8, "m": 16, "var": True}, {"n": 16, "m": 32, "eta": "median", "var": True},
+    {"kept": 480, "eta": "median", "var": True, "weight": True}, {"n": 3, "m": 6, "eta": "vector", "var": True},
+]  # fmt: skip
+
+
+def rows(dtype: torch.dtype) -> Tensor:
+    x = torch.randn(3, 5, 960, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(dtype)
+    x[0, 0, :480] = x[0, 0, 480:]
+    x[0, 1] = torch.randint(-2, 3, (960,), device="cuda").to(dtype)
+    x[1, 0, ::7], x[1, 1, ::5], x[1, 2, 3] = float("nan"), float("inf"), float("-inf")
+    x[2, 0], x[2, 1, ::3] = 0.0, -0.0
+    return x
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_masks_on_the_gpu_are_those_of_the_reference(call: dict[str, Any], dtype: torch.dtype) -> None:
+    x = rows(dtype)
+    made = dict(call)
+    if "weight" in call:
+        made["weight"] = torch.rand(3, 960, device="cuda")
+    if call.get("eta") == "vector":
+        made["eta"] = torch.randn(960, device="cuda")
+    counts = torch.zeros(2, dtype=torch.int64, device="cuda")
+    u, mask = prune(x, return_mask=True, **made)
+    expected, expected_mask = prune(x, backend="reference", return_mask=True, **made)
+    assert torch.equal(mask, expected_mask)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype] if call.get("var") else 0.0
+    torch.testing.assert_close(u, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(prune(x, counts=counts, **made), u, rtol=0, atol=0, equal_nan=True)
+    assert counts.tolist() == [int(mask.sum()), mask.numel()]
+
+
+@pytest.fixture
+def model() -> Any:
+    return load_model(ModelSpec(name="t", source="tiny", shape="tiny-llama"), dtype="bfloat16", device="cuda").model
+
+
+METHODS = [("act", "none"), ("act", "shift+var"), ("wina", "none"), ("clact", "none")]
+
+
+@pytest.mark.parametrize(("criterion", "mitigation"), METHODS)
+def test_a_forward_pass_never_waits_for_the_gpu(model: Any, criterion: str, mitigation: str) -> None:
+    ids = torch.arange(64, device="cuda").reshape(2, 32)
+    with sparsify(model, pattern="8:16", criterion=criterion, mitigation=mitigation), torch.inference_mode():
+        body = model.get_decoder()
+        body(input_ids=ids, use_cache=False)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            body(input_ids=ids, use_cache=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("criterion", "mitigation"), METHODS)
+def test_a_cuda_graph_replays_the_kernels(criterion: str, mitigation: str, model: Any) -> None:
+    with sparsify(model, pattern="8:16", criterion=criterion, mitigation=mitigation) as sparse, torch.inference_mode():
+        layer = next(layer for name, layer in sparse.layers.items() if name.endswith("o_proj"))
+        x = torch.randn(2, 32, layer.in_features, device="cuda", dtype=torch.bfloat16)
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
+
+
+def test_peak_memory_stays_near_dense(model: Any) -> None:
+    ids = torch.randint(0, 200, (8, 1024), device="cuda")
+
+    def peak() -> int:
+        torch.cuda.reset_peak_memory_stats()
+        model.get_decoder()(input_ids=ids, use_cache=False)
+        return torch.cuda.max_memory_allocated()
+
+    with torch.inference_mode():
+        dense = peak()
+        with sparsify(model, pattern="8:16", mitigation="shift+var"):
+            assert peak() <= 1.1 * dense
+
+
+def test_squares_on_the_gpu() -> None:
+    x = torch.randn(3, 700, 200, device="cuda", dtype=torch.bfloat16)
+    padding = torch.rand(3, 700, device="cuda") < 0.3
+    expected = x.double().square().masked_fill(padding[..., None], 0.0).sum(1, keepdim=True)
+    torch.testing.assert_close(channel_squares(x, padding), expected)

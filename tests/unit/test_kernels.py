@@ -1,0 +1,164 @@
+"""Every backend against the reference: the same mask to the bit, the same output."""
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmsweep.errors import InputError
+from nmsweep.sparsity.kernels import prune
+
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+BACKENDS = [
+    "cpu",
+    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")),
+]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, except that a NaN is a NaN."""
+    bits = a.dtype if a.dtype == torch.bool else BITS[a.dtype]
+    equal = a.view(bits) == b.view(bits)
+    return a.shape == b.shape and a.dtype == b.dtype and bool((equal | (a != a) & (b != b)).all())
+
+
+def agree(backend: str, x: Tensor, **call: Any) -> None:
+    expected, mask = prune(x, backend="reference", return_mask=True, **call)
+    counts = torch.zeros(2, dtype=torch.int64)
+    u, found = prune(x, backend=backend, return_mask=True, counts=counts, **call)
+    alone = prune(x, backend=backend, **call)
+    assert torch.equal(found, mask)
+    assert counts.tolist() == [int(mask.sum()), mask.numel()]
+    assert same(u, alone)
+    if call.get("var"):
+        # float64 sums in another order: ν may differ in its last bit, and a rounding with it
+        assert torch.equal(u != u, expected != expected)
+        tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[x.dtype]
+        finite = expected.isfinite() & u.isfinite()
+        torch.testing.assert_close(u[finite], expected[finite], rtol=tolerance, atol=tolerance)
+    else:
+        assert same(u, expected)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "2:4": {"n": 2, "m": 4},
+    "1:8": {"n": 1, "m": 8},
+    "8:16": {"n": 8, "m": 16},
+    "12:16": {"n": 12, "m": 16},
+    "16:32": {"n": 16, "m": 32},
+    "3:6": {"n": 3, "m": 6},
+    "5:12": {"n": 5, "m": 12},
+    "1:1": {"n": 1, "m": 1},
+    "32:64": {"n": 32, "m": 64},
+    "50%": {"kept": 96},
+    "1 of all": {"kept": 1},
+    "weight": {"n": 2, "m": 4, "weight": "hidden"},
+    "weight a sequence": {"n": 8, "m": 16, "weight": "batch"},
+    "weight a token": {"n": 3, "m": 6, "weight": "token"},
+    "median": {"n": 8, "m": 16, "eta": "median"},
+    "mean": {"n": 2, "m": 4, "eta": "mean"},
+    "scalar": {"n": 2, "m": 4, "eta": "scalar"},
+    "vector": {"n": 8, "m": 16, "eta": "vector"},
+    "var": {"n": 2, "m": 4, "var": True},
+    "median+var": {"n": 8, "m": 16, "eta": "median", "var": True},
+    "vector+var+weight": {"n": 3, "m": 6, "eta": "vector", "var": True, "weight": "hidden"},
+    "50%+mean+var": {"kept": 100, "eta": "mean", "var": True},
+}
+
+
+def arguments(call: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    """A call of CALLS with its tensors in place of their names."""
+    random = torch.Generator().manual_seed(7)
+    shapes = {"hidden": x.shape[-1:], "batch": (x.shape[0], x.shape[-1]), "token": x.shape}
+    made = dict(call)
+    if "weight" in call:
+        made["weight"] = torch.rand(shapes[call["weight"]], generator=random)
+    if call.get("eta") == "scalar":
+        made["eta"] = torch.tensor(0.25)
+    if call.get("eta") == "vector":
+        made["eta"] = torch.randn(x.shape[-1], generator=random)
+    return made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_backend_agrees_with_the_reference(name: str, dtype: torch.dtype, backend: str) -> None:
+    x = draw(2, 3, 192, dtype=dtype)
+    x[0, 0, :8] = x[0, 0, 8:16]  # ties across groups, and within
+    x[0, 1] = torch.randint(-2, 3, (192,)).to(dtype)
+    agree(backend, x, **arguments(CALLS[name], x))
+
+
+SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40, -1e-40, 1e-45, 65504.0, 3e38, -3e38]
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter is numpy
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["2:4", "8:16", "3:6", "50%", "weight", "median", "mean", "median+var", "var"])
+def test_special_values_agree(name: str, backend: str) -> None:
+    random = torch.Generator().manual_seed(1)
+    rows = [torch.tensor(SPECIAL)[torch.randint(0, len(SPECIAL), (192,), generator=random)] for _ in range(3)]
+    rows += [torch.full((192,), math.nan), torch.zeros(192), torch.full((192,), -0.0), torch.full((192,), 3.0)]
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.stack(rows)[None].to(dtype)
+        agree(backend, x, **arguments(CALLS[name], x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_and_odd_places_agree(backend: str) -> None:
+    wide = draw(4, 6, 200)
+    for x in (
+        wide[::2, 1:5, 4:196],
+        wide.transpose(0, 1)[..., :192],
+        wide.flatten()[1:193],
+        wide.flatten()[3:1155].view(3, 2, 192),
+    ):
+        agree(backend, x, n=8, m=16)
+        agree(backend, x, n=2, m=4, eta="median")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_give_no_tokens(backend: str) -> None:
+    u, mask = prune(torch.empty(0, 5, 64), n=2, m=4, backend=backend, return_mask=True)
+    assert u.shape == mask.shape == (0, 5, 64)
+
+
+def test_what_no_fast_backend_knows_goes_to_the_reference() -> None:
+    for x, call in ((draw(2, 192, dtype=torch.float64), {"n": 2, "m": 4}), (draw(2, 192), {"n": 40, "m": 96})):
+        assert same(prune(x, **call), prune(x, backend="reference", **call))
+
+
+def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"'cup' does not exist; did you mean cpu\?"):
+        prune(draw(2, 64), n=2, m=4, backend="cup")
+    monkeypatch.setenv("NMSWEEP_KERNEL", "cuda")
+    with pytest.raises(InputError, match="'cuda' does not exist; "):
+        prune(draw(2, 64), n=2, m=4)
+    monkeypatch.setenv("NMSWEEP_KERNEL", "cpu")
+    with pytest.raises(InputError, match=r"cpu cannot prune torch\.float64"):
+        prune(draw(2, 64, dtype=torch.float64), n=2, m=4)
+
+
+def test_all_kept_passes_bit_for_bit() -> None:
+    x = draw(3, 64)
+    x[0, 3] = -0.0
+    for backend in ("reference", "cpu"):
+        assert same(prune(x, n=4, m=4, eta="median", var=True, backend=backend), x)
+
+
+def test_a_nan_never_becomes_a_number() -> None:
+    x = draw(1, 64)
+    x[0, 5] = math.nan
+    for backend in ("reference", "cpu"):
+        assert prune(x, n=2, m=4, backend=backend).isnan().sum() == 1
+        assert prune(x, n=2, m=4, eta="median", backend=backend).isnan().sum() == 33, "each pruned channel, and itself"
