@@ -109,6 +109,14 @@ def _inspect(words: Sequence[str]) -> int:
     return 0
 
 
+def _prefetch(words: Sequence[str]) -> int:
+    from nmsweep.application import silence_libraries
+    from nmsweep.prefetching import prefetch
+
+    silence_libraries()
+    return prefetch(words)
+
+
 def _bench(words: Sequence[str]) -> int:
     from nmsweep.application import silence_libraries
     from nmsweep.bench.command import bench
@@ -160,6 +168,7 @@ SUBCOMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": _report,
     "list": _list,
     "inspect": _inspect,
+    "prefetch": _prefetch,
     "sensitivity": _sensitivity,
     **{name: _of_sweeps(name) for name in ("plan", "status", "retry", "gc")},
 }

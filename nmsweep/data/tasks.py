@@ -306,6 +306,35 @@ def hub_fingerprint(path: str, name: str | None, split: str) -> str:
     return hashlib.sha256(f"{path}/{name}/{split}@{revision}".encode()).hexdigest()
 
 
+def hub_rows(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
+    """All rows of a hub data set's split.
+
+    Raises:
+        DataError: the hub does not give it.
+    """
+    import datasets
+
+    try:
+        return [dict(row) for row in datasets.load_dataset(path, name, split=split)]
+    except Exception as error:  # as in `hub_fingerprint`
+        raise unreachable(path, error) from error
+
+
+def hub_size(path: str, name: str | None) -> int | None:
+    """Bytes that a hub data set takes to download; None where it does not say.
+
+    Raises:
+        DataError: the hub cannot be reached.
+    """
+    import datasets
+
+    try:
+        size = datasets.load_dataset_builder(path, name).info.download_size
+    except Exception as error:  # as in `hub_fingerprint`
+        raise unreachable(path, error) from error
+    return None if size is None else int(size)
+
+
 def unreachable(path: str, error: Exception) -> DataError:
     """The one message for a data set that the hub does not give."""
     return DataError(
@@ -329,10 +358,4 @@ def _wikitext_rows(source: TaskSource) -> list[str]:
     if source.split in source.files:
         with source.files[source.split].open(encoding="utf-8", newline="\n") as handle:
             return ["" if not line.strip() else line for line in handle]
-    import datasets
-
-    path, name = source.hub_name
-    try:
-        return list(datasets.load_dataset(path, name, split=source.split)["text"])
-    except Exception as error:
-        raise unreachable(path, error) from error
+    return [str(row["text"]) for row in hub_rows(*source.hub_name, source.split)]

