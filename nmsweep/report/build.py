@@ -9,11 +9,12 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from nmsweep.evaluate.identity import identical
 from nmsweep.report import formats
 from nmsweep.report.figures import Figures, all_points, draw_figures
 from nmsweep.report.hardware import hardware_view
 from nmsweep.report.load import Results, read_results
-from nmsweep.report.manifest import cell_list, manifest, warnings_of
+from nmsweep.report.manifest import cell_list, cell_provenance, manifest, warnings_of
 from nmsweep.report.page import make_page
 from nmsweep.report.scores import Scores, make_scores
 from nmsweep.report.spec import Table, TableSpec
@@ -44,7 +45,7 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
     folder = results_dir / "report"
     figures = draw(all_points(results, scores), folder / "figures")
     made = manifest(results, scores.paired.n_resamples)
-    problems += warnings_of(made)
+    problems += [*warnings_of(made), *map(str, identical(cell_provenance(results)))]
     write_text(results_dir / "tidy.csv", results.tidy.to_csv(index=False))
     write_text(folder / "cells.csv", cell_list(results).to_csv(index=False))
     write_text(folder / "manifest.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")

@@ -19,6 +19,10 @@ TOLERANCE = 1e-9
 """Relative: the numbers are written with all their digits."""
 
 
+_OF_SLICE = {"kl_to_dense": "kl", "top1_agreement": "top1_agreement"}
+"""Metrics of the first windows of a text, and the column each is the mean of, weighted by `n_compared`."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One number that is not what the samples say, or that they do not say."""
@@ -115,9 +119,13 @@ def recompute(metric: str, items: pd.DataFrame) -> dict[str, float | None] | Non
         return {"value": math.nan, "stderr": None, "n_items": 0}
     if metric == "perplexity" and "nll" in items:
         return _perplexity(items["nll"].to_numpy(float), items["n_tokens"].to_numpy(float))
-    if metric in ("kl", "top1_agreement") and metric in items:
-        have = items[items[metric].notna()]
-        return {"value": float(np.average(have[metric], weights=have["n_compared"])), "stderr": None, "n_items": None}
+    if (column := _OF_SLICE.get(metric)) and column in items:
+        have = items[items["n_compared"] > 0]
+        return {
+            "value": float(np.average(have[column], weights=have["n_compared"])),
+            "stderr": None,
+            "n_items": len(have),
+        }
     right = _right(metric, items)
     if right is None and f"metric_{metric}" in items:
         right = items[f"metric_{metric}"].to_numpy(float)

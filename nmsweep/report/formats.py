@@ -166,15 +166,13 @@ def to_latex(table: Table, label: str) -> str:
     """A table for ``\\input``; needs booktabs and graphicx, and longtable where it is long."""
     frame = _frame(table, latex_text)
     is_long = len(frame) > _LONG
-    styler = _styled(
-        frame, lambda entry: _latex_entry(entry, table.quantity, with_span=not is_long), "font-weight: bold;"
-    )
+    styler = _styled(frame, lambda entry: _latex_entry(entry, table.quantity, with_span=not is_long))
     text = latex_text(caption(table)) + _latex_legend(legend(table), is_long)
     formats = "l" * frame.index.nlevels + "r" * len(frame.columns)
     if is_long:
-        body = styler.to_latex(environment="longtable", hrules=True, convert_css=True, column_format=formats, caption=text, label=label, multirow_align="naive")  # fmt: skip
+        body = styler.to_latex(environment="longtable", hrules=True, column_format=formats, caption=text, label=label, multirow_align="naive")  # fmt: skip
         return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}%\n{body}}}\n"
-    body = styler.to_latex(hrules=True, convert_css=True, column_format=formats, multirow_align="naive")
+    body = styler.to_latex(hrules=True, column_format=formats, multirow_align="naive")
     return _FLOAT.format(caption=text, label=label, body=body)
 
 
@@ -182,6 +180,8 @@ _FLOAT = r"""\begin{{table}}[htbp]
 \centering
 \caption{{{caption}}}
 \label{{{label}}}
+\smallskip
+
 \resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{%
 {body}}}
 \end{{table}}
@@ -211,7 +211,8 @@ def _latex_legend(words: str, is_long: bool) -> str:
 def _latex_entry(entry: Entry, quantity: Quantity, with_span: bool) -> str:
     if entry.status != "done":
         return "--" if entry.status == "missing" else r"\textit{failed}"
-    text = number(entry.value, quantity) + r"$^{\dagger}$" * entry.tied
+    text = number(entry.value, quantity)
+    text = rf"\textbf{{{text}}}" if entry.best else text + r"$^{\dagger}$" * entry.tied
     interval = span(entry, quantity) if with_span else ""
     return text + (rf" {{\scriptsize {interval}}}" if interval else "")
 
@@ -219,7 +220,7 @@ def _latex_entry(entry: Entry, quantity: Quantity, with_span: bool) -> str:
 def to_html(table: Table) -> str:
     """A table element with its caption and legend."""
     frame = _frame(table, html_text)
-    styler = _styled(frame, lambda entry: _html_entry(entry, table.quantity), "font-weight:bold")
+    styler = _styled(frame, lambda entry: _html_entry(entry, table.quantity))
     styler = styler.set_caption(f"{html_text(caption(table))}<br><small>{html_text(legend(table))}</small>")
     return str(styler.set_uuid(table.name + table.data).to_html(table_attributes='class="numbers"', border=None))
 
@@ -227,15 +228,15 @@ def to_html(table: Table) -> str:
 def _html_entry(entry: Entry, quantity: Quantity) -> str:
     if entry.status != "done":
         return f'<span class="{entry.status}">{_WORDS[entry.status]}</span>'
-    text = number(entry.value, quantity) + "<sup>†</sup>" * entry.tied
+    text = number(entry.value, quantity)
+    text = f"<strong>{text}</strong>" if entry.best else text + "<sup>†</sup>" * entry.tied
     interval = span(entry, quantity)
     return text + (f" <small>{interval}</small>" if interval else "")
 
 
-def _styled(frame: pd.DataFrame, show: Callable[[Entry], str], bold: str) -> Styler:
+def _styled(frame: pd.DataFrame, show: Callable[[Entry], str]) -> Styler:
     formatter: Any = show
-    styler = Styler(frame, cell_ids=False).format(formatter)
-    return styler.map(lambda entry: bold if entry.best else None)
+    return Styler(frame, cell_ids=False).format(formatter)
 
 
 def html_document(table: Table) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from nmsweep.record import items_file
 from nmsweep.report.load import Results
 
 _MOST_CHARS = 600
@@ -14,11 +15,17 @@ _MOST_CHARS = 600
 def item_texts(results: Results, task: str, items: Collection[int]) -> dict[int, dict[str, Any]]:
     """Text (its end, where the question is), choices and right answer of items, by number; empty where none are kept."""
     found: dict[int, dict[str, Any]] = {}
-    for file in sorted((results.folder / "items").glob(f"{task}_*.parquet")):
+    for file in sorted(_files(results, task)):
         for row in _rows(file, items):
             text, choices = str(row["text"]), [str(choice)[:_MOST_CHARS] for choice in row["choices"]]
             found[int(row["item"])] = {"text": text[-_MOST_CHARS:], "choices": choices, "gold": str(row["gold"])}
     return found
+
+
+def _files(results: Results, task: str) -> set[Path]:
+    """Where the items lie that the cells saw: usually one file."""
+    seen = ((cell.get("tasks") or {}).get(task, {}).get("data") for cell in results.provenance.values())
+    return {file for data in set(seen) if data and (file := items_file(results.folder, task, str(data))).is_file()}
 
 
 def _rows(file: Path, items: Collection[int]) -> list[dict[str, Any]]:

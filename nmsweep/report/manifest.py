@@ -1,7 +1,7 @@
 """Where the numbers of a report come from: versions, data, devices, and the cell and command behind each number."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -35,6 +35,12 @@ def warnings_of(made: Mapping[str, Any]) -> list[str]:
         for name, known in made[kind].items()
         if len(known) > 1
     ]
+
+
+def cell_provenance(results: Results) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Folder name and provenance of every finished cell, for the identity watch."""
+    for cell_id, place in results.done["place"].items():
+        yield place.name, results.provenance[str(cell_id)]
 
 
 def _counted(values: Iterable[object]) -> dict[str, int]:

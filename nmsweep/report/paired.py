@@ -172,7 +172,8 @@ def ends(replicates: Matrix) -> tuple[Floats, Floats]:
     found = []
     for place in places:
         below, above = (part[:, rounded(place)].astype(np.float64) for rounded in (math.floor, math.ceil))
-        found.append(np.where(bad, np.nan, below + (above - below) * (place - math.floor(place))))
+        with np.errstate(invalid="ignore"):  # a relative drop from 0 is infinite
+            found.append(np.where(bad, np.nan, below + (above - below) * (place - math.floor(place))))
     return found[0], found[1]
 
 
@@ -203,6 +204,7 @@ def _weighted(items: TaskItems, name: str) -> float:
     if name not in items.values or "n_compared" not in items.values:
         return float("nan")
     have = ~np.isnan(items.values[name])
+    have &= items.values["n_compared"] > 0
     return float(np.average(items.values[name][have], weights=items.values["n_compared"][have]))
 
 

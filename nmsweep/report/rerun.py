@@ -15,7 +15,7 @@ _DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 
 _MODEL_KEYS = ("path", "revision", "seed", "trust_remote_code")
-_PLAIN = re.compile(r"[A-Za-z0-9_./:%+*@?!-]+")
+_PLAIN = re.compile(r"[A-Za-z0-9_./:%+*@?-]+")
 
 
 def rerun_command(config: Mapping[str, Any]) -> str:
@@ -74,7 +74,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{_literal(key)}:{_literal(one)}" for key, one in value.items()) + "}"
     text = str(value)
-    if isinstance(value, int | float) or (_PLAIN.fullmatch(text) and not text.startswith("!")):
+    if isinstance(value, int | float) or (_PLAIN.fullmatch(text)):
         return text
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
     return f"'{escaped}'"

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from nmsweep.config import CalibrationConfig, DataConfig, EvalConfig, short_hash
+from nmsweep.evaluate.identity import METHOD, SCORES, method_id
 from nmsweep.pattern import parse_pattern
 from nmsweep.record import LayerCount, Metric, cell_folder, failure_folder, write_cell, write_failure
 
@@ -90,7 +91,13 @@ def write_one(folder: Path, plan: Plan, seed: int, model: str, pattern: str, cri
     }  # fmt: skip
     place = cell_folder(folder, model, parsed.slug, criterion, mitigation, cell_id)
     write_cell(
-        place, config, shared, metrics, layers, pd.concat(tables, ignore_index=True), provenance_of(shared, plan)
+        place,
+        config,
+        shared,
+        metrics,
+        layers,
+        pd.concat(tables, ignore_index=True),
+        provenance_of(shared, plan, config, tables),
     )
     return cell_id
 
@@ -151,7 +158,7 @@ def samples_of(task: str, plan: Plan, seed: int, model: str, loss: float, cell_i
         )
         return pd.DataFrame({
             "task": task, "item": range(plan.n_windows), "nll": level * 511, "n_tokens": 511.0,
-            **({"kl": 0.3 * loss + noise.uniform(0, 0.02, plan.n_windows), "top1_agreement": np.clip(1 - 0.15 * loss - noise.uniform(0, 0.02, plan.n_windows), 0, 1), "n_compared": 511.0} if loss else {}),
+            **({"kl": 0.3 * loss + noise.uniform(0, 0.02, plan.n_windows), "top1_agreement": np.clip(1 - 0.15 * loss - noise.uniform(0, 0.02, plan.n_windows), 0, 1), "n_compared": 511} if loss else {}),
         })  # fmt: skip
     width, n = N_CHOICES.get(task, 4), plan.n_items
     item = draw_of(task, "items")
@@ -176,6 +183,9 @@ def metrics_of(table: pd.DataFrame) -> Iterable[Metric]:
         per_token = table["nll"] / table["n_tokens"]
         value = math.exp(table["nll"].sum() / table["n_tokens"].sum())
         yield Metric(task, "perplexity", value, value * float(per_token.std()) / math.sqrt(n), n)
+        if "kl" in table:
+            yield Metric(task, "kl_to_dense", float(table["kl"].mean()), None, n)
+            yield Metric(task, "top1_agreement", float(table["top1_agreement"].mean()), None, n)
         return
     for column in (name for name in ("metric_acc", "metric_acc_norm") if name in table):
         yield Metric(task, column[7:], float(table[column].mean()), float(table[column].std()) / math.sqrt(n), n)
@@ -189,10 +199,13 @@ def layer_count(name: str, sparsity: float) -> LayerCount:
     )
 
 
-def provenance_of(shared: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    tasks = {task: {"version": "1", "data": short_hash(task, 64), "time_s": 1.5, "tokens": 4000, "scoring": "packed", "batch_tokens": 4096} for task in plan.tasks}  # fmt: skip
+def provenance_of(
+    shared: Mapping[str, Any], plan: Plan, config: Mapping[str, Any], tables: Sequence[pd.DataFrame]
+) -> dict[str, Any]:
+    scores = {str(table["task"].iloc[0]): short_hash(table.to_csv(), 64) for table in tables}
+    tasks = {task: {"version": "1", "data": short_hash(task, 64), "time_s": 1.5, "tokens": 4000, "scoring": "packed", "batch_tokens": 4096, SCORES: scores[task]} for task in plan.tasks}  # fmt: skip
     return {
-        "cell_id": shared["cell_id"], "dense_cell_id": shared["dense_cell_id"], "part_id": "0" * 12, "status": "done",
+        "cell_id": shared["cell_id"], "dense_cell_id": shared["dense_cell_id"], "part_id": shared["cell_id"], "status": "done", METHOD: method_id(config),
         "model": {"name": shared["model"], "fingerprint": short_hash(shared["model"], 64), "revision": shared["revision"]},
         "tasks": tasks, "time_s": 1.5 * len(tasks), "tokens": 4000 * len(tasks), "peak_memory_bytes": 2**30,
         "device": "x86_64", "dtype": shared["dtype"], "seed": shared["seed"], "calibration": {},

@@ -14,7 +14,7 @@ ORDER = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 REPORT_MAY = {"errors", "pattern", "config", "record", "storage", "report"}
-PAIRED = {"nmsweep.evaluate.statistics", "nmsweep.evaluate.comparison"}
+PAIRED = {"nmsweep.evaluate.statistics", "nmsweep.evaluate.comparison", "nmsweep.evaluate.identity"}
 """Of `evaluate`, what works on records alone; a report is of paired numbers."""
 
 

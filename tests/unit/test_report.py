@@ -15,6 +15,7 @@ from support.results_folder import HOSTILE, MINI, REAL, Plan, make_results
 
 from nmsweep.errors import InputError
 from nmsweep.evaluate.comparison import compare
+from nmsweep.record import items_file
 from nmsweep.report import formats
 from nmsweep.report.check import check_results
 from nmsweep.report.command import parse_words, report
@@ -316,3 +317,35 @@ def test_a_report_writes_every_file_and_each_number_leads_to_its_cell(made: Path
     assert set(made_of["tasks"]) == {*MINI, *REAL}
     assert made_of["versions"]["torch"] == {"2.11.0": int(cells["status"].eq("done").sum())}
     assert (folder / "report" / "tables" / "mini" / "custom_drop.md").is_file()
+
+
+def test_bit_identical_cells_of_different_methods_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    make_results(tmp_path, Plan(models=("alpha",), patterns=("8:16",), mitigations=("none", "var")))
+    assert report([f"results_dir={tmp_path}"]) == 0
+    assert "identity watch" not in capsys.readouterr().out
+    first, second = sorted(place for place in (tmp_path / "cells").iterdir() if "dense" not in place.name)
+    own, other = (json.loads((place / "provenance.json").read_text()) for place in (first, second))
+    own["tasks"]["mini_yesno"] = other["tasks"]["mini_yesno"]
+    (first / "provenance.json").write_text(json.dumps(own))
+    assert report([f"results_dir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "identity watch: mini_yesno has bit-identical scores" in said
+    for file in ("summary.md", "index.html"):
+        assert "bit-identical" in (tmp_path / "report" / file).read_text()
+
+
+def test_texts_of_flipped_items_are_in_the_page_once(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(made, folder)
+    known = read_results(folder)
+    data = next(iter(known.provenance.values()))["tasks"]["mini_yesno"]["data"]
+    rows = [{"item": n, "text": f"</script>question {n}", "choices": ["no", "yes"], "gold": "1"} for n in range(32)]
+    items_file(folder, "mini_yesno", data).parent.mkdir()
+    pd.DataFrame(rows).to_parquet(items_file(folder, "mini_yesno", data), index=False)
+    assert report([f"results_dir={folder}"]) == 0
+    page = (folder / "report" / "index.html").read_text()
+    flipped = {item for (_, task), sides in make_scores(known, []).paired.flips.items() if task == "mini_yesno" for side in sides for item in side}  # fmt: skip
+    assert flipped
+    for item in flipped:
+        assert page.count(f'question {item}"') == 1
+    assert "</script>question" not in page
