@@ -53,6 +53,7 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         if kept := finished(cell, session):  # its last holder may have written it just before
             return kept
         session.display.cell(cell.folder.name)
+        log.info("cell begins: %s", cell.folder.name)
         started = time.perf_counter()
         parts = Parts(cfg.results_dir, cell.part_id)
         if cfg.force:
