@@ -15,7 +15,7 @@ from support.results_folder import HOSTILE, MINI, REAL, Plan, make_results
 
 from nmsweep.errors import InputError
 from nmsweep.evaluate.comparison import compare
-from nmsweep.record import items_file
+from nmsweep.record import METRIC_COLUMNS, items_file
 from nmsweep.report import formats
 from nmsweep.report.check import check_results
 from nmsweep.report.command import parse_words, report
@@ -23,7 +23,7 @@ from nmsweep.report.contrast import contrast
 from nmsweep.report.load import Results, read_results
 from nmsweep.report.paired import Pair, paired
 from nmsweep.report.samples import read_many
-from nmsweep.report.scores import Scores, make_scores
+from nmsweep.report.scores import QUANTITIES, Scores, make_scores
 from nmsweep.report.spec import PRESETS, TableSpec, parse_spec
 from nmsweep.report.tables import make_tables, preset_tables
 
@@ -349,3 +349,9 @@ def test_texts_of_flipped_items_are_in_the_page_once(made: Path, tmp_path: Path)
     for item in flipped:
         assert page.count(f'question {item}"') == 1
     assert "</script>question" not in page
+
+
+def test_the_guide_names_every_column_and_quantity() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reading-results.md").read_text()
+    for name in (*METRIC_COLUMNS, *QUANTITIES):
+        assert f"`{name}`" in text, name
