@@ -7,6 +7,7 @@ from typing import Any
 
 from nmsweep.cell import device_kind, model_spec
 from nmsweep.config import RunConfig, short_hash
+from nmsweep.errors import InputError
 from nmsweep.models import LoadedModel, load_model
 from nmsweep.progress import Display
 
@@ -38,15 +39,26 @@ class Session:
     n_loads: int = 0
     _key: str = ""
     _loaded: LoadedModel | None = None
+    _unusable: dict[str, InputError] = field(default_factory=dict)
 
     def model(self, cfg: RunConfig) -> LoadedModel:
-        """The cell's model, loaded if it is not the one that is there."""
+        """The cell's model, loaded if it is not the one that is there.
+
+        Raises:
+            InputError: it cannot be had; found out once, at the first of its cells.
+        """
         key = short_hash(model_key(cfg))
+        if key in self._unusable:
+            raise self._unusable[key]
         if self._loaded is None or key != self._key:
             self._loaded = None  # two models may not fit
             self.display.stage("loading the model")
             device = device_of(cfg)
-            self._loaded = load_model(model_spec(cfg), dtype=cfg.dtype, device=device)
+            try:
+                self._loaded = load_model(model_spec(cfg), dtype=cfg.dtype, device=device)
+            except InputError as error:
+                self._unusable[key] = error
+                raise
             self._key = key
             self.n_loads += 1
             log.info("model load %d: %s, %s on %s", self.n_loads, cfg.model_name, cfg.dtype, device)

@@ -272,3 +272,24 @@ def test_a_users_own_criterion_is_one_file_and_one_yaml(
     code, _, err = nmsweep(*words, "plugins=[mine]")
     assert code == 0, err
     assert set(cells(results)) == {"tiny-llama_8-16_first_none"}
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once(
+    nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nmsweep import session
+    from nmsweep.errors import ModelError
+
+    tried = []
+
+    def refuse(*args: object, **kwargs: object) -> object:
+        tried.append(args)
+        raise ModelError("model tiny-llama: its tokenizer is damaged; take another")
+
+    monkeypatch.setattr(session, "load_model", refuse)
+    words = ("-m", *TINY, "pattern=2:4,4:8", "tasks=mini_science", "baseline=false", f"results_dir={results}")
+    code, _, err = nmsweep(*words)
+    assert code == 1
+    assert err.count("tokenizer is damaged") >= 2
+    assert len(tried) == 1
+    assert len(list((results / "failed").iterdir())) == 2
