@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmsweep.errors import InputError
+from nmsweep.errors import InputError, NmsweepError
 
 if TYPE_CHECKING:  # torch comes with them
     from nmsweep.launching import Launch
@@ -101,6 +101,8 @@ def hand_to_hydra(words: list[str], task: "Launch | None" = None) -> int:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     finally:
         _current.pop()
+    if job.error is not None:
+        raise job.error
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if len(outcomes) > 1:
         for outcome in failed:
@@ -126,16 +128,20 @@ class _Job:
     def __init__(self, task: "Launch | None", outcomes: "list[Outcome]") -> None:
         self.task = task
         self.outcomes = outcomes
+        self.error: NmsweepError | None = None  # kept from Hydra, which would print a traceback
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"task": None, "outcomes": []}
+        return {"task": None, "outcomes": [], "error": None}
 
     def __call__(self, cfg: Any) -> None:
         silence_libraries()
         from nmsweep.launching import run_batch
 
         if self.task is not None and "batch" not in cfg:
-            self.outcomes += self.task.run_here()
+            try:
+                self.outcomes += self.task.run_here()
+            except NmsweepError as error:
+                self.error = error
             return
         run_batch(str(cfg.batch), Path(str(cfg.results_dir)), remote=self.task is None)
 
@@ -151,4 +157,7 @@ def sweep_cells(launcher: Any, arguments: Sequence[str], config: Any) -> None:
     assert job.task is not None
     overrides = OverridesParser.create().parse_overrides(list(arguments))
     shared = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
-    job.outcomes += launch(launcher, job.task, shared, ClusterConfig(**config.cluster))
+    try:
+        job.outcomes += launch(launcher, job.task, shared, ClusterConfig(**config.cluster))
+    except NmsweepError as error:
+        job.error = error

@@ -20,6 +20,7 @@ from nmsweep.evaluate.identity import METHOD, SCORES, method_id, scores_sha256, 
 from nmsweep.evaluate.items import keep_items
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.evaluate.result import TaskResult
+from nmsweep.evaluate.trouble import naming_the_layer, within_memory
 from nmsweep.fitting import allocated, calibration
 from nmsweep.models import LoadedModel
 from nmsweep.provenance import device_name, environment, peak_memory_bytes
@@ -107,7 +108,7 @@ def measure(
     if layers:
         layers.reset_counts()
     started = time.perf_counter()
-    result = _evaluate(cell, source, loaded, layers, session)
+    result = naming_the_layer(loaded.model, lambda: _evaluate(cell, source, loaded, layers, session))
     seconds = time.perf_counter() - started
     provenance = {
         "time_s": round(seconds, 3),
@@ -130,11 +131,15 @@ def _evaluate(
     model, tokenizer, advance = loaded.model, loaded.tokenizer, session.display.tokens
     if source.kind == "text":
         bos = False if cfg.profile != "strict" else None
-        return perplexity.perplexity(
-            model, tokenizer, source,
-            seqlen=cfg.eval.seqlen, limit=cfg.eval.limit, batch_tokens=cfg.eval.batch_tokens, bos=bos, advance=advance,
-            as_dense=layers.as_dense if layers else None,
-        )  # fmt: skip
+
+        def windows(batch_tokens: int) -> TaskResult:
+            return perplexity.perplexity(
+                model, tokenizer, source,
+                seqlen=cfg.eval.seqlen, limit=cfg.eval.limit, batch_tokens=batch_tokens, bos=bos, advance=advance,
+                as_dense=layers.as_dense if layers else None,
+            )  # fmt: skip
+
+        return within_memory(windows, cfg.eval.batch_tokens, cfg.eval.seqlen)
     return harness.measure(
         model, tokenizer, source,
         prompting=prompting(cell, source), batch_tokens=cfg.eval.batch_tokens, advance=advance,
