@@ -66,6 +66,8 @@ def rows(
         row32 = _differences("packed", packed, stock)
         if not across:  # which takes one request a batch, whatever the budget
             row32 |= _differences("stock", _answers(model32, asked, "stock", batch_tokens // 4), stock)
+        if method is None:
+            row32 |= _budgets(model32, asked, batch_tokens)
         row32 |= _differences("packed_exact", packed[: len(first)], exact)
         row32 |= _differences("stock_exact", stock[: len(first)], exact)
         if masks:
@@ -81,13 +83,18 @@ def rows(
 def rounded(model: LoadedModel, asked: Sequence[Request], batch_tokens: int) -> dict[str, Any]:
     """The dense model in bf16, where even lm-eval's path depends on the batch size."""
     packed, stock = (_answers(model, asked, scoring, batch_tokens) for scoring in ("packed", "stock"))
-    small, large = (_answers(model, asked, "packed", tokens) for tokens in (batch_tokens // 8, batch_tokens * 8))
     return {
         "pattern": "dense", "criterion": "none", "mitigation": "none", "dtype": "bfloat16", "requests": len(asked),
         **_differences("packed", packed, stock),
         **_differences("stock", _answers(model, asked, "stock", batch_tokens // 4), stock),
-        **_differences("budget", small, large),
+        **_budgets(model, asked, batch_tokens),
     }  # fmt: skip
+
+
+def _budgets(model: LoadedModel, asked: Sequence[Request], batch_tokens: int) -> dict[str, Any]:
+    """Packed with an eighth of the tokens a batch against packed with eight times as many."""
+    small, large = (_answers(model, asked, "packed", tokens) for tokens in (batch_tokens // 8, batch_tokens * 8))
+    return _differences("budget", small, large)
 
 
 def _sparse(loaded: LoadedModel, method: tuple[str, str] | None) -> AbstractContextManager[Installed | None]:

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from nmsweep.bench.timing import Contender, interleave, peak_bytes, peak_process_bytes, ratios
+from nmsweep.bench.timing import Contender, interleave, peak_memory, ratios
 from nmsweep.data.tasks import TaskSource
 from nmsweep.evaluate.kept import kept_task
 from nmsweep.evaluate.lm import NMSweepLM, quiet
 from nmsweep.evaluate.packing import Request
 from nmsweep.evaluate.requests import templates_compiled_once
+
+WARM_UP = 32
+"""Requests that are answered before the clock runs."""
 
 
 def run(
@@ -34,7 +37,7 @@ def run(
         limit: items of each task; None for all.
         num_fewshot: examples before each item.
         batch_tokens: padded tokens computed at once, by both.
-        rounds: measured rounds, after one that is not.
+        rounds: measured rounds, after a few requests that are not.
 
     Returns:
         one row a task: see `compare`.
@@ -85,19 +88,19 @@ def compare(
     answers: dict[str, list[tuple[float, bool]]] = {}
     n_tokens: dict[str, int] = {}
 
-    def answer(scoring: Any) -> None:
-        lm = NMSweepLM(model, tokenizer, batch_tokens, lambda n_tokens: None, scoring)
-        with quiet():
-            answers[scoring] = lm._loglikelihood_tokens(asked)
-        n_tokens[scoring] = lm.n_tokens
+    memory: dict[str, int] = {}
 
-    contenders = {scoring: Contender(partial(answer, scoring)) for scoring in ("packed", "stock")}
-    times = interleave(contenders, device, rounds, warm_up=1)
+    def answer(scoring: Any, requests: Sequence[Request]) -> None:
+        lm = NMSweepLM(model, tokenizer, batch_tokens, lambda n_tokens: None, scoring)
+        with quiet(), peak_memory(device) as peak:
+            answers[scoring] = lm._loglikelihood_tokens(requests)
+        n_tokens[scoring], memory[scoring] = lm.n_tokens, peak()
+
+    for scoring in ("packed", "stock"):
+        answer(scoring, asked[:WARM_UP])
+    contenders = {scoring: Contender(partial(answer, scoring, asked)) for scoring in ("packed", "stock")}
+    times = interleave(contenders, device, rounds, warm_up=0)
     middle, low, high = ratios(times, "packed")["stock"]
-    memory = {
-        name: peak_bytes(contender, device) if device.startswith("cuda") else peak_process_bytes(contender)
-        for name, contender in contenders.items()
-    }
     pairs = list(zip(answers["packed"], answers["stock"], strict=True))
     return {
         "requests": len(asked),

@@ -3,8 +3,8 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,13 +91,21 @@ def peak_bytes(contender: Contender, device: str) -> int:
         return int(torch.cuda.max_memory_allocated())
 
 
-def peak_process_bytes(contender: Contender) -> int:
-    """Most memory that this process had in use during one run, weights and libraries included, in bytes; 0 but on Linux."""
+@contextmanager
+def peak_memory(device: str) -> Iterator[Callable[[], int]]:
+    """Tells the most memory in use inside the block, in bytes: of the GPU, else of the whole process (0 but on Linux)."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        yield lambda: int(torch.cuda.max_memory_allocated())
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is in use now
+    yield _process_peak
+
+
+def _process_peak() -> int:
     try:
-        with contender.around():
-            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is in use now
-            contender.run()
-            status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text()
     except OSError:
         return 0
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from lm_eval.evaluator import evaluate as harness_evaluate
 
+from nmsweep.data.examples import fewshot_split, needs_split
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import NonFiniteError
 from nmsweep.evaluate.groups import joined
@@ -76,7 +77,9 @@ def measure(
     table = samples_table(kept, outcomes, filters)
     _check_finite(source.task, table)
     metrics = _metrics(source.task, results["results"][source.task], filters, len(table))
-    return TaskResult(metrics, table, lm.n_tokens, lm.how())
+    shots = prompting.num_fewshot
+    where = f"; {shots} examples from {fewshot_split(source, shots)}" if needs_split(source, shots) else ""
+    return TaskResult(metrics, table, lm.n_tokens, lm.how() + where)
 
 
 @contextmanager

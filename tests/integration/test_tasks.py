@@ -233,3 +233,14 @@ def test_a_yaml_that_names_a_lost_file_says_so(nmsweep: Call, results: Path, sci
     code, _, err = nmsweep(*TINY, "tasks=own_sky", f"eval.include_path={science}", f"results_dir={results}")
     assert code == 2
     assert "which does not exist; correct data_files" in err
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_gsm8k_runs_on_a_trained_model(nmsweep: Call, results: Path, mirror_of_sums: Path) -> None:
+    words = ("model=smollm2", "tasks=gsm8k", f"data.mirror={mirror_of_sums}", f"results_dir={results}", "device=cpu")
+    code, _, err = nmsweep("-m", *words, "pattern=8:16", "scope=prefill,decode", "eval.limit=3")
+    assert code == 0, err
+    found = responses(results)
+    assert set(found) == {"dense", "prefill", "decode"}
+    assert any("####" in text for text in found["dense"]), "the model takes up the form of the examples"
