@@ -137,7 +137,8 @@ def measure(
         model = loaded["float32"]
         shots = source.num_fewshot(cfg.eval.num_fewshot)
         asked = task_requests(model.model, model.tokenizer, source, limit=cfg.eval.limit, num_fewshot=shots)
-        first = task_requests(model.model, model.tokenizer, source, limit=FLOAT64_ITEMS, num_fewshot=shots)
+        few = min(FLOAT64_ITEMS, cfg.eval.limit or FLOAT64_ITEMS)
+        first = task_requests(model.model, model.tokenizer, source, limit=few, num_fewshot=shots)
         for method in (None, *methods):
             found += [{**about, **row} for row in rows(model, loaded["float64"], asked, len(first), tokens, method)]
             say(_line(found[-2]))
