@@ -135,8 +135,7 @@ def _check_divides(patterns: Sequence[str], hidden: int) -> None:
 def _forward(given: Settings) -> list[dict[str, Any]]:
     from nmsweep.bench import forward
 
-    patterns, criteria = given.patterns(), given.names("criterion")
-    variants = [(p, c, m) for p in patterns for c in criteria for m in given.names("mitigation")]
+    variants = _variants(given)
     device, rounds = given.device, given.number("rounds")
     batch, seqlen = given.number("batch"), given.number("seqlen")
     model = _model(given, device).model
@@ -144,6 +143,19 @@ def _forward(given: Settings) -> list[dict[str, Any]]:
         model, device=device, batch=batch, seqlen=seqlen, variants=variants, rounds=rounds, targets=given["targets"]
     )
     return [{"model": given["model"], "dtype": given["dtype"], **row} for row in rows]
+
+
+def _variants(given: Settings) -> list[tuple[str, str, str]]:
+    """(pattern, criterion, mitigation) as `variants` lists them, or every combination."""
+    if not given["variants"]:
+        patterns, criteria = given.patterns(), given.names("criterion")
+        return [(p, c, m) for p in patterns for c in criteria for m in given.names("mitigation")]
+    variants = []
+    for word in given.names("variants"):
+        pattern, _, rest = word.partition("/")
+        criterion, _, mitigation = rest.partition("/")
+        variants.append((pattern, criterion or "act", mitigation or "none"))
+    return variants
 
 
 def _model(given: Settings, device: str, *more: str) -> Any:
@@ -236,7 +248,7 @@ BENCHMARKS: dict[str, tuple[Benchmark, Words]] = {
         _forward,
         {
             "model": "smollm2", "batch": "2", "seqlen": "512", "pattern": "2:4,8:16,16:32", "criterion": "act",
-            "mitigation": "none,shift+var", "targets": "all",
+            "mitigation": "none,shift+var", "variants": "", "targets": "all",
         },
     ),
     "scoring": (

@@ -265,4 +265,4 @@ def _fill(x: Tensor, mask: Tensor, slots: Slots) -> Tensor:
     z = centred(x, slots)
     nu = variance_ratio(z.detach(), mask)
     rescaled = (as_tensor(x, x) + (nu - 1) * z).to(x.dtype)
-    return torch.where(mask, torch.where(nu == 1, x, rescaled), fill)
+    return torch.where(mask, torch.where((nu == 1) | (z == 0), x, rescaled), fill)

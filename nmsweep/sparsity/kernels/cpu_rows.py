@@ -223,7 +223,8 @@ def _rescale(row: Any, mask: Any, eta: Any, fill: Any, nu: Any, out: Any) -> Non
     more = nu - np.float32(1)
     for i in range(row.size):
         value = to_float(row[i])
-        rescaled = from_float(value + more * (value - eta[i]), row)
+        z = value - eta[i]
+        rescaled = row[i] if z == 0 else from_float(value + more * z, row)
         out[i] = (rescaled & mask[i]) | (fill[i] & ~mask[i])
 
 

@@ -8,7 +8,7 @@ For one token `x` [hidden], computed in fp32 (float64 for float64 `x`); `fl` is 
     k  = the n highest of each m consecutive channels (or the `kept` highest of the token), by (s, then lower channel)
     ν  = √(Var z / Var k⊙z) over channels, 1 if either is 0
     u  = k ? x : η                                      without var: kept channels pass bit for bit
-    u  = k ? fl(x + fl(fl(ν−1)·z)) : η                  with var, rounded to the dtype of x; x itself where ν = 1
+    u  = k ? fl(x + fl(fl(ν−1)·z)) : η                  with var, rounded to the dtype of x; x itself where ν = 1 or z = 0
 
 What every backend must reproduce to the bit, because the mask hangs on it:
 
@@ -48,7 +48,7 @@ def prune(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         return torch.where(mask, x, fill), mask, z.new_ones(*x.shape[:-1], 1)
     nu = variance_ratio(z, mask)
     rescaled = (x.to(compute) + (nu - 1) * z).to(x.dtype)
-    return torch.where(mask, torch.where(nu == 1, x, rescaled), fill), mask, nu
+    return torch.where(mask, torch.where((nu == 1) | (z == 0), x, rescaled), fill), mask, nu
 
 
 def centre(x: Tensor, stat: str, eta: Tensor | None) -> Tensor | None:

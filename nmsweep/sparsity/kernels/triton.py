@@ -1,7 +1,7 @@
 """The primitive on CUDA, in Triton: which kernel runs a call, and in which tile.
 
-`packed_kernel` serves 16-bit values by magnitude alone, `flat_kernel` every other call without a statistic of the token, as one stream
-of groups; `row_kernel` holds one token a program. In each a thread holds whole groups in its registers. Bit patterns travel as integers,
+A median or mean of the token is a kernel of its own (`triton_centre`). Then `packed_kernel` serves 16-bit values by magnitude alone,
+`scaled_kernel` calls with ν, `row_kernel` those without groups and `flat_kernel` all others. In each a thread holds whole groups in its registers. Bit patterns travel as integers,
 so kept channels pass bit for bit. Runs on CPU tensors under TRITON_INTERPRET=1, for tests.
 """
 
@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from .arguments import Arguments
-from .triton_kernels import flat_kernel, row_kernel
+from .triton_centre import centre_kernel, packed_median_kernel
+from .triton_kernels import flat_kernel, row_kernel, scaled_kernel
 from .triton_packed import packed_kernel
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -26,6 +27,7 @@ _LARGEST_STREAM = 2**31 - 2**16  # groups that a 32-bit number can count, with r
 _LARGEST_ROW = 65536  # channels of a token that one program can hold
 _PIECE_BYTES = 16  # the widest load of a thread
 _THRESHOLD_GROUP = 8  # shape of the tile where no groups exist: consecutive channels of a thread
+_WORDS = 16  # as it is for the median, in words
 
 _NAN_KEYS = {torch.bfloat16: 0x7F817F81, torch.float16: 0x7C017C01}
 
@@ -35,8 +37,14 @@ PACKED_CONFIGS = {2: (1024, 4), 4: (1024, 8), 8: (1024, 8), 16: (256, 8), 32: (2
 FLAT_CONFIGS = {1: (2048, 4), 2: (1024, 4), 4: (512, 4), 8: (512, 4), 16: (256, 4), 32: (128, 4), 64: (64, 2)}
 """(groups of a program, warps) of flat_kernel by the power of two at or above M."""
 
+SCALED_CONFIG = (2048, 4)
+"""(channels that scaled_kernel holds at once, warps)."""
+
 ROW_WARP = 1024
-"""Channels of a token that one warp of row_kernel holds."""
+"""Channels of a token that one warp of row_kernel or centre_kernel holds."""
+
+MEDIAN_WARP = 1024
+"""Words of a token that one warp of packed_median_kernel holds."""
 
 
 def supports(args: Arguments) -> bool:
@@ -66,30 +74,60 @@ def prune(
     hidden, n, m = x.shape[-1], args.n, args.m
     pattern = _PATTERNS[x.dtype]
     weight = None if args.weight is None else args.weight.to(device=x.device, dtype=torch.float32).contiguous()
-    eta = None
+    with torch.cuda.device_of(x):
+        eta, kind = _centre(args, x)
+        common: dict[str, Any] = {
+            "x_ptr": x.view(pattern),
+            "u_ptr": u.view(pattern),
+            "weight_ptr": weight,
+            "eta_ptr": eta,
+            "mask_ptr": None if mask is None else mask.view(torch.int8),
+            "counts_ptr": counts,
+            "rows_per_weight": args.rows_per_weight if weight is not None and weight.ndim == 2 else x.numel(),
+            "N": n,
+            "M": m,
+            "KIND": _KINDS[x.dtype],
+            "ETA": kind,
+            "PIECE": _PIECE_BYTES // x.element_size(),
+            "enable_fp_fusion": False,  # every rounding of the formula is a rounding
+        }
+        if m > _LARGEST_M:
+            _launch_row(common, x.numel() // hidden, hidden, args.var, nu)
+        elif args.var:
+            _launch_scaled(common, x.numel() // hidden, hidden, nu)
+        else:
+            _launch_flat(common, x.numel() // m, hidden // m)
+    return u
+
+
+def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
+    """η in fp32, every value one of the dtype of x, and its kind as the kernels' ETA says it."""
     if args.eta is not None:
         eta = (args.eta.detach().to(device=x.device, dtype=x.dtype) + 0.0).to(torch.float32).contiguous()
-    common: dict[str, Any] = {
-        "x_ptr": x.view(pattern),
-        "u_ptr": u.view(pattern),
-        "weight_ptr": weight,
-        "eta_ptr": eta,
-        "mask_ptr": None if mask is None else mask.view(torch.int8),
-        "counts_ptr": counts,
-        "rows_per_weight": args.rows_per_weight if weight is not None and weight.ndim == 2 else x.numel(),
-        "N": n,
-        "M": m,
-        "KIND": _KINDS[x.dtype],
-        "VECTOR": eta is not None and eta.numel() > 1,
-        "PIECE": _PIECE_BYTES // x.element_size(),
-        "enable_fp_fusion": False,  # every rounding of the formula is a rounding
-    }
-    with torch.cuda.device_of(x):
-        if m <= _LARGEST_M and args.stat == "none" and not args.var:
-            _launch_flat(common, x.numel() // m, hidden // m)
-        else:
-            _launch_row(common, x.numel() // hidden, hidden, args, nu)
-    return u
+        return eta, 2 if eta.numel() > 1 else 1
+    if args.stat == "none":
+        return None, 0
+    hidden = x.shape[-1]
+    n_rows = x.numel() // hidden
+    eta = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    if args.stat == "median" and hidden % 2 == 0 and _in_words(x):
+        rows = triton.next_power_of_2(triton.cdiv(hidden, 2 * _WORDS))
+        packed_median_kernel[(n_rows,)](
+            x.view(-1).view(torch.int32), eta, hidden, KIND=_KINDS[x.dtype], W=_WORDS, G=rows, EMULATE=_interpreted(),
+            num_warps=min(16, max(1, rows * _WORDS // MEDIAN_WARP)),
+        )  # fmt: skip
+    else:
+        rows = triton.next_power_of_2(triton.cdiv(hidden, _THRESHOLD_GROUP))
+        centre_kernel[(n_rows,)](
+            x.view(_PATTERNS[x.dtype]), eta, hidden, KIND=_KINDS[x.dtype], STAT=_STATS[args.stat], P=_THRESHOLD_GROUP, G=rows,
+            num_warps=min(16, max(4, rows * _THRESHOLD_GROUP // ROW_WARP)), enable_fp_fusion=False,
+        )  # fmt: skip
+    return eta, 3
+
+
+def _in_words(x: Tensor) -> bool:
+    """Whether two neighbours of the contiguous x make a word."""
+    return x.dtype in _NAN_KEYS and x.storage_offset() % 2 == 0
 
 
 def _interpreted() -> bool:
@@ -99,8 +137,7 @@ def _interpreted() -> bool:
 def _packs(args: Arguments, x: Tensor) -> bool:
     """Whether packed_kernel can run a call on the contiguous x."""
     by_magnitude = args.weight is None and args.eta is None and args.stat == "none" and not args.var
-    whole_words = x.dtype in _NAN_KEYS and x.storage_offset() % 2 == 0
-    return by_magnitude and whole_words and args.n < args.m and args.m in PACKED_CONFIGS
+    return by_magnitude and _in_words(x) and args.n < args.m and args.m in PACKED_CONFIGS
 
 
 def _launch_packed(x: Tensor, u: Tensor, args: Arguments, counts: Tensor | None) -> None:
@@ -120,21 +157,14 @@ def _launch_flat(common: dict[str, Any], n_groups: int, groups_per_row: int) -> 
     )
 
 
-def _launch_row(common: dict[str, Any], n_rows: int, hidden: int, args: Arguments, nu: Tensor | None) -> None:
-    threshold = args.m > _LARGEST_M
-    width = _THRESHOLD_GROUP if threshold else args.m
-    padded_m = triton.next_power_of_2(width)
-    groups = triton.next_power_of_2(triton.cdiv(hidden, width))
-    warps = min(32, max(4, groups * padded_m // ROW_WARP))
-    row_kernel[(n_rows,)](
-        **common,
-        nu_ptr=nu,
-        hidden=hidden,
-        THRESHOLD=threshold,
-        WIDTH=width,
-        P=padded_m,
-        G=groups,
-        STAT=_STATS[args.stat],
-        VAR=args.var,
-        num_warps=warps,
-    )
+def _launch_scaled(common: dict[str, Any], n_rows: int, hidden: int, nu: Tensor | None) -> None:
+    padded_m = triton.next_power_of_2(common["M"])
+    elements, warps = SCALED_CONFIG
+    groups = min(max(1, elements // padded_m), triton.next_power_of_2(hidden // common["M"]))
+    scaled_kernel[(n_rows,)](**common, nu_ptr=nu, hidden=hidden, P=padded_m, G=groups, num_warps=warps)
+
+
+def _launch_row(common: dict[str, Any], n_rows: int, hidden: int, var: bool, nu: Tensor | None) -> None:
+    groups = triton.next_power_of_2(triton.cdiv(hidden, _THRESHOLD_GROUP))
+    warps = min(32, max(4, groups * _THRESHOLD_GROUP // ROW_WARP))
+    row_kernel[(n_rows,)](**common, nu_ptr=nu, hidden=hidden, P=_THRESHOLD_GROUP, G=groups, VAR=var, num_warps=warps)

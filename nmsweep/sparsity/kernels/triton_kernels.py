@@ -1,11 +1,42 @@
-"""The kernels of the Triton backend: `flat_kernel` takes groups as one stream, `row_kernel` holds one token a program."""
+"""The kernels of the Triton backend: groups as one stream, groups of one token with ν, and one token without groups.
+
+ETA says what η is: 0 none, 1 a scalar, 2 [hidden], 3 [token].
+"""
 
 # triton's compiler reads no annotations of the future
 import triton
 import triton.language as tl
 
 from .triton_network import keep_of_groups, keep_of_row, load, store
-from .triton_numbers import from_float, magnitude, mean, median, score, to_float, total, variance_ratio
+from .triton_numbers import from_float, magnitude, ratio_of_sums, score, to_float, total, variance_ratio
+
+
+@triton.jit
+def filling(
+    eta_ptr,
+    row,
+    start,
+    valid,
+    ETA: tl.constexpr,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """η as fp32 and as bit pattern, for groups [G] that begin at channel `start` of token `row` ([] or [G, 1]). ETA: 0 none, 1 scalar, 2 [hidden], 3 [token]."""
+    if ETA == 0:
+        eta = 0.0
+        fill = 0
+    elif ETA == 1:
+        eta = tl.load(eta_ptr)
+        fill = from_float(eta, KIND)
+    elif ETA == 2:
+        eta = load(eta_ptr, start, valid, 0.0, M, P, PIECE)
+        fill = from_float(eta, KIND)
+    else:
+        eta = tl.load(eta_ptr + row)
+        fill = from_float(eta, KIND)
+    return eta, fill
 
 
 @triton.jit
@@ -22,7 +53,7 @@ def flat_kernel(
     N: tl.constexpr,
     M: tl.constexpr,
     KIND: tl.constexpr,
-    VECTOR: tl.constexpr,
+    ETA: tl.constexpr,
     PIECE: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -33,18 +64,10 @@ def flat_kernel(
     inside = valid[:, None] & (tl.arange(0, P) < M)[None, :]
     base = group.to(tl.int64) * M
     x = load(x_ptr, base, valid, 0, M, P, PIECE)
-    row = group // groups_per_row
+    row = tl.minimum(group, n_groups - 1) // groups_per_row
     start = (group - row * groups_per_row) * M
-    if eta_ptr is None:
-        eta = 0.0
-        fill = 0
-    elif VECTOR:
-        eta = load(eta_ptr, start, valid, 0.0, M, P, PIECE)
-        fill = from_float(eta, KIND)
-    else:
-        eta = tl.load(eta_ptr)
-        fill = from_float(eta, KIND)
-    if weight_ptr is None and eta_ptr is None and KIND < 2:
+    eta, fill = filling(eta_ptr, row[:, None], start, valid, ETA, KIND, M, P, PIECE)
+    if weight_ptr is None and ETA == 0 and KIND < 2:
         key = magnitude(x, KIND)
     else:
         weight = 1.0
@@ -70,6 +93,93 @@ def flat_kernel(
 
 
 @triton.jit
+def scaled_kernel(
+    x_ptr,
+    u_ptr,
+    weight_ptr,
+    eta_ptr,
+    mask_ptr,
+    counts_ptr,
+    nu_ptr,
+    rows_per_weight,
+    hidden,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    KIND: tl.constexpr,
+    ETA: tl.constexpr,
+    PIECE: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+):
+    """One token a program, with ν: G groups at a time are pruned into u, then those of u that η is not are rescaled.
+
+    What the second loop reads, its thread has written in the first. Where z is 0 x passes, so pruned channels need no mask.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    n_groups = hidden // M
+    first = to_float(tl.load(x_ptr + row * hidden), KIND)
+    if ETA == 3:
+        first -= tl.load(eta_ptr + row)
+    elif ETA > 0:
+        first -= tl.load(eta_ptr)
+    dense, dense_squares = tl.zeros((G,), tl.float64), tl.zeros((G,), tl.float64)
+    sparse, sparse_squares = tl.zeros((G,), tl.float64), tl.zeros((G,), tl.float64)
+    n_kept = tl.zeros((G,), tl.int32)
+    for step in range(0, n_groups, G):
+        group = step + tl.arange(0, G)
+        valid = group < n_groups
+        inside = valid[:, None] & (tl.arange(0, P) < M)[None, :]
+        start = group * M
+        base = row * hidden + start
+        x = load(x_ptr, base, valid, 0, M, P, PIECE)
+        eta, fill = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
+        z = to_float(x, KIND) - eta
+        if weight_ptr is None and ETA == 0 and KIND < 2:
+            key = magnitude(x, KIND)
+        else:
+            weight = 1.0
+            if weight_ptr is not None:
+                weight = load(weight_ptr, row // rows_per_weight * hidden + start, valid, 0.0, M, P, PIECE)
+            key = score(z, weight)
+        kept = keep_of_groups(key, inside, N, P)
+        store(u_ptr, base, valid, tl.where(kept, x, fill).to(x.dtype), M, P, PIECE)
+        if mask_ptr is not None:
+            store(mask_ptr, base, valid, kept.to(tl.int8), M, P, PIECE)
+        n_kept += tl.sum(kept.to(tl.int32), axis=1)
+        wide = z.to(tl.float64)
+        shifted = tl.where(inside, wide - first.to(tl.float64), 0.0)
+        chosen = tl.where(kept, wide, 0.0)
+        dense += tl.sum(shifted, axis=1)
+        dense_squares += tl.sum(shifted * shifted, axis=1)
+        sparse += tl.sum(chosen, axis=1)
+        sparse_squares += tl.sum(chosen * chosen, axis=1)
+    nu = ratio_of_sums(
+        tl.sum(dense, axis=0),
+        tl.sum(dense_squares, axis=0),
+        tl.sum(sparse, axis=0),
+        tl.sum(sparse_squares, axis=0),
+        hidden,
+    )
+    if nu_ptr is not None:
+        tl.store(nu_ptr + row, nu)
+    if counts_ptr is not None:
+        tl.atomic_add(counts_ptr, tl.sum(n_kept, axis=0).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")
+    tl.debug_barrier()
+    for step in range(0, n_groups, G):
+        group = step + tl.arange(0, G)
+        valid = group < n_groups
+        start = group * M
+        base = row * hidden + start
+        x = load(u_ptr, base, valid, 0, M, P, PIECE)
+        eta, fill = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
+        value = to_float(x, KIND)
+        z = value - eta
+        rescaled = from_float(value + (nu - 1.0) * z, KIND)
+        store(u_ptr, base, valid, tl.where(nu == 1.0, x, tl.where(z == 0.0, x, rescaled)).to(x.dtype), M, P, PIECE)
+
+
+@triton.jit
 def row_kernel(
     x_ptr,
     u_ptr,
@@ -83,68 +193,48 @@ def row_kernel(
     N: tl.constexpr,
     M: tl.constexpr,
     KIND: tl.constexpr,
-    VECTOR: tl.constexpr,
+    ETA: tl.constexpr,
     PIECE: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    WIDTH: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
-    STAT: tl.constexpr,
     VAR: tl.constexpr,
 ):
-    """One token a program, as a tile [G, P] of groups (of WIDTH consecutive channels where there are no groups)."""
+    """One token a program, without groups: a tile [G, P] of which the N highest are kept."""
     row = tl.program_id(0).to(tl.int64)
-    start = tl.arange(0, G) * WIDTH
-    valid = start < hidden
-    channel = start[:, None] + tl.arange(0, P)[None, :]
-    inside = (channel < hidden) & (tl.arange(0, P) < WIDTH)[None, :]
-    base = row * hidden + start
-    if THRESHOLD:  # the last piece may be cut
-        x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
-    else:
-        x = load(x_ptr, base, valid, 0, WIDTH, P, PIECE)
-    if STAT == 1:
-        eta = median(x, inside, hidden, KIND)
-    elif STAT == 2:
-        eta = mean(x, inside, hidden, KIND)
-    elif eta_ptr is None:
+    channel = tl.arange(0, G)[:, None] * P + tl.arange(0, P)[None, :]
+    inside = channel < hidden
+    x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
+    if ETA == 0:
         eta = 0.0
-    elif VECTOR:
+        fill = 0
+    elif ETA == 2:
         eta = tl.load(eta_ptr + channel, mask=inside, other=0.0)
+        fill = from_float(eta, KIND)
     else:
-        eta = tl.load(eta_ptr)
+        eta = tl.load(eta_ptr + (row if ETA == 3 else 0))
+        fill = from_float(eta, KIND)
     z = to_float(x, KIND) - eta
-    if STAT == 0 and eta_ptr is None and weight_ptr is None and KIND < 2:
+    if ETA == 0 and weight_ptr is None and KIND < 2:
         key = magnitude(x, KIND)
     else:
         weight = 1.0
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + row // rows_per_weight * hidden + channel, mask=inside, other=0.0)
         key = score(z, weight)
-    if THRESHOLD:
-        kept = keep_of_row(key, inside, N, key.dtype.primitive_bitwidth - 1)
-    else:
-        kept = keep_of_groups(key, inside, N, P)
-    fill = 0
-    if STAT > 0 or eta_ptr is not None:
-        fill = from_float(eta, KIND)
+    kept = keep_of_row(key, inside, N, key.dtype.primitive_bitwidth - 1)
     value = x
     if VAR:
-        first = tl.load(x_ptr + row * hidden)
-        if eta_ptr is not None:
-            first_z = to_float(first, KIND) - tl.load(eta_ptr)
-        else:
-            first_z = to_float(first, KIND) - eta
-        nu = variance_ratio(z, first_z, kept, inside, hidden)
+        first = to_float(tl.load(x_ptr + row * hidden), KIND)
+        if ETA == 3:
+            first -= tl.load(eta_ptr + row)
+        elif ETA > 0:
+            first -= tl.load(eta_ptr)
+        nu = variance_ratio(z, first, kept, inside, hidden)
         if nu_ptr is not None:
             tl.store(nu_ptr + row, nu)
         rescaled = from_float(to_float(x, KIND) + (nu - 1.0) * z, KIND)
-        value = tl.where(nu == 1.0, x, rescaled)
-    result = tl.where(kept, value, fill).to(x.dtype)
-    if THRESHOLD:
-        tl.store(u_ptr + row * hidden + channel, result, mask=inside)
-    else:
-        store(u_ptr, base, valid, result, WIDTH, P, PIECE)
+        value = tl.where(nu == 1.0, x, tl.where(z == 0.0, x, rescaled))
+    tl.store(u_ptr + row * hidden + channel, tl.where(kept, value, fill).to(x.dtype), mask=inside)
     if mask_ptr is not None:
         tl.store(mask_ptr + row * hidden + channel, kept.to(tl.int8), mask=inside)
     if counts_ptr is not None:

@@ -90,13 +90,17 @@ def mean(pattern, inside, size, KIND: tl.constexpr):
 
 @triton.jit
 def variance_ratio(z, first, kept, inside, size):
-    """ν of one token of which at least one channel is pruned, so that Var k⊙z is 0 only if k⊙z is."""
+    """ν of one token of which at least one channel is pruned; `first` is any one z, so that a constant row has variance 0."""
     shifted = tl.where(inside, z.to(tl.float64) - first.to(tl.float64), 0.0)
     sparse = tl.where(kept, z, 0.0).to(tl.float64)
+    return ratio_of_sums(total(shifted), total(shifted * shifted), total(sparse), total(sparse * sparse), size)
+
+
+@triton.jit
+def ratio_of_sums(dense, dense_squares, sparse, sparse_squares, size):
+    """ν from sums over one token. A pruned channel puts a 0 among the sparse ones, so their variance is 0 only if all are."""
     n = size.to(tl.float64)
-    shifted_sum, sparse_sum = total(shifted), total(sparse)
-    dense_variance = total(shifted * shifted) - shifted_sum * shifted_sum / n
-    sparse_variance = total(sparse * sparse) - sparse_sum * sparse_sum / n
+    dense_variance = dense_squares - dense * dense / n
+    sparse_variance = sparse_squares - sparse * sparse / n
     ratio = dense_variance / tl.where(sparse_variance == 0, 1.0, sparse_variance)
-    nu = tl.sqrt(ratio).to(tl.float32)
-    return tl.where((dense_variance == 0) | (sparse_variance == 0), 1.0, nu)
+    return tl.where((dense_variance == 0) | (sparse_variance == 0), 1.0, tl.sqrt(ratio).to(tl.float32))
