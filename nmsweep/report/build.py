@@ -1,10 +1,9 @@
 """`nmsweep report`: everything that a results folder can be shown as."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -20,10 +19,8 @@ from nmsweep.report.scores import Scores, make_scores
 from nmsweep.report.spec import Table, TableSpec
 from nmsweep.report.tables import make_tables, preset_tables
 from nmsweep.report.terminal import show_results, show_table
+from nmsweep.report.workers import workers
 from nmsweep.storage import write_text
-
-_MANY = 500
-"""Cells from which a second process for the figures is worth its start."""
 
 
 def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console | None = None) -> None:
@@ -40,24 +37,46 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
     out = out or Console()
     results = read_results(results_dir)
     problems = list(results.problems)
-    scores = make_scores(results, problems)
-    tables = [*(make_tables(asked, results, scores) if asked else ()), *preset_tables(results, scores)]
     folder = results_dir / "report"
-    figures = draw(all_points(results, scores), folder / "figures")
-    made = manifest(results, scores.paired.n_resamples)
-    problems += [*warnings_of(made), *map(str, identical(cell_provenance(results)))]
-    write_text(results_dir / "tidy.csv", results.tidy.to_csv(index=False))
-    write_text(folder / "cells.csv", cell_list(results).to_csv(index=False))
-    write_text(folder / "manifest.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
-    write_tables(folder / "tables", tables)
-    view = hardware_view(results, scores)
-    write_text(folder / "hardware.csv", view.to_csv(index=False))
-    drawn = figures()
-    write_text(folder / "index.html", make_page(results, scores, tables, drawn, view, made, problems))
+    with workers(len(results.cells)) as pool:
+        scores = make_scores(results, problems, pool)
+        figures = draw_figures(all_points(results, scores), folder / "figures", pool)
+        tables = [*(make_tables(asked, results, scores) if asked else ()), *preset_tables(results, scores)]
+        made = manifest(results, scores.paired.n_resamples)
+        problems += [*warnings_of(made), *map(str, identical(cell_provenance(results)))]
+        view = hardware_view(results, scores)
+        cells = cell_list(results)
+        write_numbers(results, cells, tables, view, made)
+        drawn = figures()
+    write_text(
+        folder / "index.html",
+        make_page(
+            results,
+            scores,
+            tables,
+            drawn,
+            view,
+            made,
+            dict(zip(cells["cell_id"], cells["rerun"], strict=True)),
+            problems,
+        ),
+    )
     write_text(folder / "summary.md", summary(tables, drawn, problems))
     _show(out, results, scores, [table for table in tables if asked and table.spec == asked], problems)
     for file in (results_dir / "tidy.csv", folder / "summary.md", folder / "index.html"):
         out.print(str(file), soft_wrap=True, highlight=False)
+
+
+def write_numbers(
+    results: Results, cells: pd.DataFrame, tables: Sequence[Table], view: pd.DataFrame, made: Mapping[str, Any]
+) -> None:
+    """Every file that holds numbers or where they come from."""
+    folder = results.folder / "report"
+    write_text(results.folder / "tidy.csv", results.tidy.to_csv(index=False))
+    write_text(folder / "cells.csv", cells.to_csv(index=False))
+    write_text(folder / "manifest.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "hardware.csv", view.to_csv(index=False))
+    write_tables(folder / "tables", tables)
 
 
 def _show(out: Console, results: Results, scores: Scores, asked: Sequence[Table], problems: Sequence[str]) -> None:
@@ -68,17 +87,6 @@ def _show(out: Console, results: Results, scores: Scores, asked: Sequence[Table]
         out.print(f"warning: {formats.plain(problem)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if len(problems) > 20:
         out.print(f"… {len(problems) - 20} more warnings in summary.md", style="yellow", highlight=False)
-
-
-def draw(cells: Mapping[str, pd.DataFrame], folder: Path) -> Callable[[], Figures]:
-    """Draw the figures, of many cells in a process of its own while the tables are made; call the result to have them."""
-    if sum(map(len, cells.values())) < _MANY:
-        drawn = draw_figures(cells, folder)
-        return lambda: drawn
-    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    future = pool.submit(draw_figures, cells, folder)
-    pool.shutdown(wait=False)
-    return future.result
 
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> None:

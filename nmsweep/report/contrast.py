@@ -17,6 +17,7 @@ from nmsweep.report.load import FIELDS, Results, read_results
 from nmsweep.report.paired import Pair, paired
 from nmsweep.report.samples import Samples, read_many
 from nmsweep.report.tidy import PERPLEXITY, primary
+from nmsweep.report.workers import Here
 
 _MOST_ROWS = 60
 _KEY = [*[name for name in FIELDS if name != "revision"], "variant"]
@@ -104,7 +105,7 @@ def _paired(a: Results, b: Results, rows: pd.DataFrame, problems: list[str]) -> 
     samples: dict[str, Samples] = {}
     for prefix, results, column in (("a ", a, "cell_a"), ("b ", b, "cell_b")):
         files = {str(cell): results.done["place"][cell] / "samples.parquet" for cell in dict.fromkeys(rows[column])}
-        samples |= {prefix + cell: one for cell, one in read_many(files, files, problems).items()}
+        samples |= {prefix + cell: one for cell, one in read_many(files, files, problems, Here()).items()}
     pairs = [Pair("a " + x, "b " + y) for x, y in dict.fromkeys(zip(rows["cell_a"], rows["cell_b"], strict=True))]
     metrics = {str(task): list(dict.fromkeys(names)) for task, names in rows.groupby("task")["metric"]}
     found = paired(samples, pairs, metrics).table

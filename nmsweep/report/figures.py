@@ -1,6 +1,7 @@
 """The figures of a report: only what the records hold; one that has nothing to show is skipped, with the reason said."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,24 +44,39 @@ class NothingToDraw(Exception):  # noqa: N818 - no error: the figure is left out
     """A figure has nothing to show; the message says why."""
 
 
-def draw_figures(cells: Mapping[str, pd.DataFrame], folder: Path) -> Figures:
-    """Draw every figure for which there are numbers, as SVG, PDF and PNG.
+def draw_figures(cells: Mapping[str, pd.DataFrame], folder: Path, pool: Executor) -> Callable[[], Figures]:
+    """Draw every figure for which there are numbers, as PDF and PNG.
 
     Args:
         cells: `points` by kind of data, mini and real.
         folder: where they are written, in a folder for each kind.
+        pool: draws them.
+
+    Returns:
+        to be called for what was drawn; it waits for the drawing.
     """
-    drawn = Figures()
-    for data, of_data in cells.items():
-        for name, title, draw in _FIGURES:
-            files: list[Path] = []
-            try:
-                note = draw(of_data, folder / data / name, files)
-            except NothingToDraw as reason:
-                drawn.skipped.append(f"{name} ({data}): {reason}")
-            else:
-                drawn.made.append(Figure(name, title, data, files, note))
+    futures = [
+        pool.submit(draw_figure, name, data, of_data, folder) for data, of_data in cells.items() for name in _FIGURES
+    ]
+
+    def drawn() -> Figures:
+        found = [future.result() for future in futures]
+        return Figures(
+            [one for one in found if isinstance(one, Figure)], [one for one in found if isinstance(one, str)]
+        )
+
     return drawn
+
+
+def draw_figure(name: str, data: str, cells: pd.DataFrame, folder: Path) -> Figure | str:
+    """One figure, or why there is none."""
+    title, draw = _FIGURES[name]
+    files: list[Path] = []
+    try:
+        note = draw(cells, folder / data / name, files)
+    except NothingToDraw as reason:
+        return f"{name} ({data}): {reason}"
+    return Figure(name, title, data, files, note)
 
 
 def all_points(results: Results, scores: Scores) -> dict[str, pd.DataFrame]:
@@ -305,12 +321,12 @@ def _layers(place: Path) -> pd.DataFrame:
         return pd.DataFrame({"sparsity": []})
 
 
-_FIGURES: Sequence[tuple[str, str, Callable[[pd.DataFrame, Path, list[Path]], str]]] = (
-    ("drop_pattern", "Drop against pattern", _by_pattern(QUANTITIES["drop"])),
-    ("ratio_pattern", "Perplexity ratio against pattern", _by_pattern(QUANTITIES["ratio"])),
-    ("criterion_mitigation", "Criteria and mitigations", _heat_map),
-    ("perplexity_density", "Perplexity against density", _perplexity_density),
-    ("drop_bits", "Drop against metadata bits", _metadata_bits),
-    ("pareto", "Quality against linear FLOPs", _pareto),
-    ("layers", "Sparsity by layer", _layer_profile),
-)
+_FIGURES: Mapping[str, tuple[str, Callable[[pd.DataFrame, Path, list[Path]], str]]] = {
+    "drop_pattern": ("Drop against pattern", _by_pattern(QUANTITIES["drop"])),
+    "ratio_pattern": ("Perplexity ratio against pattern", _by_pattern(QUANTITIES["ratio"])),
+    "criterion_mitigation": ("Criteria and mitigations", _heat_map),
+    "perplexity_density": ("Perplexity against density", _perplexity_density),
+    "drop_bits": ("Drop against metadata bits", _metadata_bits),
+    "pareto": ("Quality against linear FLOPs", _pareto),
+    "layers": ("Sparsity by layer", _layer_profile),
+}

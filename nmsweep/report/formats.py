@@ -4,6 +4,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -119,6 +120,7 @@ def _labels(labels: pd.Index, escape: Escape) -> pd.Index:
     return pd.MultiIndex.from_tuples(keys, names=names)
 
 
+@lru_cache(maxsize=64)  # one text stands in a file of its own and in the summary
 def to_markdown(table: Table) -> str:
     """A heading, the table, its legend."""
     frame = _frame(table, markdown_text).map(lambda entry: _markdown_entry(entry, table.quantity))
@@ -217,6 +219,7 @@ def _latex_entry(entry: Entry, quantity: Quantity, with_span: bool) -> str:
     return text + (rf" {{\scriptsize {interval}}}" if interval else "")
 
 
+@lru_cache(maxsize=64)  # one text stands in a file of its own and in the page
 def to_html(table: Table) -> str:
     """A table element with its caption and legend."""
     frame = _frame(table, html_text)

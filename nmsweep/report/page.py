@@ -29,6 +29,7 @@ def make_page(
     figures: Figures,
     hardware: pd.DataFrame,
     made: Mapping[str, Any],
+    rerun: Mapping[str, str],
     warnings: Sequence[str],
 ) -> str:
     """The page as text.
@@ -38,6 +39,7 @@ def make_page(
         figures: whose PNG files are put into the page.
         hardware: of `hardware_view`.
         made: of `manifest`.
+        rerun: the command that runs each cell again.
         warnings: shown at the top.
     """
     environment = Environment(loader=FileSystemLoader(_TEMPLATE), autoescape=True)
@@ -45,7 +47,7 @@ def make_page(
     return environment.get_template("page.html.jinja").render(
         css=Markup((_TEMPLATE / "page.css").read_text(encoding="utf-8")),
         js=Markup((_TEMPLATE / "page.js").read_text(encoding="utf-8")),
-        data=Markup(script_json(page_data(results, scores))),
+        data=Markup(script_json(page_data(results, scores, rerun))),
         title=plain(results.folder),
         n_done=int((status == "done").sum()),
         n_failed=int((status == "failed").sum()),

@@ -9,7 +9,6 @@ import pandas as pd
 from nmsweep.pattern import parse_pattern
 from nmsweep.report.items import item_texts
 from nmsweep.report.load import FIELDS, Results
-from nmsweep.report.rerun import rerun_command
 from nmsweep.report.scores import QUANTITIES, Quantity, Scores
 from nmsweep.report.spec import order
 
@@ -35,8 +34,8 @@ class _Words:
         return self._places[word]
 
 
-def page_data(results: Results, scores: Scores) -> dict[str, Any]:
-    """Plain values for JSON: one row for each cell and kind of data, failed cells too."""
+def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dict[str, Any]:
+    """Plain values for JSON: one row for each cell and kind of data, failed cells too; `rerun` is each cell's command."""
     words, blocks = _Words(), _Words()
     cells = list(map(str, results.cells.index))
     place = {cell: number for number, cell in enumerate(cells)}
@@ -48,7 +47,7 @@ def page_data(results: Results, scores: Scores) -> dict[str, Any]:
         "n": len(rows), "ids": rows["cell_id"].tolist(), "cell": [place[cell] for cell in rows["cell_id"]],
         "fields": fields, "values": values, "numbers": _kinds(values),
         "tasks": _tasks(rows, scores, words), "flips": flips, "items": _items(results, flips, words),
-        "rerun": [rerun_command(results.configs.get(cell, {})) for cell in cells],
+        "rerun": [rerun[cell] for cell in cells],
         "errors": results.cells["error"].tolist(),
         "provenance": _provenance(results, cells, words),
         "configs": [[blocks(block) for block in results.blocks.get(cell, ())] for cell in cells],
@@ -75,7 +74,8 @@ def _rows(results: Results, scores: Scores) -> pd.DataFrame:
             source = f"{'x_' if quantity.text else 't_'}{column}"
             if column:
                 rows[target] = rows.get(source, math.nan)
-    keys = [tuple(order(name, value) for name, value in zip(("model", "pattern", "criterion", "mitigation"), key, strict=True)) for key in zip(rows["model"], rows["pattern"], rows["criterion"], rows["mitigation"], strict=True)]  # fmt: skip
+    names = ("model", "pattern", "criterion", "mitigation")
+    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name] for name in names), strict=True)]
     return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)].reset_index(drop=True)
 
 

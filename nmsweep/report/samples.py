@@ -1,7 +1,7 @@
 """Per-item numbers of many cells: only the columns that a report needs, as arrays."""
 
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,17 +100,29 @@ def _trimmed(matrix: Floats, lengths: NDArray[np.int64], rows: NDArray[np.int64]
     return matrix[rows, :width] if width else None
 
 
-def read_many(files: Mapping[str, Path], with_chars: Iterable[str], problems: list[str]) -> dict[str, Samples]:
+_CHUNK = 200
+
+
+def read_many(
+    files: Mapping[str, Path], with_chars: Iterable[str], problems: list[str], pool: Executor
+) -> dict[str, Samples]:
     """Samples by cell id; a file that cannot be read is a problem, and left out."""
     chars = set(with_chars)
-
-    def read(cell_id: str) -> Samples | str:
-        try:
-            return read_samples(files[cell_id], cell_id in chars)
-        except (OSError, ValueError, KeyError) as error:
-            return f"record {files[cell_id].parent.name}: samples.parquet: {error}; remove the folder and run its cell again"
-
-    with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(files, pool.map(read, files), strict=True))
+    wanted = [(cell, file, cell in chars) for cell, file in files.items()]
+    chunks = [wanted[at : at + _CHUNK] for at in range(0, len(wanted), _CHUNK)]
+    found = {cell: one for chunk in pool.map(_read_chunk, chunks) for cell, one in chunk}
     problems += [one for one in found.values() if isinstance(one, str)]
-    return {cell_id: one for cell_id, one in found.items() if not isinstance(one, str)}
+    return {cell: one for cell, one in found.items() if not isinstance(one, str)}
+
+
+def _read_chunk(wanted: Sequence[tuple[str, Path, bool]]) -> list[tuple[str, Samples | str]]:
+    """Samples, or what is wrong with them."""
+    found: list[tuple[str, Samples | str]] = []
+    for cell, file, with_chars in wanted:
+        try:
+            found.append((cell, read_samples(file, with_chars)))
+        except (OSError, ValueError, KeyError) as error:
+            found.append(
+                (cell, f"record {file.parent.name}: samples.parquet: {error}; remove the folder and run its cell again")
+            )
+    return found

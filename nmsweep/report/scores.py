@@ -1,6 +1,7 @@
 """The numbers of a report: each cell on each task against dense, and its means over tasks, with paired intervals."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,7 @@ from nmsweep.report.load import Results
 from nmsweep.report.paired import Matrix, Pair, PairedResults, chunks, ends, paired
 from nmsweep.report.samples import read_many
 from nmsweep.report.tidy import PERPLEXITY, drops, primary
+from nmsweep.report.workers import Here
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,15 @@ class Scores:
                 self._known[quantity.name, cell, data, task] = None if found is None else found[place]
 
 
-def make_scores(results: Results, problems: list[str]) -> Scores:
+def make_scores(results: Results, problems: list[str], pool: Executor | None = None) -> Scores:
     """Read the samples and work out every number; a samples file that cannot be read is a problem, and has no intervals."""
     done = results.done
     dense_ids = set(done["dense_cell_id"])
     samples = read_many(
-        {str(cell): place / "samples.parquet" for cell, place in done["place"].items()}, dense_ids, problems
+        {str(cell): place / "samples.parquet" for cell, place in done["place"].items()},
+        dense_ids,
+        problems,
+        pool or Here(),
     )
     chosen = primary(results.tidy)
     metrics = {str(task): list(dict.fromkeys(names)) for task, names in chosen.groupby("task", sort=False)["metric"]}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import pandas as pd
@@ -74,7 +75,7 @@ PRESETS = (
 """The usual forms. Fields that vary and are neither rows nor columns stand in front of the rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """A table, filled.
 
@@ -125,6 +126,7 @@ def _split(words: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in words.split("+") if word.strip()))
 
 
+@cache
 def order(name: str, value: object) -> tuple[float, float, str]:
     """Where a field's value stands: dense and none first, patterns by sparsity, mitigations by number of stages."""
     text = str(value)

@@ -64,10 +64,8 @@ def _rows(results: Results, scores: Scores, data: str) -> pd.DataFrame:
     texts = of_data[of_data["is_text"]].add_prefix("text_")
     cells = results.done[[*FIELDS, "variant"]]
     rows = cells.loc[cells.index.isin(of_data.index)].join(tasks).join(texts)
-    keys = [
-        tuple(order(name, row[name]) for name in ("model", "pattern", "criterion", "mitigation"))
-        for _, row in rows.iterrows()
-    ]
+    names = ("model", "pattern", "criterion", "mitigation")
+    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name] for name in names), strict=True)]
     return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)]
 
 

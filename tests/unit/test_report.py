@@ -26,6 +26,7 @@ from nmsweep.report.samples import read_many
 from nmsweep.report.scores import QUANTITIES, Scores, make_scores
 from nmsweep.report.spec import PRESETS, TableSpec, parse_spec
 from nmsweep.report.tables import make_tables, preset_tables
+from nmsweep.report.workers import Here
 
 PLAN = Plan(models=("alpha", "beta"), patterns=("2:4", "8:16", "50%"), mitigations=("none", "shift"), failed_every=5, missing_every=7)  # fmt: skip
 
@@ -112,7 +113,7 @@ def test_means_over_tasks_come_from_the_items(results: Results, scores: Scores) 
 
 def test_resampled_means_are_centred_on_the_mean(results: Results) -> None:
     files = {str(one): place / "samples.parquet" for one, place in results.done["place"].items()}
-    samples = read_many(files, (), [])
+    samples = read_many(files, (), [], Here())
     pairs = [Pair(str(dense), str(one)) for one, dense in results.done["dense_cell_id"].items() if dense != one]
     found = paired(samples, pairs, {"boolq": ["acc"], "wikitext2": ["perplexity"]})
     for (task, metric), groups in found.replicates.items():
