@@ -13,7 +13,7 @@ Words = dict[str, str]
 
 
 def bench(words: Sequence[str]) -> int:
-    """Run ``nmsweep bench [kernel|forward|scoring|semistructured] [key=value …]``; 0 when it is done.
+    """Run ``nmsweep bench [kernel|forward|scoring|semistructured|sweep] [key=value …]``; 0 when it is done.
 
     Raises:
         InputError: a benchmark, key or value that does not exist; all mistakes of the values together.
@@ -200,6 +200,12 @@ def _semistructured(given: Settings) -> list[dict[str, Any]]:
     )
 
 
+def _sweep(given: Settings) -> list[dict[str, Any]]:
+    from nmsweep.bench import sweep
+
+    return sweep.run(given.number("records"), given.number("rounds"))
+
+
 def _write(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> None:
     """Print a benchmark's table, and keep it as CSV and Markdown."""
     from nmsweep.bench.timing import machine
@@ -256,5 +262,6 @@ BENCHMARKS: dict[str, tuple[Benchmark, Words]] = {
         {"model": "smollm2", "tasks": "mini", "limit": "32", "batch_tokens": "4096", "mirror": "", "shots": "0"},
     ),
     "semistructured": (_semistructured, {"tokens": "8192"}),
+    "sweep": (_sweep, {"records": "5000"}),
 }  # fmt: skip
 """Benchmarks with the keys each knows and their defaults."""
