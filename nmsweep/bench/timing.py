@@ -116,7 +116,7 @@ def ratios(times: Mapping[str, Timing], base: str) -> dict[str, tuple[float, flo
     found = {}
     for name, timing in times.items():
         each = [ours / theirs for ours, theirs in zip(timing.seconds, times[base].seconds, strict=True)]
-        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
+        low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
         found[name] = (middle, low, high)
     return found
 
