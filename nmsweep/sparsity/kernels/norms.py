@@ -26,7 +26,7 @@ def channel_squares(z: Tensor, padding: Tensor | None = None) -> Tensor:
     step = max(1, _SLICE_ELEMENTS // max(1, z.shape[0] * z.shape[2]))
     total = z.new_zeros(z.shape[0], 1, z.shape[2], dtype=torch.float64)
     for start in range(0, z.shape[1], step):
-        squares = z[:, start : start + step].double().square_()
+        squares = z[:, start : start + step].to(torch.float64, copy=True).square_()
         if padding is not None:
             squares.masked_fill_(padding[:, start : start + step, None], 0.0)
         total += squares.sum(dim=1, keepdim=True)
