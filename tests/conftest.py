@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -66,6 +67,9 @@ def nmsweep(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
             main(list(words))
         except SystemExit as ended:
             code = 0 if ended.code is None else int(ended.code)
+        for handler in [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]:
+            logging.getLogger().removeHandler(handler)  # Hydra's log lies in a folder that ends with the test
+            handler.close()
         said = capfd.readouterr()
         return code, said.out, said.err
 
