@@ -34,6 +34,7 @@ def test_a_mistake_is_one_message(module: object, capsys: pytest.CaptureFixture[
     assert "model: 'no-such' is not known" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_whole_cells_are_timed_with_and_without_packing(capfd: pytest.CaptureFixture[str]) -> None:
     assert cells.main([*TINY, "dtype=float32"]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("pattern=")]

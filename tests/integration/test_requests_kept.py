@@ -109,6 +109,7 @@ def test_texts_that_share_their_letters_are_told_apart() -> None:
     assert pairs._name([("ab", "c")]) != requests.EncodedPairs("b")._name([("ab", "c")])
 
 
+@pytest.mark.slow
 def test_many_processes_may_fill_one_cache(cache: Path, tmp_path: Path) -> None:
     words = ["model=tiny-llama", "pattern=dense", "tasks=mini_continuation", "device=cpu", "dtype=float32"]
     running = [

@@ -1,6 +1,7 @@
 """Tasks beyond the shipped ones: generation, few-shot, chat, groups, the user's own YAML; from local files."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,45 @@ def test_gsm8k_runs_on_a_trained_model(nmsweep: Call, results: Path, mirror_of_s
     found = responses(results)
     assert set(found) == {"dense", "prefill", "decode"}
     assert any("####" in text for text in found["dense"]), "the model takes up the form of the examples"
+
+
+ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "piqa": ("validation", [{"goal": f"Open jar {i}", "sol1": "Turn the lid.", "sol2": "Eat it.", "label": 0} for i in range(3)]),
+    "openbookqa": ("test", [
+        {"id": str(i), "question_stem": f"Ice in sun {i}", "choices": {"text": ["melts", "sings", "flies", "rusts"],
+         "label": ["A", "B", "C", "D"]}, "answerKey": "A"} for i in range(3)
+    ]),
+    "rte": ("validation", [{"sentence1": f"{i} cats sleep.", "sentence2": "Cats sleep.", "label": 0, "idx": i} for i in range(3)]),
+    "lambada_openai": ("test", [{"text": f"He took {i} nuts and a long red rope"} for i in range(3)]),
+}  # fmt: skip
+"""Rows in the form of the hub's data sets."""
+
+
+def test_the_other_tasks_of_core_run_from_a_mirror(nmsweep: Call, results: Path, tmp_path: Path) -> None:
+    for task, (split, rows) in ROWS.items():
+        write_lines(tmp_path / "mirror" / task / f"{split}.jsonl", rows)
+    words = (*TINY, f"tasks={'+'.join(ROWS)}", f"data.mirror={tmp_path / 'mirror'}", f"results_dir={results}")
+    code, _, err = nmsweep(*words, "pattern=dense")
+    assert code == 0, err
+    (record,) = map(read_cell, cell_folders(results))
+    assert set(record.metrics["task"]) == set(ROWS)
+    assert set(record.metrics["n_items"]) == {3}
+    lambada = record.samples[record.samples["task"] == "lambada_openai"]
+    metric = record.metrics[record.metrics["metric"] == "perplexity"]["value"].item()
+    mean = sum(values[0] for values in lambada["loglikelihoods"]) / 3
+    assert metric == pytest.approx(math.exp(-mean))
+
+
+@pytest.mark.slow
+def test_mmlu_runs_from_a_mirror(nmsweep: Call, results: Path, tmp_path: Path) -> None:
+    mirror = tmp_path / "mirror"
+    for member in find_task("mmlu", None).members:
+        rows = [{"question": f"{member.task} {i}?", "choices": ["a", "b", "c", "d"], "answer": i} for i in range(3)]
+        for split in ("test", "dev"):
+            write_lines(mirror / member.task / f"{split}.jsonl", rows)
+    words = (*TINY, "tasks=knowledge", f"data.mirror={mirror}", f"results_dir={results}", "eval.num_fewshot=2")
+    code, _, err = nmsweep(*words, "pattern=2:4")
+    assert code == 0, err
+    record = next(r for r in map(read_cell, cell_folders(results)) if r.metrics["pattern"].iloc[0] == "2:4")
+    assert record.metrics["n_items"].tolist() == [57 * 3]
+    assert record.samples["subtask"].nunique() == 57
