@@ -10,8 +10,10 @@ from rich.console import Console
 
 from nmsweep.evaluate.identity import identical
 from nmsweep.report import formats
-from nmsweep.report.figures import Figures, all_points, draw_figures
+from nmsweep.report.figures import Figure, Figures, all_points, draw_figures
 from nmsweep.report.hardware import hardware_view
+from nmsweep.report.layers import DATA as LAYERS
+from nmsweep.report.layers import Sensitivity, draw_layers, layer_tables, read_sensitivities
 from nmsweep.report.load import Results, read_results
 from nmsweep.report.manifest import cell_list, cell_provenance, manifest, warnings_of
 from nmsweep.report.page import make_page
@@ -42,12 +44,15 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
         scores = make_scores(results, problems, pool)
         figures = draw_figures(all_points(results, scores), folder / "figures", pool)
         tables = [*(make_tables(asked, results, scores) if asked else ()), *preset_tables(results, scores)]
+        layers = read_sensitivities(results_dir, problems)
+        tables += layer_tables(layers)
         made = manifest(results, scores.paired.n_resamples)
         problems += [*warnings_of(made), *map(str, identical(cell_provenance(results)))]
         view = hardware_view(results, scores)
         cells = cell_list(results)
         write_numbers(results, cells, tables, view, made)
         drawn = figures()
+        draw_layer_errors(layers, folder / "figures" / LAYERS, drawn)
     write_text(
         folder / "index.html",
         make_page(
@@ -65,6 +70,16 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
     _show(out, results, scores, [table for table in tables if asked and table.spec == asked], problems)
     for file in (results_dir / "tidy.csv", folder / "summary.md", folder / "index.html"):
         out.print(str(file), soft_wrap=True, highlight=False)
+
+
+def draw_layer_errors(layers: Sequence[Sensitivity], folder: Path, drawn: Figures) -> None:
+    """The figure of the layers' errors, or why there is none."""
+    if not layers:
+        drawn.skipped.append("error (layers): no error by layer is recorded; `nmsweep sensitivity` measures it")
+        return
+    files: list[Path] = []
+    note = draw_layers(layers, folder / "error", files)
+    drawn.made.append(Figure("error", "Output error by layer", LAYERS, files, note))
 
 
 def write_numbers(
@@ -112,6 +127,7 @@ def summary(tables: Sequence[Table], figures: Figures, problems: Sequence[str]) 
     for data, title in (
         ("real", "Published tasks"),
         ("mini", "Mini tasks (shipped; not comparable with published numbers)"),
+        (LAYERS, "Layers (on a calibration text)"),
     ):
         of_data = [formats.to_markdown(table) for table in tables if table.data == data]
         if of_data:

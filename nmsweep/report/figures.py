@@ -14,7 +14,7 @@ from nmsweep.pattern import parse_pattern
 from nmsweep.report.formats import plain
 from nmsweep.report.load import FIELDS, Results
 from nmsweep.report.scores import QUANTITIES, Quantity, Scores
-from nmsweep.report.spec import order
+from nmsweep.report.spec import kind_of, metadata_bits_of, order
 from nmsweep.report.style import legend_below, legend_room, look, panels
 
 MOST_SERIES = 6
@@ -94,9 +94,9 @@ def points(results: Results, scores: Scores, data: str) -> pd.DataFrame:
     cells = cells[cells.index.isin(of_data.index)].join(tasks.rename(columns={"value": "accuracy"})).join(text)
     cells["density"] = 1 - cells["sparsity"]
     cells["flops_density"] = 1 - cells["flops_share"] * cells["sparsity"]
-    cells["bits"] = [parse_pattern(pattern).metadata_bits for pattern in cells["pattern"]]
+    cells["bits"] = [metadata_bits_of(pattern) for pattern in cells["pattern"]]
     cells["bits"] = cells["bits"].astype(float)
-    cells["kind"] = [parse_pattern(pattern).kind for pattern in cells["pattern"]]
+    cells["kind"] = [kind_of(pattern) for pattern in cells["pattern"]]
     return cells.sort_values("model", kind="stable")
 
 
@@ -298,11 +298,11 @@ def pareto_front(cells: pd.DataFrame) -> Iterator[dict[str, object]]:
 def _layer_profile(cells: pd.DataFrame, place: Path, files: list[Path]) -> str:
     """Realised sparsity by depth, of the cells whose layers differ from one another."""
     found = _needed(cells, "sparsity", "there is no sparse cell")
-    varied = found[found["kind"].isin(["threshold"]) | found["variant"].str.contains("policy")]
+    varied = found[found["kind"].isin(["threshold", "policy"])]
     lines = [(cell, _layers(Path(cell["place"]))) for cell in varied.head(MOST_SERIES).to_dict("records")]
     lines = [(cell, table) for cell, table in lines if table["sparsity"].nunique() > 1]
     if not lines:
-        raise NothingToDraw("the realised sparsity of every target layer is that of its pattern, and no error per layer is recorded")  # fmt: skip
+        raise NothingToDraw("the realised sparsity of every target layer is that of its pattern")  # fmt: skip
     with panels([""], files, place, legend_room(MOST_SERIES)) as (axis,):
         for number, (cell, table) in enumerate(lines):
             words = [str(cell[name]) for name in ("model", "pattern", "criterion")]

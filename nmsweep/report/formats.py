@@ -69,7 +69,11 @@ def span(entry: Entry, quantity: Quantity) -> str:
 def caption(table: Table) -> str:
     """What the table is, on one line, unescaped."""
     words = [f"{table.spec.title}: {table.quantity.title}"]
-    if table.spec.name != "custom" and "task" not in table.spec.cols and not table.quantity.text:
+    if (
+        table.data in ("mini", "real")
+        and "task" not in (*table.spec.rows, *table.spec.cols)
+        and not table.quantity.text
+    ):
         words.append("mean over tasks")
     words += [f"{name} {value}" for name, value in table.constants.items() if (name, value) not in _USUAL]
     if table.data == "mini":
@@ -173,7 +177,7 @@ def to_latex(table: Table, label: str) -> str:
     formats = "l" * frame.index.nlevels + "r" * len(frame.columns)
     if is_long:
         body = styler.to_latex(environment="longtable", hrules=True, column_format=formats, caption=text, label=label, multirow_align="naive")  # fmt: skip
-        return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}%\n{body}}}\n"
+        return f"{{\\scriptsize\\setlength{{\\tabcolsep}}{{3pt}}%\n{body}}}\n"
     body = styler.to_latex(hrules=True, column_format=formats, multirow_align="naive")
     return _FLOAT.format(caption=text, label=label, body=body)
 

@@ -10,6 +10,7 @@ import pandas as pd
 from nmsweep.pattern import Pattern, parse_pattern
 from nmsweep.report.load import Results
 from nmsweep.report.scores import QUANTITIES, Scores
+from nmsweep.report.spec import kind_of
 
 _BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 
@@ -46,11 +47,13 @@ def compressed_share(pattern: Pattern, value_bits: int) -> float:
 def hardware_view(results: Results, scores: Scores) -> pd.DataFrame:
     """One row for each model, pattern, targets and dtype whose activations were pruned: theory, then the measured drop.
 
+    A policy gives each layer a pattern of its own, so it has no row.
+
     The measured columns are the mean drop (in points) and perplexity ratio of criterion `act` without mitigation, and the
     smallest ones of any method, for each kind of data.
     """
     sparse = results.done[(results.done["operand"] == "activations")]
-    sparse = sparse[[parse_pattern(pattern).kind != "dense" for pattern in sparse["pattern"]]]
+    sparse = sparse[[kind_of(pattern) not in ("dense", "policy") for pattern in sparse["pattern"]]]
     rows = []
     for (model, targets, dtype, pattern), same in sparse.groupby(["model", "targets", "dtype", "pattern"], sort=True):
         widths = _input_bytes(Path(same["place"].iloc[0]), str(dtype))

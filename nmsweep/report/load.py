@@ -14,6 +14,7 @@ import pandas as pd
 import yaml
 
 from nmsweep.errors import InputError
+from nmsweep.pattern import parse_pattern
 from nmsweep.record import METRIC_COLUMNS, SCHEMA, cell_folders, read_metrics
 
 FIELDS = (
@@ -157,6 +158,8 @@ def _table(text: bytes) -> pd.DataFrame:
         raise InputError(f"has no column {', '.join(sorted(missing))}")
     if table["cell_id"].eq("").any() or table["value"].isna().any():
         raise InputError("has a row without cell_id or value")
+    for pattern in table["pattern"].unique():
+        parse_pattern(pattern)  # one that is none would end the whole report later
     for column in set(METRIC_COLUMNS) - set(table.columns):
         table[column] = np.nan if column in _NUMERIC else ""
     return table[list(METRIC_COLUMNS)]
@@ -206,8 +209,9 @@ def _failures(
             continue
         try:
             config = read_config((place / "config.yaml").read_text())
+            parse_pattern(config.get("pattern", "dense"))
             provenance[cell_id] = json.loads((place / "provenance.json").read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, InputError) as error:
             problems.append(f"failure {place.name}: {type(error).__name__}: {error}")
             continue
         configs[cell_id] = config

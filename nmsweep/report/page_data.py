@@ -6,11 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from nmsweep.pattern import parse_pattern
 from nmsweep.report.items import item_texts
 from nmsweep.report.load import FIELDS, Results
 from nmsweep.report.scores import QUANTITIES, Quantity, Scores
-from nmsweep.report.spec import order
+from nmsweep.report.spec import metadata_bits_of, order
 
 _FIELDS = ("data", *FIELDS, "tasks", "variant", "status")
 _NUMBERS = ("accuracy", "drop", "relative", "flips", "perplexity", "ratio", "kl", "agreement")
@@ -67,7 +66,7 @@ def _rows(results: Results, scores: Scores) -> pd.DataFrame:
     rows = pd.concat([joined, failed], ignore_index=True).join(of_cells, on="cell_id")
     rows["density"] = 1 - rows["sparsity"]
     rows["flops_density"] = 1 - rows["flops_share"] * rows["sparsity"]
-    rows["bits"] = [_bits(pattern) for pattern in rows["pattern"]]
+    rows["bits"] = [metadata_bits_of(pattern) for pattern in rows["pattern"]]
     for name in _NUMBERS:
         quantity = QUANTITIES[name]
         for column, target in ((quantity.column, name), (quantity.low, f"{name}_low"), (quantity.high, f"{name}_high")):
@@ -81,11 +80,6 @@ def _rows(results: Results, scores: Scores) -> pd.DataFrame:
 
 def _kinds_of(tasks: object) -> list[str]:
     return sorted({"mini" if task.startswith("mini_") else "real" for task in str(tasks).split("+") if task})
-
-
-def _bits(pattern: str) -> float:
-    bits = parse_pattern(pattern).metadata_bits
-    return math.nan if bits is None else bits
 
 
 def _columns(rows: pd.DataFrame) -> list[str]:

@@ -5,12 +5,14 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nmsweep.config import CalibrationConfig, DataConfig, EvalConfig
+from nmsweep.config import AllocationConfig, CalibrationConfig, DataConfig, EvalConfig
 
 _DEFAULTS: Mapping[str, Any] = {
     "scope": "all", "profile": "strict", "dtype": "bfloat16", "device": "auto", "seed": 0, "plugins": [],
     "eval": EvalConfig().model_dump(mode="json"),
     "data": DataConfig().model_dump(mode="json"),
+    "policy": "none",
+    "allocation": AllocationConfig().model_dump(mode="json"),
     "calibration": CalibrationConfig().model_dump(mode="json"),
 }  # fmt: skip
 

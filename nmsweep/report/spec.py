@@ -136,3 +136,15 @@ def order(name: str, value: object) -> tuple[float, float, str]:
     if name == "mitigation" and text != "none":
         return (1.0 + text.count("+"), 0.0, text)
     return (0.0 if text == "none" else 1.0, 0.0, text)
+
+
+def kind_of(pattern: str) -> str:
+    """``dense``, ``n:m``, ``unstructured``, ``threshold``, or ``policy`` where each layer has a pattern of its own."""
+    parsed = parse_pattern(pattern)
+    return "policy" if parsed.policy else parsed.kind
+
+
+def metadata_bits_of(pattern: str) -> float:
+    """Theoretical bits of metadata an element; NaN unless all layers have one N:M pattern."""
+    bits = parse_pattern(pattern).metadata_bits
+    return float("nan") if bits is None or kind_of(pattern) != "n:m" else bits

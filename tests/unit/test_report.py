@@ -356,3 +356,33 @@ def test_the_guide_names_every_column_and_quantity() -> None:
     text = (Path(__file__).parents[2] / "docs" / "reading-results.md").read_text()
     for name in (*METRIC_COLUMNS, *QUANTITIES):
         assert f"`{name}`" in text, name
+
+
+def test_sensitivity_tables_become_a_table_and_a_figure(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(made, folder)
+    (folder / "sensitivity").mkdir()
+    rows = [
+        {"layer": f"model.layers.{block}.{name}", "block": block, "projection": name, "pattern": "2:4", "criterion": "act",
+         "mitigation": "none", "relative_error": 0.1 * (block + 1), "flops_share": 0.1, "skip": 0}
+        for block in range(3) for name in ("q_proj", "down_proj")
+    ]  # fmt: skip
+    name = "alpha_2-4_act_none_0123456789ab"
+    pd.DataFrame(rows).to_csv(folder / "sensitivity" / f"{name}.csv", index=False)
+    (folder / "sensitivity" / "broken.csv").write_text("layer\n")
+    assert report([f"results_dir={folder}"]) == 0
+    text = (folder / "report" / "tables" / "layers" / f"{name}_error.md").read_text()
+    assert "| **0.100** |" in text
+    assert (folder / "report" / "figures" / "layers" / "error.pdf").stat().st_size > 1000
+    assert "sensitivity broken.csv" in (folder / "report" / "summary.md").read_text().replace("\\", "")
+
+
+def test_a_record_whose_pattern_is_none_is_named(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(made, folder)
+    place = next(place for place in sorted((folder / "cells").iterdir()) if "_2-4_" in place.name)
+    text = (place / "metrics.csv").read_text()
+    (place / "metrics.csv").write_text(text.replace(",2:4,", ",2;4,"))
+    found = read_results(folder)
+    assert any(place.name in problem and "2;4" in problem for problem in found.problems)
+    assert place.name.rpartition("_")[2] not in found.done.index
