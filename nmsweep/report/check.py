@@ -70,6 +70,9 @@ def _check_cell(
     for name, written in files.items():
         if (place / name).is_file() and file_digest(place / name) != written.get("sha256"):
             yield Finding(cell_id, name, "sha256", "is not the file that was written with the cell")
+    if not (place / "samples.parquet").is_file():
+        yield Finding(cell_id, "", "", "cannot be recomputed: it has no samples.parquet")
+        return
     try:
         samples = pd.read_parquet(place / "samples.parquet")
         layers = pd.read_csv(place / "layers.csv")

@@ -108,7 +108,12 @@ def read_many(
 ) -> dict[str, Samples]:
     """Samples by cell id; a file that cannot be read is a problem, and left out."""
     chars = set(with_chars)
-    wanted = [(cell, file, cell in chars) for cell, file in files.items()]
+    there = {cell: file for cell, file in files.items() if file.is_file()}
+    if gone := [files[cell].parent.name for cell in files if cell not in there]:
+        problems.append(
+            f"samples.parquet is missing in {len(gone)} records ({gone[0]}{', …' if len(gone) > 1 else ''}): they have no intervals"
+        )
+    wanted = [(cell, file, cell in chars) for cell, file in there.items()]
     chunks = [wanted[at : at + _CHUNK] for at in range(0, len(wanted), _CHUNK)]
     found = {cell: one for chunk in pool.map(_read_chunk, chunks) for cell, one in chunk}
     problems += [one for one in found.values() if isinstance(one, str)]

@@ -386,3 +386,19 @@ def test_a_record_whose_pattern_is_none_is_named(made: Path, tmp_path: Path) -> 
     found = read_results(folder)
     assert any(place.name in problem and "2;4" in problem for problem in found.problems)
     assert place.name.rpartition("_")[2] not in found.done.index
+
+
+def test_records_without_samples_are_reported_without_intervals(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(made, folder)
+    for file in folder.glob("cells/*/samples.parquet"):
+        file.unlink()
+    found, problems = read_results(folder), []
+    scores = make_scores(found, problems)
+    assert len(problems) == 1
+    assert "missing in" in problems[0]
+    assert scores.per_cell["drop"].notna().any()
+    assert scores.per_cell["drop_low"].isna().all()
+    checked = check_results(found)
+    assert not checked.wrong
+    assert len(checked.unknown) == len(found.done)
