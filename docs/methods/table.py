@@ -89,7 +89,14 @@ def markdown(table: pd.DataFrame) -> str:
             _cell(same, model, "dense" if name == "dense" else pattern) for model in models for pattern in patterns
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(_made(table[table["model"] == model], model) for model in models)])
+
+
+def _made(rows: pd.DataFrame, model: str) -> str:
+    """How much text a model's numbers are of, and what made them."""
+    n_windows, seqlen = rows["n_windows"].iloc[0], rows["seqlen"].iloc[0]
+    devices = " and ".join(sorted(rows["device"].unique()))
+    return f"{model}: {n_windows} windows of {seqlen} tokens, {rows['dtype'].iloc[0]}, {devices}."
 
 
 def _place(criterion: str, mitigation: str) -> int:
