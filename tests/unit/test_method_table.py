@@ -44,7 +44,8 @@ def test_a_ratio_is_of_paired_windows(table: dict[str, Any]) -> None:
     assert found.loc[0, ["ratio_to_act", "low", "high"]].isna().all()
     text = table["markdown"](found)
     assert text.splitlines()[0] == "| method | m, 2:4 | m, 8:16 |"
-    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == ["| dense", "| act", "| wina"]
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:-2]] == ["| dense", "| act", "| wina"]
+    assert text.endswith("m: 12 windows of 8 tokens, float32, d.")
 
 
 def test_the_table_has_every_method_at_both_patterns(table: dict[str, Any]) -> None:
