@@ -16,7 +16,8 @@ from urllib.request import urlopen
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from nmsweep.data.tasks import TaskSource, file_sha256, find_task, hub_rows, hub_size, unreachable
+from nmsweep.data.hub import hub_rows, hub_size, unreachable
+from nmsweep.data.tasks import TaskSource, file_sha256, find_task
 from nmsweep.errors import DataError
 from nmsweep.storage import whole_file, write_text
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nmsweep.data.groups import KNOWN_GROUPS, find_group, group_config, member_names
+from nmsweep.data.hub import hub_fingerprint, hub_rows
 from nmsweep.errors import DataError, nearest
 
 MINI_FOLDER = Path(__file__).parent / "mini"
@@ -288,59 +289,6 @@ def file_sha256(file: Path) -> str:
     """sha256 of a file, remembered while the file does not change."""
     stat = file.stat()
     return _sha256(file, stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def hub_fingerprint(path: str, name: str | None, split: str) -> str:
-    """What identifies a split of a hub data set: its revision, from the network or from the local cache.
-
-    Raises:
-        DataError: the hub cannot be reached and nothing is cached.
-    """
-    import datasets
-
-    try:
-        revision = datasets.load_dataset_builder(path, name).hash
-    except Exception as error:  # the library raises a dozen kinds; each means that the data is not to be had
-        raise unreachable(path, error) from error
-    return hashlib.sha256(f"{path}/{name}/{split}@{revision}".encode()).hexdigest()
-
-
-def hub_rows(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
-    """All rows of a hub data set's split.
-
-    Raises:
-        DataError: the hub does not give it.
-    """
-    import datasets
-
-    try:
-        return [dict(row) for row in datasets.load_dataset(path, name, split=split)]
-    except Exception as error:  # as in `hub_fingerprint`
-        raise unreachable(path, error) from error
-
-
-def hub_size(path: str, name: str | None) -> int | None:
-    """Bytes that a hub data set takes to download; None where it does not say.
-
-    Raises:
-        DataError: the hub cannot be reached.
-    """
-    import datasets
-
-    try:
-        size = datasets.load_dataset_builder(path, name).info.download_size
-    except Exception as error:  # as in `hub_fingerprint`
-        raise unreachable(path, error) from error
-    return None if size is None else int(size)
-
-
-def unreachable(path: str, error: Exception) -> DataError:
-    """The one message for a data set that the hub does not give."""
-    return DataError(
-        f"data {path}: the hub does not give it ({type(error).__name__}); pass data.mirror=DIR with local files, "
-        "run `nmsweep prefetch` on a connected machine, or use tasks=mini"
-    )
 
 
 def read_text(source: TaskSource) -> str:

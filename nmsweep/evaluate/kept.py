@@ -11,7 +11,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from nmsweep.data.tasks import TaskSource, unreachable
+from nmsweep.data.hub import unreachable
+from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import DataError
 from nmsweep.evaluate.lm import Plans, quiet
 from nmsweep.evaluate.local import local_data
