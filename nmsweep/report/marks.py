@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from nmsweep.evaluate.statistics import LEVEL
 from nmsweep.report.paired import Matrix, ends
@@ -36,8 +37,8 @@ class Column:
         return known[0] if len(known) == 1 else np.asarray(np.mean(known, axis=0))
 
 
-def mark(frame: pd.DataFrame, n_front: int, quantity: Quantity, data: str, scores: Scores) -> None:
-    """Mark the entries of a table in place. Rows that differ in their first `n_front` labels are no rivals, nor is dense."""
+def mark(frame: pd.DataFrame, n_front: int, quantity: Quantity, data: str, scores: Scores) -> pd.DataFrame:
+    """The table with its entries marked. Rows that differ in their first `n_front` labels are no rivals, nor is dense."""
     rows: dict[tuple[object, ...], list[int]] = {}
     at_pattern, column_pattern, at_task = (
         _place(names, name)
@@ -50,25 +51,26 @@ def mark(frame: pd.DataFrame, n_front: int, quantity: Quantity, data: str, score
     for place, key in enumerate(frame.index):
         if at_pattern is None or key[at_pattern] != "dense":
             rows.setdefault(tuple(key[:n_front]), []).append(place)
+    cells = frame.to_numpy(dtype=object, copy=True)
     for number, key in enumerate(frame.columns):
         if column_pattern is not None and key[column_pattern] == "dense":
             continue
         column = Column(quantity, data, None if at_task is None else str(key[at_task]), scores)
         for places in rows.values():
-            _mark_rivals(frame, number, places, column)
+            _mark_rivals(cells[:, number], places, column)
+    return pd.DataFrame(cells, index=frame.index, columns=frame.columns, dtype=object)
 
 
 def _place(names: Sequence[Any], name: str) -> int | None:
     return list(names).index(name) if name in names else None
 
 
-def _mark_rivals(frame: pd.DataFrame, number: int, places: list[int], column: Column) -> None:
-    cells: Any = frame.iat
-    entries: dict[int, Entry] = {place: cells[place, number] for place in places}
+def _mark_rivals(cells: NDArray[Any], places: list[int], column: Column) -> None:
+    entries: dict[int, Entry] = {place: cells[place] for place in places}
     column.prepare(entry for entry in entries.values() if entry.status == "done")
     done = {place: over_seeds(entry, column) for place, entry in entries.items() if entry.status == "done"}
     for place, entry in marked(done, column).items():
-        cells[place, number] = entry
+        cells[place] = entry
 
 
 def marked(entries: Mapping[int, Entry], column: Column) -> dict[int, Entry]:

@@ -39,8 +39,8 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
     cells = list(map(str, results.cells.index))
     place = {cell: number for number, cell in enumerate(cells)}
     rows = _rows(results, scores)
-    values = {name: [_number(value) for value in rows[name]] for name in _columns(rows)}
-    fields = {name: [words(value) for value in rows[name]] for name in _FIELDS}
+    values = {name: [_number(value) for value in rows[name].tolist()] for name in _columns(rows)}
+    fields = {name: [words(value) for value in rows[name].tolist()] for name in _FIELDS}
     flips = _flips(results, scores, rows, words)
     return {
         "n": len(rows), "ids": rows["cell_id"].tolist(), "cell": [place[cell] for cell in rows["cell_id"]],
@@ -74,7 +74,7 @@ def _rows(results: Results, scores: Scores) -> pd.DataFrame:
             if column:
                 rows[target] = rows.get(source, math.nan)
     names = ("model", "pattern", "criterion", "mitigation")
-    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name] for name in names), strict=True)]
+    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name].tolist() for name in names), strict=True)]
     return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)].reset_index(drop=True)
 
 
@@ -113,10 +113,10 @@ def _tasks(rows: pd.DataFrame, scores: Scores, words: _Words) -> list[list[list[
     numbers = ("value", "dense", "change", "low", "high", "lost", "gained", "changed", "p_value", "p_holm", "mean_abs_delta", "kl", "top1_agreement")  # fmt: skip
     columns = [table[name].tolist() if name in table else [math.nan] * len(table) for name in numbers]
     found: dict[tuple[str, str], list[list[Any]]] = {}
-    heads = zip(table["cell_id"], table["data"], table["task"], table["metric"], table["n_items"], strict=True)
+    heads = zip(*(table[name].tolist() for name in ("cell_id", "data", "task", "metric", "n_items")), strict=True)
     for (cell, data, task, metric, n_items), *values in zip(heads, *columns, strict=True):
         found.setdefault((cell, data), []).append([words(task), words(metric), int(n_items), *map(_number, values)])
-    return [found.get(key, []) for key in zip(rows["cell_id"], rows["data"], strict=True)]
+    return [found.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
 
 
 def _flips(results: Results, scores: Scores, rows: pd.DataFrame, words: _Words) -> list[list[list[Any]]]:
@@ -129,7 +129,7 @@ def _flips(results: Results, scores: Scores, rows: pd.DataFrame, words: _Words) 
         if lost or gained:
             data = _kinds_of(task)[0]
             by_cell.setdefault((cell, data), []).append([words(task), lost[:most], gained[:most], len(lost), len(gained)])  # fmt: skip
-    return [by_cell.get(key, []) for key in zip(rows["cell_id"], rows["data"], strict=True)]
+    return [by_cell.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
 
 
 def _items(results: Results, flips: list[list[list[Any]]], words: _Words) -> dict[str, dict[int, Any]]:

@@ -163,11 +163,10 @@ def _draws(task: str, n: int, n_resamples: int) -> Iterator[Matrix]:
 
 
 def ends(replicates: Matrix) -> tuple[Floats, Floats]:
-    """Percentile interval of each row, NaN where one of its replicates is; as `numpy.quantile`, of which it needs no sort."""
+    """Percentile interval of each row, NaN where one of its replicates is; as `numpy.quantile` has it."""
     last = replicates.shape[1] - 1
     places = [last * (1 - LEVEL) / 2, last * (1 + LEVEL) / 2]
-    kth = sorted({floor for place in places for floor in (math.floor(place), math.ceil(place))})
-    part = np.partition(replicates, kth, axis=1)
+    part = np.sort(replicates, axis=1)  # vectorised, and sooner than a partition at four places
     bad = np.isnan(replicates).any(axis=1)
     found = []
     for place in places:

@@ -148,7 +148,7 @@ _FORMULAS: Mapping[str, Callable[[Matrix, Matrix], Matrix]] = {
 def _tasks_of(per_task: pd.DataFrame) -> dict[tuple[str, str, bool], tuple[str, list[tuple[str, str]]]]:
     """The dense cell, and tasks with their metrics, behind a mean; by cell, kind of data, and whether it is of texts."""
     found: dict[tuple[str, str, bool], tuple[str, list[tuple[str, str]]]] = {}
-    columns = (per_task[name] for name in ("cell_id", "dense_cell_id", "data", "task", "metric"))
+    columns = (per_task[name].tolist() for name in ("cell_id", "dense_cell_id", "data", "task", "metric"))
     for cell, dense, data, task, metric in zip(*columns, strict=True):
         found.setdefault((cell, data, metric == PERPLEXITY), (dense, []))[1].append((task, metric))
     return found

@@ -116,8 +116,7 @@ def _table(spec: TableSpec, long: pd.DataFrame, data: str, scores: Scores) -> Ta
         dtype=object,
     )
     frame = frame.loc[[any(entry.status != "missing" for entry in row) for row in grid]]
-    mark(frame, len(front), quantity, data, scores)
-    return Table(spec, quantity, data, front, constants, frame)
+    return Table(spec, quantity, data, front, constants, mark(frame, len(front), quantity, data, scores))
 
 
 def _front(dims: Sequence[str], long: pd.DataFrame) -> tuple[str, ...]:
@@ -135,8 +134,8 @@ def _front(dims: Sequence[str], long: pd.DataFrame) -> tuple[str, ...]:
 def _slots(long: pd.DataFrame, fields: Sequence[str]) -> dict[tuple[object, ...], Entry]:
     """Entries by the values of their fields."""
     rows: dict[tuple[object, ...], list[tuple[str, str, float, float, float]]] = {}
-    numbers = zip(*(long[name] for name in ("status", "cell_id", "value", "low", "high")), strict=True)
-    for key, one in zip(zip(*(long[name] for name in fields), strict=True), numbers, strict=True):
+    numbers = zip(*(long[name].tolist() for name in ("status", "cell_id", "value", "low", "high")), strict=True)
+    for key, one in zip(zip(*(long[name].tolist() for name in fields), strict=True), numbers, strict=True):
         rows.setdefault(key, []).append(one)
     return {key: _entry(same) for key, same in rows.items()}
 
