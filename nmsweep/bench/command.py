@@ -212,7 +212,9 @@ def _write(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, 
 
     device = Settings(settings).device
     table = pd.DataFrame(rows).assign(machine=machine(device), measured=time.strftime("%Y-%m-%d", time.gmtime()))
-    command = " ".join(["nmsweep bench", name, *(f"{key}={value}" for key, value in settings.items() if key != "out")])
+    command = " ".join(
+        ["nmsweep bench", name, *(f"{key}={value}" for key, value in settings.items() if value and key != "out")]
+    )
     shown = table.drop(columns=["machine", "measured"]).dropna(axis=1, how="all")
     text = "\n".join(
         [
@@ -247,7 +249,7 @@ BENCHMARKS: dict[str, tuple[Benchmark, Words]] = {
         _kernel,
         {
             "batch": "4", "seqlen": "256", "hidden": "4096", "pattern": "2:4,4:8,8:16,16:32,50%", "form": "act,weight,shift+var",
-            "repeats": "5",
+            "repeats": "20",
         },
     ),
     "forward": (

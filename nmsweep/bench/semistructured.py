@@ -23,7 +23,8 @@ def run(
     Returns:
         one row a layer, ratios to the dense product: `masked` (prune, dense product: what nmsweep measures with), `matmul` (the
         sparse product alone, of a packed operand), `pack` (packing alone), `sparse` (prune, pack and sparse product: what
-        hardware gives today), with quartiles of `sparse`; below 1 is a gain.
+        hardware gives today), with quartiles of `sparse`; below 1 is a gain. `max_difference`: of the two products, in units of the
+        largest weight.
     """
     rows = []
     for width, n_out in shapes:

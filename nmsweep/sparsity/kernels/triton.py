@@ -38,7 +38,7 @@ FLAT_CONFIGS = {1: (2048, 4), 2: (1024, 4), 4: (512, 4), 8: (512, 4), 16: (256, 
 """(groups of a program, warps) of flat_kernel by the power of two at or above M."""
 
 SCALED_CONFIG = (2048, 4)
-"""(channels that scaled_kernel holds at once, warps)."""
+"""(channels that scaled_kernel holds at once, or more where a thread could not hold a group; warps)."""
 
 ROW_WARP = 1024
 """Channels of a token that one warp of row_kernel or centre_kernel holds."""
@@ -160,7 +160,8 @@ def _launch_flat(common: dict[str, Any], n_groups: int, groups_per_row: int) -> 
 def _launch_scaled(common: dict[str, Any], n_rows: int, hidden: int, nu: Tensor | None) -> None:
     padded_m = triton.next_power_of_2(common["M"])
     elements, warps = SCALED_CONFIG
-    groups = min(max(1, elements // padded_m), triton.next_power_of_2(hidden // common["M"]))
+    groups = max(elements // padded_m, 32 * warps)  # a thread holds whole groups
+    groups = min(groups, triton.next_power_of_2(hidden // common["M"]))
     scaled_kernel[(n_rows,)](**common, nu_ptr=nu, hidden=hidden, P=padded_m, G=groups, num_warps=warps)
 
 
