@@ -26,7 +26,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = (
         "-m",
         *TINY,
-        "pattern=2:4,50%",
+        "pattern=2:4",
         "mitigation=none,shift+var",
         "mitigations.shift.stat=mean",
         "criterion=wina",
