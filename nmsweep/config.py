@@ -168,6 +168,30 @@ class ClusterConfig(_Node):
     workers: Annotated[int, Field(ge=1)] | None = None
 
 
+class WandbConfig(_Node):
+    """Weights & Biases: which project, and whether it is told (`mode`: online or offline)."""
+
+    enabled: bool = False
+    project: str = "nmsweep"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class MlflowConfig(_Node):
+    """MLflow: where it tracks (None: what MLFLOW_TRACKING_URI says), and which experiment."""
+
+    enabled: bool = False
+    tracking_uri: str | None = None
+    experiment: str = "nmsweep"
+
+
+class LoggersConfig(_Node):
+    """Who else is told about finished cells; changes no number."""
+
+    wandb: WandbConfig = WandbConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+
+
 class RunConfig(_Node):
     """One cell, fully resolved. Field by field: docs/config.md."""
 
@@ -192,6 +216,7 @@ class RunConfig(_Node):
     force: bool = False
     plugins: tuple[str, ...] = ()
     cluster: ClusterConfig = ClusterConfig()
+    loggers: LoggersConfig = LoggersConfig()
 
     @property
     def model_name(self) -> str:

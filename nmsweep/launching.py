@@ -83,7 +83,7 @@ class Launch:
             StorageError: nothing more can be kept.
         """
         here = session()
-        here.launch = self.launch
+        here.launch, here.sweep = self.launch, self.plan.plan_id
         here.display.expect(len(self.pending))
         with here.display:
             return work(self.plan, self.pending, patient=True)
@@ -102,7 +102,7 @@ def run_batch(word: str, results_dir: Path, *, remote: bool) -> list[Outcome]:
     if not remote:
         return Launch(plan, batch.indices, batch.launch).run_here()
     here = session()
-    here.launch = batch.launch
+    here.launch, here.sweep = batch.launch, batch.plan_id
     if "SLURM_JOB_ID" not in os.environ:  # Slurm has a log for each job; other workers share the terminal
         here.display = Display(stream=open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lasts
     here.display.expect(len(batch.indices))

@@ -22,6 +22,7 @@ from nmsweep.evaluate.prompting import Prompting
 from nmsweep.evaluate.result import TaskResult
 from nmsweep.evaluate.trouble import naming_the_layer, within_memory
 from nmsweep.fitting import allocated, calibration
+from nmsweep.loggers import log_cell
 from nmsweep.models import LoadedModel
 from nmsweep.provenance import device_name, environment, peak_memory_bytes
 from nmsweep.record import CellRecord, LayerCount, Part, Parts, clear_failure, find_cell, read_cell, write_cell
@@ -66,6 +67,7 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
             done = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
         about = {"launch": session.launch, "wall_s": round(time.perf_counter() - started, 3)}
         record = write(cell, loaded, done, calibrated, about)
+    log_cell(cfg, record, session.sweep, session.display.say)
     for same in twins(cfg.results_dir, cell.folder):
         log.warning("%s", same)
         session.display.say(f"    {same}")

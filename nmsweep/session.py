@@ -30,11 +30,13 @@ class Session:
 
     Attributes:
         display: what the user sees.
+        sweep: id of the plan that it works at.
         launch: which launch of a sweep this process works for; in every record it writes.
         n_loads: how often a model was loaded.
     """
 
     display: Display = field(default_factory=Display)
+    sweep: str = ""
     launch: str = field(default_factory=lambda: secrets.token_hex(6))
     n_loads: int = 0
     _key: str = ""

@@ -69,13 +69,13 @@ def _scaling(folder: Path) -> list[dict[str, Any]]:
         rows.append({"what": "sweep", "cells": n_cells, "workers": 1, "seconds": seconds, "measuring_s": computing})
     cells = np.array([row["cells"] for row in rows], dtype=float)
     overhead = np.array([row["seconds"] - row["measuring_s"] for row in rows])
-    seconds = np.array([row["seconds"] for row in rows])
-    per_cell, start = np.polyfit(cells, seconds, 1)
-    residual = seconds - (per_cell * cells + start)
+    times = np.array([row["seconds"] for row in rows])
+    per_cell, start = np.polyfit(cells, times, 1)
+    residual = times - (per_cell * cells + start)
     fit = {
         "what": "line through them", "seconds_per_cell": per_cell, "start_s": start,
         "overhead_per_cell_s": np.polyfit(cells, overhead, 1)[0],
-        "r2": 1 - float((residual**2).sum() / ((seconds - seconds.mean()) ** 2).sum()),
+        "r2": 1 - float((residual**2).sum() / ((times - times.mean()) ** 2).sum()),
     }  # fmt: skip
     return [*rows, fit]
 

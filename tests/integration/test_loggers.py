@@ -1,0 +1,61 @@
+"""Loggers are told after the fact, and whatever they do the cell stands."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nmsweep import loggers
+from nmsweep.plan import plan_ids
+from nmsweep.record import cell_folders, read_cell
+
+Call = Callable[..., tuple[int, str, str]]
+TINY = ("model=tiny-llama", "dtype=float32", "eval.limit=4", "tasks=mini_science", "loggers.mlflow.enabled=true")
+
+
+@pytest.mark.filterwarnings("ignore")  # its own libraries warn of each other
+def test_mlflow_has_one_run_a_cell_grouped_by_sweep(nmsweep: Call, results: Path, tmp_path: Path) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    pytest.importorskip("sqlalchemy")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    words = ("-m", *TINY, "pattern=2:4,8:16", f"loggers.mlflow.tracking_uri={uri}", f"results_dir={results}")
+    code, _, err = nmsweep(*words)
+    assert code == 0, err
+    assert "was not told" not in err
+    client = tracking.MlflowClient(tracking_uri=uri)
+    runs = client.search_runs([client.get_experiment_by_name("nmsweep").experiment_id])
+    assert {run.info.run_name for run in runs} == {folder.name for folder in cell_folders(results)}
+    assert {run.data.tags["sweep"] for run in runs} == set(plan_ids(results))
+    for run in runs:
+        record = read_cell(results / "cells" / run.info.run_name)
+        expected = {f"{row.task}/{row.metric}": row.value for row in record.metrics.itertuples()}
+        assert expected.items() <= run.data.metrics.items()
+    assert nmsweep(*words)[0] == 0  # nothing is computed, nothing is told again
+    assert len(client.search_runs([runs[0].info.experiment_id])) == 3
+
+
+@pytest.mark.parametrize("harm", ["raises", "exits", "hangs"])
+def test_a_logger_cannot_fail_a_cell(nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+    import time
+
+    def send(*args: object) -> None:
+        if harm == "raises":
+            raise ConnectionError("no route to host")
+        if harm == "exits":
+            raise SystemExit(3)
+        time.sleep(2)
+
+    monkeypatch.setitem(loggers.LOGGERS, "mlflow", send)
+    monkeypatch.setattr(loggers, "TIMEOUT_S", 0.2)
+    code, _, err = nmsweep(*TINY, "pattern=2:4", "baseline=false", f"results_dir={results}")
+    assert code == 0
+    assert "mlflow was not told" in err
+    assert len(cell_folders(results)) == 1
+
+
+def test_nothing_is_told_by_default(nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    for name in loggers.LOGGERS:
+        monkeypatch.setitem(loggers.LOGGERS, name, lambda *args: told.append(args))
+    assert nmsweep(*TINY[:-1], "pattern=2:4", "baseline=false", f"results_dir={results}")[0] == 0
+    assert not told
