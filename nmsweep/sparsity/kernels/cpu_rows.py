@@ -48,10 +48,12 @@ def plain(p: Any, storage: Any, stamp: int) -> None:
             x = carray(pointer(call.x), (call.total,), storage)
             u = carray(pointer(call.u), (call.total,), storage)
             scratch = np.zeros(width, storage)
-            scratch[:rest] = x[call.total - rest :]
+            for i in range(rest):
+                scratch[i] = x[call.total - rest + i]
             kept += call_blocks(call.select, scratch.ctypes.data, scratch.ctypes.data, 1)
             kept -= call.n * ((width - rest) // call.m)  # the groups of the padding
-            u[call.total - rest :] = scratch[:rest]
+            for i in range(rest):
+                u[call.total - rest + i] = scratch[i]
     fetch_add(shared + 8, kept)
 
 
@@ -98,8 +100,8 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
                     token_eta[r] = _median(row, ordered, halves, call.infinity)
                 else:
                     token_eta[r] = _mean(row)
-                fill[:] = token_eta[r]
-                eta[:] = to_float(token_eta[r])
+                _set(fill, token_eta[r])
+                _set(eta, to_float(token_eta[r]))
             target = keys[r * hidden : (r + 1) * hidden]
             if keys.itemsize == 2:
                 _magnitudes(row, call.infinity + 1, target)
@@ -124,8 +126,8 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
         for r in range(rows):
             row, row_mask, out = x[first + r], masks[r * hidden : (r + 1) * hidden], u[first + r]
             if call.centre != 0:
-                fill[:] = token_eta[r]
-                eta[:] = to_float(token_eta[r])
+                _set(fill, token_eta[r])
+                _set(eta, to_float(token_eta[r]))
             nu = np.float32(1)
             if call.var != 0:
                 nu = _variance_ratio(row, eta, row_mask)
@@ -139,6 +141,13 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
                 _write_mask(row_mask, mask_out[first + r])
             kept += _count(row_mask)
     fetch_add(shared + 8, kept)
+
+
+@jit
+def _set(values: Any, value: Any) -> None:
+    """A loop: numba takes seconds to compile the assignment to a slice."""
+    for i in range(values.size):
+        values[i] = value
 
 
 @jit
@@ -163,7 +172,8 @@ def _scores(row: Any, eta: Any, weight: Any, keys: Any) -> None:
 def _threshold(keys: Any, n: int, candidates: Any, halves: Any, masks: Any) -> None:
     """Masks of the n highest keys, by the value of the n-th; of its equals the lower channels are kept."""
     m = keys.size
-    candidates[:m] = keys
+    for i in range(m):
+        candidates[i] = keys[i]
     if candidates.itemsize == 2:
         threshold = candidates.dtype.type(kth_of_16(candidates, m, m - n))
     else:
