@@ -8,7 +8,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Plan:
     cells: tuple[PlannedCell, ...]
     results_dir: Path
 
-    @property
+    @cached_property
     def plan_id(self) -> str:
         return short_hash(self.content(), 20)
 
@@ -79,7 +80,7 @@ class Plan:
         cells = []
         for cell in self.cells:
             own = {key: value for key, value in cell.config.items() if key not in common}
-            cells.append({**asdict(cell), "config": own})
+            cells.append({**vars(cell), "config": own})
         return {"schema": SCHEMA, "words": list(self.words), "common": common, "cells": cells}
 
 
