@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pandas as pd
 import torch
@@ -150,9 +151,26 @@ def _compared(
         n = min(len(window), n_left) - 1
         if n < 1:
             break
-        with as_dense():
-            dense = _hidden(model, window[None, : n + 1])[0]
+        dense = _dense_hidden(model, window[: n + 1], as_dense)
         kl, same = divergence(model, dense[:n], own[:n])
         found.append((float(kl.mean()), float(same.double().mean()), n))
         n_left -= len(window)
     return found
+
+
+_dense: WeakKeyDictionary[Any, dict[bytes, Tensor]] = WeakKeyDictionary()  # between the cells of a process
+
+
+def _dense_hidden(model: Any, window: Tensor, as_dense: AsDense) -> Tensor:
+    """The dense model's last hidden states [tokens, hidden] of a window [tokens]: what every sparse cell is compared with.
+
+    Kept on the CPU, at most `COMPARED_TOKENS` tokens of one text.
+    """
+    kept = _dense.setdefault(model, {})
+    key = window.cpu().numpy().tobytes()
+    if key not in kept:
+        if sum(map(len, kept.values())) + len(window) > COMPARED_TOKENS:
+            kept.clear()
+        with as_dense():
+            kept[key] = _hidden(model, window[None])[0].cpu()
+    return kept[key].to(model.device)

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,30 @@ def test_divergence_from_dense_is_that_of_the_full_distributions(method: str, mo
         sum(float(same[window, :n].sum()) for window, n in enumerate(n_compared)) / sum(n_compared)
     )
     assert values["kl_to_dense"] > 0.01
+
+
+def test_the_dense_side_of_the_comparison_is_computed_once_for_all_cells() -> None:
+    model = tiny_model("tiny-llama", 0, torch.float32, torch.device("cpu"))
+    tokenizer, source = tiny_tokenizer("tiny-llama"), find_task("mini_prose", None)
+
+    def compared(pattern: str) -> tuple[int, pd.DataFrame]:
+        passes = []
+        with sparsify(model, pattern=pattern) as layers:
+
+            def as_dense() -> AbstractContextManager[None]:
+                passes.append(pattern)
+                return layers.as_dense()
+
+            result = perplexity.perplexity(
+                model, tokenizer, source, seqlen=64, limit=4, batch_tokens=128, bos=False, advance=lambda n: None,
+                as_dense=as_dense,
+            )  # fmt: skip
+        return len(passes), result.samples
+
+    first, other, again = compared("2:4"), compared("8:16"), compared("2:4")
+    assert (first[0], other[0], again[0]) == (4, 0, 0)
+    pd.testing.assert_frame_equal(first[1], again[1])
+    assert not first[1]["kl"].equals(other[1]["kl"])
 
 
 def test_every_metric_can_be_computed_from_the_samples(sweep: Path) -> None:
