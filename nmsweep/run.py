@@ -48,7 +48,7 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         Busy: another process is computing it, or the calibrated state that it needs.
         NmsweepError: the cell cannot be computed; what was finished of it is kept.
     """
-    cell = identify(cfg, session.display.say)
+    cell = identify(cfg)  # what is left out was said when the sweep was planned
     if kept := finished(cell, session):
         return kept
     with claimed(cfg.results_dir, cell.part_id, cell.folder.name):
