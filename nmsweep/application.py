@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from nmsweep.errors import InputError, NmsweepError
 
 if TYPE_CHECKING:  # torch comes with them
-    from nmsweep.launching import Launch
-    from nmsweep.plan import Plan
-    from nmsweep.sweep import Outcome
+    from nmsweep.sweep.launching import Launch
+    from nmsweep.sweep.plan import Plan
+    from nmsweep.sweep.work import Outcome
 
 
 def planned(words: Sequence[str], overrides: Sequence[str], multirun: bool, config_dir: Path | None) -> "Plan":
@@ -27,7 +27,7 @@ def planned(words: Sequence[str], overrides: Sequence[str], multirun: bool, conf
     multirun = multirun or is_multirun(overrides, config_dir)
     configs = cells_of(overrides, multirun=multirun, config_dir=config_dir)
     silence_libraries()
-    from nmsweep.planning import make_plan
+    from nmsweep.sweep.planning import make_plan
 
     return make_plan(configs, words, lambda text: print(f"nmsweep: {text.strip()}", file=sys.stderr))
 
@@ -37,9 +37,9 @@ def run_cells(words: list[str], overrides: list[str], multirun: bool, config_dir
     plan = planned(words, overrides, multirun, config_dir)
     if errors := unwritable(plan.results_dir):
         raise InputError(*errors)
-    from nmsweep.leftovers import remove_abandoned
-    from nmsweep.plan import store
-    from nmsweep.planning import missing
+    from nmsweep.sweep.leftovers import remove_abandoned
+    from nmsweep.sweep.plan import store
+    from nmsweep.sweep.planning import missing
 
     pending = missing(plan)
     n_cells, n_missing = len(plan.cells), len(pending)
@@ -56,8 +56,8 @@ def run_cells(words: list[str], overrides: list[str], multirun: bool, config_dir
 
 def run_plan(words: list[str], plan: "Plan", pending: Sequence[int]) -> int:
     """Run some cells of a plan that is stored, through the launcher that the words name; the exit code."""
-    from nmsweep.interrupt import interruptible
-    from nmsweep.launching import Launch
+    from nmsweep.disk.interrupt import interruptible
+    from nmsweep.sweep.launching import Launch
 
     with interruptible():
         return hand_to_hydra(words, Launch(plan, tuple(pending), secrets.token_hex(6)))
@@ -135,7 +135,7 @@ class _Job:
 
     def __call__(self, cfg: Any) -> None:
         silence_libraries()
-        from nmsweep.launching import run_batch
+        from nmsweep.sweep.launching import run_batch
 
         if self.task is not None and "batch" not in cfg:
             try:
@@ -151,7 +151,7 @@ def sweep_cells(launcher: Any, arguments: Sequence[str], config: Any) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     from nmsweep.config import ClusterConfig
-    from nmsweep.launching import launch
+    from nmsweep.sweep.launching import launch
 
     job = _current[-1]
     assert job.task is not None

@@ -87,7 +87,7 @@ def _report(words: Sequence[str]) -> int:
 
 def _list(words: Sequence[str]) -> int:
     given = key_values(words, ["config_dir"])
-    from nmsweep.listing import show_list
+    from nmsweep.commands.listing import show_list
 
     show_list(Path(given["config_dir"]) if "config_dir" in given else None)
     return 0
@@ -103,7 +103,7 @@ def _inspect(words: Sequence[str]) -> int:
     limit = given.get("limit", "10")
     if not limit.isdigit():
         raise InputError(f"limit: {limit!r} is no number of items; pass limit=20")
-    from nmsweep.inspection import show_flips
+    from nmsweep.commands.inspection import show_flips
 
     show_flips(Path(given.get("results_dir", "results")), cells[0], given.get("task"), int(limit))
     return 0
@@ -111,7 +111,7 @@ def _inspect(words: Sequence[str]) -> int:
 
 def _prefetch(words: Sequence[str]) -> int:
     from nmsweep.application import silence_libraries
-    from nmsweep.prefetching import prefetch
+    from nmsweep.commands.prefetching import prefetch
 
     silence_libraries()
     return prefetch(words)
@@ -138,7 +138,7 @@ def _sensitivity(words: Sequence[str]) -> int:
     if errors := unwritable(cfg.results_dir):
         raise InputError(*errors)
     silence_libraries()
-    from nmsweep.sensitivity import sensitivity, targets_word
+    from nmsweep.commands.sensitivity import sensitivity, targets_word
     from nmsweep.session import Session
 
     session = Session()
@@ -156,9 +156,9 @@ def _of_sweeps(name: str) -> Callable[[Sequence[str]], int]:
     """A subcommand of `commands`, imported when it is called."""
 
     def call(words: Sequence[str]) -> int:
-        from nmsweep import commands
+        from nmsweep.commands import sweeps
 
-        return int(getattr(commands, name)(words))
+        return int(getattr(sweeps, name)(words))
 
     return call
 

@@ -13,8 +13,8 @@ from nmsweep.calibrate.search import search
 from nmsweep.calibrate.store import Calibrated, calibrate
 from nmsweep.calibrate.text import windows
 from nmsweep.cell import Cell
-from nmsweep.claims import claimed
 from nmsweep.data.tasks import read_text
+from nmsweep.disk.claims import claimed
 from nmsweep.evaluate.perplexity import adds_bos
 from nmsweep.models import LoadedModel
 from nmsweep.recipe import Recipe, read_recipe

@@ -16,8 +16,8 @@ from typing import IO, Any
 import pandas as pd
 import yaml
 
+from nmsweep.disk.storage import whole_folder
 from nmsweep.errors import InputError
-from nmsweep.storage import whole_folder
 
 SCHEMA = 1
 """Version of the files of a cell; kept in provenance.json. Older versions stay readable."""

@@ -11,10 +11,10 @@ import pandas as pd
 
 from nmsweep.calibrate.store import Calibrated
 from nmsweep.cell import Cell, device_kind, identify, task_identity
-from nmsweep.claims import claimed
 from nmsweep.config import RunConfig
 from nmsweep.damage import damage, quarantine
 from nmsweep.data.tasks import TaskSource
+from nmsweep.disk.claims import claimed
 from nmsweep.evaluate import harness, perplexity
 from nmsweep.evaluate.identity import METHOD, SCORES, method_id, scores_sha256, twins
 from nmsweep.evaluate.items import keep_items

@@ -10,8 +10,8 @@ import pytest
 if shutil.which("nvidia-smi") is None:  # before anything imports triton: it reads this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from nmsweep import sweep
 from nmsweep.data.tasks import MINI_FOLDER
+from nmsweep.sweep import work
 
 MINI_AS = {
     "arc_easy": ("science", "test"),
@@ -24,9 +24,9 @@ MINI_AS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_session() -> Iterator[None]:
-    sweep._sessions.clear()
+    work._sessions.clear()
     yield
-    sweep._sessions.clear()
+    work._sessions.clear()
 
 
 @pytest.fixture(scope="session")

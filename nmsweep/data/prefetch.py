@@ -18,8 +18,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from nmsweep.data.hub import hub_rows, hub_size, unreachable
 from nmsweep.data.tasks import TaskSource, file_sha256, find_task
+from nmsweep.disk.storage import whole_file, write_text
 from nmsweep.errors import DataError
-from nmsweep.storage import whole_file, write_text
 
 MANIFEST = "sha256.json"
 

@@ -6,11 +6,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from nmsweep.data.tasks import TaskSource
+from nmsweep.disk.storage import whole_file
 from nmsweep.evaluate.groups import numbered
 from nmsweep.evaluate.kept import KeptTask, kept_task
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.record import items_file
-from nmsweep.storage import whole_file
 
 
 def keep_items(results_dir: Path, source: TaskSource, data: str, prompting: Prompting) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from nmsweep.disk.storage import write_text
 from nmsweep.evaluate.identity import identical
 from nmsweep.report import formats
 from nmsweep.report.figures import Figure, Figures, all_points, draw_figures
@@ -22,7 +23,6 @@ from nmsweep.report.spec import Table, TableSpec
 from nmsweep.report.tables import make_tables, preset_tables
 from nmsweep.report.terminal import show_results, show_table
 from nmsweep.report.workers import workers
-from nmsweep.storage import write_text
 
 
 def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console | None = None) -> None:

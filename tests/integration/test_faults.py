@@ -155,8 +155,8 @@ def test_a_full_disk_stops_the_sweep_and_nothing_is_half_written(nmsweep: Call, 
 
 
 def test_a_file_that_may_not_grow_is_a_full_disk_too(tmp_path: Path) -> None:
+    from nmsweep.disk.storage import write_text
     from nmsweep.errors import StorageError
-    from nmsweep.storage import write_text
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

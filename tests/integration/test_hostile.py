@@ -10,8 +10,8 @@ import pytest
 
 from nmsweep.config import short_hash
 from nmsweep.errors import InputError
-from nmsweep.launching import Batch
-from nmsweep.plan import load, plan_ids
+from nmsweep.sweep.launching import Batch
+from nmsweep.sweep.plan import load, plan_ids
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "eval.limit=4", "tasks=mini_science", "baseline=false")

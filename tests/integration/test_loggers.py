@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from nmsweep import loggers
-from nmsweep.plan import plan_ids
 from nmsweep.record import cell_folders, read_cell
+from nmsweep.sweep.plan import plan_ids
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "eval.limit=4", "tasks=mini_science", "loggers.mlflow.enabled=true")

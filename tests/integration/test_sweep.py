@@ -13,10 +13,10 @@ import pytest
 from chaos.kill import chaos
 from processes import Run, run
 
-from nmsweep.owner import Owner, temporary_name
-from nmsweep.plan import indices_text, load, parse_indices, plan_ids
+from nmsweep.disk.owner import Owner, temporary_name
 from nmsweep.record import cell_folders, failure_of
 from nmsweep.report.load import read_results
+from nmsweep.sweep.plan import indices_text, load, parse_indices, plan_ids
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = (
@@ -223,8 +223,8 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     code = f"""
 import os, signal, time
 from pathlib import Path
-from nmsweep.interrupt import interruptible
-from nmsweep.storage import whole_folder
+from nmsweep.disk.interrupt import interruptible
+from nmsweep.disk.storage import whole_folder
 with interruptible(), whole_folder(Path({str(tmp_path / "cells" / "one")!r})) as place:
     (place / "a").write_text("a")
     print("writing", flush=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nmsweep import claims
-from nmsweep.claims import LEASE_S, claimed, find, is_void, take
+from nmsweep.disk import claims
+from nmsweep.disk.claims import LEASE_S, claimed, find, is_void, take
+from nmsweep.disk.owner import Owner, me, parse_owner, server_time, temporary_name
 from nmsweep.errors import Busy
-from nmsweep.owner import Owner, me, parse_owner, server_time, temporary_name
 
 ELSEWHERE = Owner("othernode", "0" * 8, 4242, 17)
 
@@ -30,7 +30,7 @@ def claim_of(results: Path, owner: Owner, age_s: float = 0.0, generation: int = 
 
 def dead_process() -> Owner:
     """A process of this machine that has ended."""
-    code = "from nmsweep.owner import me; print(me())"
+    code = "from nmsweep.disk.owner import me; print(me())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     owner = parse_owner(said)
     assert owner is not None

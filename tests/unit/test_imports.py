@@ -9,11 +9,11 @@ import nmsweep
 
 ROOT = Path(nmsweep.__file__).parent
 ORDER = [
-    {"errors", "pattern", "recipe", "owner", "interrupt", "words"}, {"config", "storage", "claims"}, {"record", "damage", "catalogue", "progress", "provenance", "plan"}, {"data", "models"}, {"sparsity"}, {"calibrate"}, {"evaluate"},
-    {"cell"}, {"session"}, {"fitting"}, {"run", "sensitivity", "planning", "workers"}, {"sweep", "leftovers"}, {"launching", "compose", "estimate"}, {"application", "status"}, {"commands", "listing", "report", "bench", "inspection", "prefetching"}, {"cli"},
+    {"errors", "pattern", "recipe", "words"}, {"disk"}, {"config"}, {"record", "damage", "catalogue", "progress", "provenance"}, {"data", "models"}, {"sparsity"}, {"calibrate"}, {"evaluate"},
+    {"cell"}, {"session"}, {"fitting"}, {"run"}, {"sweep"}, {"compose"}, {"application"}, {"report", "bench"}, {"commands"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-REPORT_MAY = {"errors", "pattern", "config", "record", "storage", "report"}
+REPORT_MAY = {"errors", "pattern", "config", "record", "disk", "report"}
 PAIRED = {"nmsweep.evaluate.statistics", "nmsweep.evaluate.comparison", "nmsweep.evaluate.identity"}
 """Of `evaluate`, what works on records alone; a report is of paired numbers."""
 

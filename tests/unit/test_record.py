@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from nmsweep.disk.storage import whole_folder, write_text
 from nmsweep.errors import InputError, StorageError
 from nmsweep.record import (
     LAYER_COLUMNS,
@@ -21,7 +22,6 @@ from nmsweep.record import (
     write_cell,
     write_failure,
 )  # fmt: skip
-from nmsweep.storage import whole_folder, write_text
 
 METRICS = [Metric("boolq", "acc", 0.5, 0.1, 4), Metric("wikitext2", "perplexity", 12.25, None, 3)]
 LAYERS = [LayerCount("model.layers.0.q", 8, 4, 100, 50, 0.25)]

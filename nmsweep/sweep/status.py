@@ -4,12 +4,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nmsweep.claims import all_claims, is_void
 from nmsweep.damage import damage
-from nmsweep.estimate import duration, measured
-from nmsweep.owner import server_time
-from nmsweep.plan import Plan, PlannedCell
+from nmsweep.disk.claims import all_claims, is_void
+from nmsweep.disk.owner import server_time
 from nmsweep.record import cell_index, failure_folder, failure_of
+from nmsweep.sweep.estimate import duration, measured
+from nmsweep.sweep.plan import Plan, PlannedCell
 
 
 @dataclass(frozen=True)

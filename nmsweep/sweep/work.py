@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nmsweep.claims import find
 from nmsweep.config import RunConfig
+from nmsweep.disk.claims import find
 from nmsweep.errors import Busy, NmsweepError, StorageError
-from nmsweep.plan import Plan, PlannedCell
 from nmsweep.record import failure_folder, failure_of, write_failure
 from nmsweep.run import run
 from nmsweep.session import Session
+from nmsweep.sweep.plan import Plan, PlannedCell
 
 log = logging.getLogger(__name__)
 

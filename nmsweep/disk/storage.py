@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nmsweep.disk.interrupt import uninterrupted
+from nmsweep.disk.owner import temporary_name
 from nmsweep.errors import StorageError
-from nmsweep.interrupt import uninterrupted
-from nmsweep.owner import temporary_name
 
 _FULL_OR_GONE = {
     errno.ENOSPC,

@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from nmsweep.cell import model_bytes
-from nmsweep.plan import Plan
+from nmsweep.sweep.plan import Plan
 
 WORKER_BYTES = 1_500_000_000
 """Memory of a process beside the weights: the libraries, activations, a slice of logits."""

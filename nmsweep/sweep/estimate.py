@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nmsweep.plan import PlannedCell
+from nmsweep.sweep.plan import PlannedCell
 
 N_RECORDS = 1000
 """Records that are looked at; beyond it a mean does not change."""

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmsweep.claims import all_claims, claims_folder, is_void
-from nmsweep.owner import is_abandoned, server_time
-from nmsweep.plan import plans_folder
+from nmsweep.disk.claims import all_claims, claims_folder, is_void
+from nmsweep.disk.owner import is_abandoned, server_time
+from nmsweep.sweep.plan import plans_folder
 
 RUNS_KEPT_S = 7 * 24 * 3600.0
 """Age in seconds up to which Hydra's own folders are kept for their logs."""

@@ -8,9 +8,9 @@ from nmsweep.cell import check, identify
 from nmsweep.config import RunConfig, short_hash, to_plain
 from nmsweep.damage import damage
 from nmsweep.errors import InputError
-from nmsweep.plan import Plan, PlannedCell, ordered
 from nmsweep.record import cell_index
 from nmsweep.session import device_of, model_key
+from nmsweep.sweep.plan import Plan, PlannedCell, ordered
 
 
 @dataclass

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nmsweep.disk.owner import Owner, me, parse_owner, server_time
 from nmsweep.errors import Busy
-from nmsweep.owner import Owner, me, parse_owner, server_time
 
 LEASE_S = 120.0
 """Seconds without a sign of life after which a claim is void; attribute caches of network file systems hold up to 60."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nmsweep.config import RunConfig, from_plain, short_hash
+from nmsweep.disk.storage import write_text
 from nmsweep.errors import InputError
-from nmsweep.storage import write_text
 
 SCHEMA = 1
 """Version of a plan's file."""

@@ -17,11 +17,11 @@ from typing import Any
 
 from nmsweep.config import ClusterConfig
 from nmsweep.errors import InputError, NmsweepError
-from nmsweep.plan import Plan, PlannedCell, indices_text, load, parse_indices
 from nmsweep.progress import Display
 from nmsweep.record import cell_index, failure_folder, failure_of
-from nmsweep.sweep import Outcome, session, work
-from nmsweep.workers import grouped, n_local_workers, share_machine
+from nmsweep.sweep.plan import Plan, PlannedCell, indices_text, load, parse_indices
+from nmsweep.sweep.work import Outcome, session, work
+from nmsweep.sweep.workers import grouped, n_local_workers, share_machine
 
 log = logging.getLogger(__name__)
 

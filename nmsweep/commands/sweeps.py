@@ -8,11 +8,11 @@ from pathlib import Path
 from nmsweep.application import planned, run_plan
 from nmsweep.damage import damage
 from nmsweep.errors import InputError
-from nmsweep.estimate import duration, measured
-from nmsweep.leftovers import leftovers, remove
-from nmsweep.plan import Plan, load, plan_ids, store
 from nmsweep.record import cell_index
-from nmsweep.status import read_status, show_status
+from nmsweep.sweep.estimate import duration, measured
+from nmsweep.sweep.leftovers import leftovers, remove
+from nmsweep.sweep.plan import Plan, load, plan_ids, store
+from nmsweep.sweep.status import read_status, show_status
 from nmsweep.words import key_values
 
 

@@ -1,0 +1,1 @@
+"""The subcommands of `nmsweep`, one file each but for those of a stored sweep, which share one."""
