@@ -132,12 +132,15 @@ class _Walk:
                 self._put_prefix(group)
             if teacher is not None:
                 self._advance(index, teacher, dense=True)
-            if self.learned and groups and train_blocks and self.settings.objective == "mse":
-                losses.append(self._train_block(index, groups, inputs, teacher))
+            trained = bool(self.learned and groups and train_blocks and self.settings.objective == "mse")
+            advanced = trained and self.settings.prefix == "sparse" and not self._later()
+            if trained:
+                losses.append(self._train_block(index, groups, inputs, teacher, advance=advanced))
                 for group in groups if (later := self._later()) else ():
                     self._fit_group(group, later, self._inputs(index, group, inputs, later))
                     self._put_prefix(group)
-            self._advance(index, inputs, dense=self.settings.prefix == "dense")
+            if not advanced:
+                self._advance(index, inputs, dense=self.settings.prefix == "dense")
             self.step()
         return losses
 
@@ -262,14 +265,22 @@ class _Walk:
         return self.settings, self.seed, self.surgery.view, self.made.pattern
 
     def _train_block(
-        self, index: int, groups: Sequence[Sequence[str]], inputs: Sequence[Tensor], targets: list[Tensor] | None
-    ) -> Loss:
+        self, index: int, groups: Sequence[Sequence[str]], inputs: list[Tensor], targets: list[Tensor] | None, advance: bool
+    ) -> Loss:  # fmt: skip
         """Train a block; without `targets` they are what its dense self makes of the same inputs."""
         if targets is None:
             targets = list(inputs)
             self._advance(index, targets, dense=True)
         parameters = self._parameters(groups)
         name = self.blocks.names[index]
-        loss = train(name, lambda hidden: self.blocks.run(index, hidden), inputs, targets, parameters, *self._how())
+        loss = train(
+            name,
+            lambda hidden: self.blocks.run(index, hidden),
+            inputs,
+            targets,
+            parameters,
+            *self._how(),
+            advance=advance,
+        )
         self._freeze(groups)
         return loss

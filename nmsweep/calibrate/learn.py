@@ -1,7 +1,7 @@
 """Training of learned stages: a block against its dense output, or the whole model against its dense logits."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,15 @@ class Loss:
 def train(
     name: str,
     run: Callable[[Tensor], Tensor],
-    inputs: Sequence[Tensor],
+    inputs: MutableSequence[Tensor],
     targets: Sequence[Tensor],
     parameters: Sequence[Tensor],
     settings: CalibrationConfig,
     seed: int,
     view: TokenView,
     pattern: Pattern,
+    *,
+    advance: bool = False,
 ) -> Loss:
     """Train the learned parameters of one block; batch 1, mean squared error, masks constant in the backward pass.
 
@@ -51,14 +53,18 @@ def train(
         seed: of the order of the windows.
         view: of the sparse layers; carries the schedule.
         pattern: the layers' own.
+        advance: put what the trained block makes of each window in its place in `inputs`: the loss after training needs it
+            anyway, so that no pass of its own is spent on it.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
     """
 
-    def loss_of(index: int) -> Tensor:
-        out, target = run(inputs[index]), targets[index]
-        return F.mse_loss(_wide(out), _wide(target))
+    def loss_of(index: int, last: bool) -> Tensor:
+        out = run(inputs[index])
+        if last and advance:
+            inputs[index] = out
+        return F.mse_loss(_wide(out), _wide(targets[index]))
 
     return _descend(name, loss_of, len(inputs), parameters, settings, seed, view, pattern)
 
@@ -75,7 +81,7 @@ def train_end_to_end(
         parameters, settings, seed, view, pattern: as for `train`.
     """
 
-    def loss_of(index: int) -> Tensor:
+    def loss_of(index: int, last: bool) -> Tensor:
         ids = windows[index : index + 1]
         with torch.no_grad(), view.as_dense():
             dense = _wide(model(input_ids=ids, use_cache=False).logits[0]).log_softmax(-1)
@@ -90,18 +96,20 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _descend(
-    name: str, loss_of: Callable[[int], Tensor], n_windows: int, parameters: Sequence[Tensor], settings: CalibrationConfig,
-    seed: int, view: TokenView, pattern: Pattern,
+    name: str, loss_of: Callable[[int, bool], Tensor], n_windows: int, parameters: Sequence[Tensor],
+    settings: CalibrationConfig, seed: int, view: TokenView, pattern: Pattern,
 ) -> Loss:  # fmt: skip
-    def mean_loss() -> float:
-        value = sum(float(loss_of(index)) for index in range(n_windows)) / n_windows
+    """Train on `loss_of` a window by its index; its second argument says that training is over and nothing else will run."""
+
+    def mean_loss(last: bool) -> float:
+        value = sum(float(loss_of(index, last)) for index in range(n_windows)) / n_windows
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"calibration: the loss of {name} is {value}; lower calibration.lr, or take dtype=float32"
             )
         return value
 
-    before = mean_loss()
+    before = mean_loss(last=False)
     n_steps = settings.epochs * n_windows
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=BETAS, weight_decay=0.0)
     warmup = max(1, round(WARMUP * n_steps))
@@ -114,14 +122,14 @@ def _descend(
         for done, index in enumerate(order):
             _schedule(view, settings.schedule, pattern, done / n_steps)
             with torch.enable_grad():
-                loss_of(index).backward()
+                loss_of(index, False).backward()
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad()
             rate.step()
     finally:
         view.fade, view.pattern = 0.0, None
-    return Loss(name, before, mean_loss())
+    return Loss(name, before, mean_loss(last=True))
 
 
 def _schedule(view: TokenView, schedule: str, pattern: Pattern, progress: float) -> None:
