@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nmsweep.bench.exact import keep_float64
 from nmsweep.bench.replay import Masks
 from nmsweep.bench.scoring import task_requests
 from nmsweep.bench.timing import machine
@@ -131,6 +132,7 @@ def measure(
         dtype: load_model(model_spec(cfg), dtype=dtype, device=device_kind(cfg.device))
         for dtype in ("float64", "float32", "bfloat16")
     }
+    keep_float64(loaded["float64"].model)
     tokens = cfg.eval.batch_tokens
     for source in sources:
         about = {"model": cfg.model_name, "task": source.task}

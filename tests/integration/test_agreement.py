@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from nmsweep.bench import agreement
+from nmsweep.bench.exact import keep_float64
 from nmsweep.bench.scoring import task_requests
 from nmsweep.cell import model_spec
 from nmsweep.compose import cells_of
@@ -20,6 +22,7 @@ METHODS = [None, ("act", "none"), ("act", "shift+var"), ("amber", "none"), ("cla
 def test_trained_models_agree(name: str, real_mirror: Path) -> None:
     (cfg,) = cells_of([f"model={name}", "pattern=dense"], multirun=False, config_dir=None)
     exact, model = (load_model(model_spec(cfg), dtype=dtype, device="cpu") for dtype in ("float64", "float32"))
+    keep_float64(exact.model)
     source = find_task("arc_easy", real_mirror)
     asked = task_requests(model.model, model.tokenizer, source, limit=6, num_fewshot=0)
     for method in METHODS:
@@ -32,3 +35,17 @@ def test_trained_models_agree(name: str, real_mirror: Path) -> None:
         elif method[0] not in agreement.ACROSS_TOKENS:
             assert row32["replayed_max"] < 1e-3
             assert row32["replayed_flags"] == 0
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-gemma3"])
+def test_a_float64_norm_keeps_its_digits(name: str) -> None:
+    (cfg,) = cells_of([f"model={name}", "pattern=dense"], multirun=False, config_dir=None)
+    model = load_model(model_spec(cfg), dtype="float64", device="cpu").model
+    norm = next(module for module in model.modules() if type(module).__name__.endswith("RMSNorm"))
+    x = torch.randn(5, norm.weight.numel(), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    eps = getattr(norm, "variance_epsilon", None) or norm.eps
+    scale = norm.weight + (1 if name == "tiny-gemma3" else 0)
+    by_hand = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
+    assert (norm(x) - by_hand).abs().max() > 1e-9  # what transformers does
+    keep_float64(model)
+    torch.testing.assert_close(norm(x), by_hand, rtol=1e-13, atol=1e-13)
