@@ -138,16 +138,13 @@ def _sensitivity(words: Sequence[str]) -> int:
     if errors := unwritable(cfg.results_dir):
         raise InputError(*errors)
     silence_libraries()
-    from nmsweep.commands.sensitivity import sensitivity, targets_word
+    from nmsweep.commands.sensitivity import sensitivity, summary
     from nmsweep.session import Session
 
     session = Session()
     with session.display:
         file, table = sensitivity(cfg, int(value), session)
-    for row in table.nlargest(10, "relative_error").itertuples():
-        print(f"{row.relative_error:8.4f}  {row.layer}{'  skipped' if row.skip else ''}")
-    if int(value):
-        print(f"'targets=\"{targets_word(cfg.targets, table)}\"'")
+    print(summary(cfg.targets, table))
     print(file)
     return 0
 

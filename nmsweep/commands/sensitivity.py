@@ -11,7 +11,7 @@ from nmsweep.cell import calibration_text, check, identify, sparsification_of
 from nmsweep.config import RunConfig, short_hash
 from nmsweep.errors import InputError
 from nmsweep.fitting import calibration_windows
-from nmsweep.models import linear_flops
+from nmsweep.models import linear_flops, target_linears
 from nmsweep.pattern import Pattern
 from nmsweep.record import cell_folder
 from nmsweep.session import Session
@@ -54,6 +54,7 @@ def sensitivity(cfg: RunConfig, skip: int, session: Session) -> tuple[Path, pd.D
     if cell.calibration_text is None:
         cell = replace(cell, calibration_text=calibration_text(cfg, cell.sources))
     loaded = session.model(cfg)
+    _check_skip(cfg, skip, list(target_linears(loaded.model, cfg.targets)))
     windows = calibration_windows(cell, loaded, 32)
     session.display.stage("sensitivity", len(windows))
     pattern: Pattern = sparsification_of(cfg).pattern
@@ -72,12 +73,21 @@ def _table(cfg: RunConfig, errors: Mapping[str, float], flops: Mapping[str, int]
     table["pattern"], table["mitigation"] = str(cfg.pattern), cfg.mitigation
     table["criterion"] = cfg.criterion.name if cfg.criterion else "none"
     table["flops_share"] = [flops[name] / sum(flops.values()) for name in errors]
-    fixed = [leaf for target in cfg.targets for leaf in NEVER_SKIPPED.get(target, ())]
-    free = table[~table["projection"].isin(fixed)]
-    if not 0 <= skip < len(free):
-        raise InputError(f"skip: {skip} of {len(free)} layers that may be left dense; allowed: 0 to {len(free) - 1}")
+    free = table[table["layer"].isin(_may_be_skipped(cfg, list(errors)))]
     table["skip"] = table.index.isin(free.nlargest(skip, "relative_error").index).astype(int)
     return table[list(COLUMNS)]
+
+
+def _check_skip(cfg: RunConfig, skip: int, layers: Sequence[str]) -> None:
+    """Refuse a number of layers that would leave nothing to prune."""
+    most = len(_may_be_skipped(cfg, layers)) - 1
+    if not 0 <= skip <= most:
+        raise InputError(f"skip: {skip} of {most + 1} layers that may be left dense; allowed: 0 to {most}")
+
+
+def _may_be_skipped(cfg: RunConfig, layers: Sequence[str]) -> list[str]:
+    fixed = {leaf for target in cfg.targets for leaf in NEVER_SKIPPED.get(target, ())}
+    return [layer for layer in layers if layer.rpartition(".")[2] not in fixed]
 
 
 def _write(cfg: RunConfig, cell_id: str, table: pd.DataFrame) -> Path:
@@ -88,6 +98,21 @@ def _write(cfg: RunConfig, cell_id: str, table: pd.DataFrame) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(file, index=False, float_format="%.6g")
     return file
+
+
+def summary(targets: Sequence[str], table: pd.DataFrame, n_shown: int = 10) -> str:
+    """The most sensitive layers, among them all that are skipped, and the word that leaves these dense."""
+    worst = table.sort_values("relative_error", ascending=False, kind="stable")
+    shown = worst[(worst["skip"] == 1) | (worst["relative_error"].rank(ascending=False, method="first") <= n_shown)]
+    lines = [f"{len(shown)} of {len(table)} layers, largest ‖ŷ−y‖/‖y‖ first"]
+    lines += [f"{row.relative_error:8.4f}  {row.layer}{'  skipped' if row.skip else ''}" for row in shown.itertuples()]
+    if table["skip"].any():
+        dense = table.loc[table["skip"] == 1, "flops_share"].sum() / table["flops_share"].sum()
+        lines += [
+            f"{dense:.1%} of the targets' multiply-adds stay dense with",
+            f"'targets=\"{targets_word(targets, table)}\"'",
+        ]
+    return "\n".join(lines)
 
 
 def targets_word(targets: Sequence[str], table: pd.DataFrame) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nmsweep.calibrate.sensitivity import output_errors
+from nmsweep.commands.sensitivity import summary
 from nmsweep.errors import InputError
 from nmsweep.models import ModelSpec, linear_flops, load_model
 from nmsweep.pattern import Pattern, parse_pattern
@@ -149,6 +150,20 @@ def test_a_recipe_of_another_model_is_refused(nmsweep: CLI, results: Path, tmp_p
     assert "'nonsense' is not a pattern" in nmsweep("model=tiny-llama", f"results_dir={results}", f"policy={file}")[2]
 
 
+def test_a_skip_list_is_shown_whole_with_the_most_sensitive_layers() -> None:
+    """Layers that may not be skipped do not push those out that are."""
+    names = [f"model.layers.{block}.{leaf}" for block in range(15) for leaf in ("mlp.down_proj", "mlp.gate_proj")]
+    table = pd.DataFrame({"layer": names, "flops_share": 1 / 60})
+    table["relative_error"] = [1 - row / 100 if "down" in name else row / 100 for row, name in enumerate(names)]
+    table["skip"] = [int("gate" in name and row > 5) for row, name in enumerate(names)]
+    said = summary(["amber"], table)
+    shown = [line.split()[1] for line in said.splitlines()[1:] if "model." in line]
+    assert shown[:10] == names[:20:2]
+    assert set(shown[10:]) == set(names[7::2]), "the skipped after the ten worst"
+    assert "40.0% of the targets' multiply-adds stay dense" in said
+    assert said.endswith("!layers.14.mlp.gate_proj\"'")
+
+
 def test_sensitivity_is_a_table_and_a_skip_list_that_runs(nmsweep: CLI, results: Path) -> None:
     words = [*SMALL, f"results_dir={results}", "criterion=amber", "pattern=2:4"]
     code, said, errors = nmsweep("sensitivity", *words, "targets=amber", "skip=2")
@@ -158,6 +173,7 @@ def test_sensitivity_is_a_table_and_a_skip_list_that_runs(nmsweep: CLI, results:
     assert set(table["projection"]) == {"q_proj", "gate_proj", "down_proj"}
     free = table[table["projection"] != "down_proj"]
     assert set(table.index[table["skip"] == 1]) == set(free.nlargest(2, "relative_error").index)
+    assert all(f"{name}  skipped\n" in said for name in table.index[table["skip"] == 1])
     skip_list = next(line for line in said.splitlines() if "targets=" in line).strip("'")
     assert nmsweep(*words, skip_list)[0] == 0
     [cell] = [path for path in results.glob("cells/*") if "amber" in path.name]
