@@ -1,5 +1,4 @@
-"""Records to tables, figures and one page. Reads files only; no torch."""
+"""Records to tables, figures and one page. Reads files only; no torch.
 
-from nmsweep.report.build import make_report as make_report
-
-__all__ = ["make_report"]
+Nothing is imported here: `command.report` is the way in, and processes that read samples need no more than that.
+"""

@@ -10,19 +10,21 @@ from rich.console import Console
 
 from nmsweep.disk.storage import write_text
 from nmsweep.evaluate.identity import identical
+from nmsweep.record import cell_folders
 from nmsweep.report import formats
-from nmsweep.report.figures import Figure, Figures, all_points, draw_figures
+from nmsweep.report.figures import Figures, all_points, draw_figures
 from nmsweep.report.hardware import hardware_view
 from nmsweep.report.layers import DATA as LAYERS
-from nmsweep.report.layers import Sensitivity, draw_layers, layer_tables, read_sensitivities
+from nmsweep.report.layers import Sensitivity, layer_tables, read_sensitivities
 from nmsweep.report.load import Results, read_results
 from nmsweep.report.manifest import cell_list, cell_provenance, manifest, warnings_of
 from nmsweep.report.page import make_page
+from nmsweep.report.samples import begin_reading
 from nmsweep.report.scores import Scores, make_scores
 from nmsweep.report.spec import Table, TableSpec
 from nmsweep.report.tables import make_tables, preset_tables
 from nmsweep.report.terminal import show_results, show_table
-from nmsweep.report.workers import workers
+from nmsweep.report.workers import collector_paused, workers
 
 
 def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console | None = None) -> None:
@@ -37,11 +39,13 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
         InputError: there is nothing to report.
     """
     out = out or Console()
-    results = read_results(results_dir)
-    problems = list(results.problems)
     folder = results_dir / "report"
-    with workers(len(results.cells)) as pool:
-        scores = make_scores(results, problems, pool)
+    places = cell_folders(results_dir)
+    with collector_paused(), workers(len(places)) as pool:
+        begun = begin_reading([place / "samples.parquet" for place in places], pool)
+        results = read_results(results_dir)
+        problems = list(results.problems)
+        scores = make_scores(results, problems, pool, begun)
         figures = draw_figures(all_points(results, scores), folder / "figures", pool)
         tables = [*(make_tables(asked, results, scores) if asked else ()), *preset_tables(results, scores)]
         layers = read_sensitivities(results_dir, problems)
@@ -77,9 +81,9 @@ def draw_layer_errors(layers: Sequence[Sensitivity], folder: Path, drawn: Figure
     if not layers:
         drawn.skipped.append("error (layers): no error by layer is recorded; `nmsweep sensitivity` measures it")
         return
-    files: list[Path] = []
-    note = draw_layers(layers, folder / "error", files)
-    drawn.made.append(Figure("error", "Output error by layer", LAYERS, files, note))
+    from nmsweep.report.layer_figure import draw_layers  # matplotlib, which most reports draw with in other processes
+
+    drawn.made.append(draw_layers(layers, folder))
 
 
 def write_numbers(

@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from nmsweep.evaluate.statistics import LEVEL
+from nmsweep.report.changes import Pair
 from nmsweep.report.formats import plain
 from nmsweep.report.load import FIELDS, Results, read_results
-from nmsweep.report.paired import Pair, paired
+from nmsweep.report.paired import paired
 from nmsweep.report.samples import Samples, read_many
 from nmsweep.report.tidy import PERPLEXITY, primary
 from nmsweep.report.workers import Here

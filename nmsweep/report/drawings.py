@@ -40,14 +40,13 @@ def _series(cells: pd.DataFrame, column: str) -> tuple[list[tuple[str, pd.DataFr
     """Lines of one panel: `act` without mitigation if it is there, then those with the smallest mean; a word on the rest."""
     names = [name for name in ("operand", "criterion", "mitigation", "targets", "scope", "profile", "dtype", "seed", "variant") if cells[name].nunique() > 1]  # fmt: skip
     names = [name for name in names if name != "operand"] or ["criterion"]
-    lines = [(key, same) for key, same in cells.groupby(names, sort=False)]
-    lines.sort(key=lambda line: (not _is_reference(line[1]), -len(line[1]), line[1][column].mean()))
-    rest = f"; at most {MOST_SERIES} series a panel, the others are left out" if len(lines) > MOST_SERIES else ""
-    return [(plain(", ".join(map(str, key))), same) for key, same in lines[:MOST_SERIES]], rest
-
-
-def _is_reference(line: pd.DataFrame) -> bool:
-    return bool((line["criterion"] == "act").all() and (line["mitigation"] == "none").all())
+    other = (cells["criterion"] != "act") | (cells["mitigation"] != "none")
+    grouped = cells.assign(_other=other).groupby(names, sort=False)
+    rank = grouped.agg(_other=("_other", "any"), _n=("_other", "size"), _mean=(column, "mean"))
+    rank = rank.sort_values(["_other", "_n", "_mean"], ascending=[True, False, True], kind="stable")
+    lines = [(key if isinstance(key, tuple) else (key,), grouped.get_group(key if isinstance(key, tuple) else (key,))) for key in rank.index[:MOST_SERIES]]  # fmt: skip
+    rest = f"; at most {MOST_SERIES} series a panel, the others are left out" if len(rank) > MOST_SERIES else ""
+    return [(plain(", ".join(map(str, key))), same) for key, same in lines], rest
 
 
 def _bars(line: pd.DataFrame, quantity: Quantity) -> Any:
@@ -243,13 +242,13 @@ def _layers(place: Path) -> pd.DataFrame:
         return pd.DataFrame({"sparsity": []})
 
 
-DRAWINGS: Mapping[str, tuple[str, Callable[[pd.DataFrame, Path, list[Path]], str]]] = {
-    "drop_pattern": ("Drop against pattern", _by_pattern(QUANTITIES["drop"])),
-    "ratio_pattern": ("Perplexity ratio against pattern", _by_pattern(QUANTITIES["ratio"])),
-    "criterion_mitigation": ("Criteria and mitigations", _heat_map),
-    "perplexity_density": ("Perplexity against density", _perplexity_density),
-    "drop_bits": ("Drop against metadata bits", _metadata_bits),
-    "pareto": ("Quality against linear FLOPs", _pareto),
-    "layers": ("Sparsity by layer", _layer_profile),
+DRAWINGS: Mapping[str, Callable[[pd.DataFrame, Path, list[Path]], str]] = {
+    "drop_pattern": _by_pattern(QUANTITIES["drop"]),
+    "ratio_pattern": _by_pattern(QUANTITIES["ratio"]),
+    "criterion_mitigation": _heat_map,
+    "perplexity_density": _perplexity_density,
+    "drop_bits": _metadata_bits,
+    "pareto": _pareto,
+    "layers": _layer_profile,
 }
-"""Title and drawing by name; a drawing is given cells, the files' path without suffix, and a list that it adds its files to."""
+"""By name; a drawing is given cells, the files' path without suffix, and a list that it adds its files to."""

@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from nmsweep.report.drawings import DRAWINGS, NothingToDraw
 from nmsweep.report.load import FIELDS, Results
 from nmsweep.report.scores import Scores
 from nmsweep.report.spec import kind_of, metadata_bits_of
+
+FIGURES = {
+    "drop_pattern": "Drop against pattern",
+    "ratio_pattern": "Perplexity ratio against pattern",
+    "criterion_mitigation": "Criteria and mitigations",
+    "perplexity_density": "Perplexity against density",
+    "drop_bits": "Drop against metadata bits",
+    "pareto": "Quality against linear FLOPs",
+    "layers": "Sparsity by layer",
+}
+"""Title by name."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ def draw_figures(cells: Mapping[str, pd.DataFrame], folder: Path, pool: Executor
         to be called for what was drawn; it waits for the drawing.
     """
     futures = [
-        pool.submit(draw_figure, name, data, of_data, folder) for data, of_data in cells.items() for name in DRAWINGS
+        pool.submit(draw_figure, name, data, of_data, folder) for data, of_data in cells.items() for name in FIGURES
     ]
 
     def drawn() -> Figures:
@@ -58,13 +68,14 @@ def draw_figures(cells: Mapping[str, pd.DataFrame], folder: Path, pool: Executor
 
 def draw_figure(name: str, data: str, cells: pd.DataFrame, folder: Path) -> Figure | str:
     """One figure, or why there is none."""
-    title, draw = DRAWINGS[name]
+    from nmsweep.report.drawings import DRAWINGS, NothingToDraw  # matplotlib: often another process draws
+
     files: list[Path] = []
     try:
-        note = draw(cells, folder / data / name, files)
+        note = DRAWINGS[name](cells, folder / data / name, files)
     except NothingToDraw as reason:
         return f"{name} ({data}): {reason}"
-    return Figure(name, title, data, files, note)
+    return Figure(name, FIGURES[name], data, files, note)
 
 
 def all_points(results: Results, scores: Scores) -> dict[str, pd.DataFrame]:

@@ -1,9 +1,7 @@
 """The hardware view: what N:M formats would need and save, from patterns and layer shapes alone. Theory, not measured."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -12,6 +10,7 @@ from nmsweep.report.load import Results
 from nmsweep.report.scores import QUANTITIES, Scores
 from nmsweep.report.spec import kind_of
 
+_KEY = ["model", "targets", "dtype", "pattern"]
 _BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 
 COLUMNS = {
@@ -54,17 +53,20 @@ def hardware_view(results: Results, scores: Scores) -> pd.DataFrame:
     """
     sparse = results.done[(results.done["operand"] == "activations")]
     sparse = sparse[[kind_of(pattern) not in ("dense", "policy") for pattern in sparse["pattern"]]]
+    measured = _measured(sparse, scores)
     rows = []
-    for (model, targets, dtype, pattern), same in sparse.groupby(["model", "targets", "dtype", "pattern"], sort=True):
-        widths = _input_bytes(Path(same["place"].iloc[0]), str(dtype))
-        parsed = parse_pattern(str(pattern))
-        share = compressed_share(parsed, _BITS.get(str(dtype), 16))
+    for key, same in sparse.groupby(_KEY, sort=True):
+        model, targets, dtype, pattern = map(str, key)
+        widths = _input_bytes(Path(same["place"].iloc[0]), dtype)
+        parsed = parse_pattern(pattern)
+        share = compressed_share(parsed, _BITS.get(dtype, 16))
         rows.append(
             {
                 "model": model, "targets": targets, "dtype": dtype, "pattern": pattern, "density": 1 - parsed.sparsity,
                 **metadata_bits(parsed), "compressed": share, "bandwidth_saved": 1 - share,
                 "dense_bytes_per_token": widths, "compressed_bytes_per_token": widths * share,
-                "linear_flops_kept": float((1 - same["flops_share"] * same["sparsity"]).mean()), **_measured(same, scores),
+                "linear_flops_kept": float((1 - same["flops_share"] * same["sparsity"]).mean()),
+                **{str(name): column.get(key, math.nan) for name, column in measured.items()},
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -79,14 +81,14 @@ def _input_bytes(place: Path, dtype: str) -> float:
     return float(layers["in_features"].sum()) * _BITS.get(dtype, 16) / 8 if len(layers) else math.nan
 
 
-def _measured(cells: pd.DataFrame, scores: Scores) -> Mapping[str, Any]:
-    """Measured columns of one row."""
-    plain = cells[(cells["criterion"] == "act") & (cells["mitigation"] == "none")].index
-    known = scores.per_cell[scores.per_cell["cell_id"].isin(cells.index)]
-    found: dict[str, Any] = {}
+def _measured(cells: pd.DataFrame, scores: Scores) -> dict[str, pd.Series]:
+    """Measured columns of all rows, by `_KEY`."""
+    known = scores.per_cell.join(cells[[*_KEY, "criterion", "mitigation"]], on="cell_id", how="inner")
+    found: dict[str, pd.Series] = {}
     for (data, is_text), same in known.groupby(["data", "is_text"], sort=True):
         quantity = QUANTITIES["ratio" if is_text else "drop"]
-        values = same.set_index("cell_id")[quantity.column] * quantity.scale
-        found[f"{data}: {quantity.title}, act"] = values[values.index.isin(plain)].mean()
-        found[f"{data}: {quantity.title}, best"] = values.min()
+        of_row = same[_KEY].assign(value=same[quantity.column] * quantity.scale)
+        plain = of_row[(same["criterion"] == "act") & (same["mitigation"] == "none")]
+        found[f"{data}: {quantity.title}, act"] = plain.groupby(_KEY)["value"].mean()
+        found[f"{data}: {quantity.title}, best"] = of_row.groupby(_KEY)["value"].min()
     return found

@@ -1,4 +1,4 @@
-"""Output error by layer, from the tables that `nmsweep sensitivity` left in the results folder: a table and a figure each."""
+"""Output error by layer, from the tables that `nmsweep sensitivity` left in the results folder: a table each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from nmsweep.report.formats import plain
 from nmsweep.report.scores import Quantity
 from nmsweep.report.spec import MISSING, Entry, Table, TableSpec
-from nmsweep.report.style import legend_below, legend_room, look, panels
 
 ERROR = Quantity("error", "relative output error", "relative_error", "", "", "lower", 1, False, 3)
 DATA = "layers"
 """Where its tables and figures lie; they are of a calibration text, neither mini nor real."""
 
 _COLUMNS = {"block", "projection", "relative_error", "pattern", "criterion", "mitigation"}
-_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -61,22 +58,3 @@ def layer_tables(found: Sequence[Sensitivity]) -> list[Table]:
         constants = {name: str(one.rows[name].iloc[0]) for name in ("pattern", "criterion", "mitigation")}
         tables.append(Table(spec, ERROR, DATA, (), {"file": one.name, **constants}, frame))
     return tables
-
-
-def draw_layers(found: Sequence[Sensitivity], place: Path, files: list[Path]) -> str:
-    """The error of each projection by depth; a panel for each of the first tables."""
-    shown = found[:_MOST]
-    n_lines = max(one.rows["projection"].nunique() for one in shown)
-    with panels([_title(one) for one in shown], files, place, legend_room(n_lines)) as axes:
-        for axis, one in zip(axes, shown, strict=True):
-            for number, (projection, line) in enumerate(one.rows.groupby("projection", sort=False)):
-                axis.plot(line["block"], line["relative_error"], label=plain(projection), **look(number))
-            axis.set_ylim(bottom=0)
-            axis.set_xlabel("block")
-            axis.set_ylabel("‖ŷ − y‖ / ‖y‖")
-            legend_below(axis)
-    return f"{len(found) - _MOST} more left out" if len(found) > _MOST else ""
-
-
-def _title(one: Sensitivity) -> str:
-    return plain(one.name.rpartition("_")[0].replace("_", " "))

@@ -8,17 +8,17 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from nmsweep.evaluate.comparison import holm_by_task
-from nmsweep.evaluate.statistics import LEVEL, mcnemar
+from nmsweep.evaluate.statistics import LEVEL
+from nmsweep.report.changes import PERPLEXITY, Pair, changes, flips_of, kl, stacked
 from nmsweep.report.samples import Floats, Samples, TaskItems
-
-PERPLEXITY = "perplexity"
+from nmsweep.report.workers import in_threads
 
 Matrix = NDArray[np.float32]
 
@@ -27,14 +27,6 @@ _FEW = 500_000
 
 
 _CHUNK = 128
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two cells that are compared: `first` is the reference (the dense cell), `second` the other."""
-
-    first: str
-    second: str
 
 
 @dataclass(frozen=True)
@@ -50,11 +42,12 @@ class Replicates:
     means: Matrix
 
     def of(self, cells: Sequence[str]) -> Matrix:
-        """Rows of cells; one row, to be broadcast, where they are all the same cell."""
-        if len(set(cells)) == 1:
-            row = self.rows[cells[0]]
-            return self.means[row : row + 1]
-        return self.means[[self.rows[cell] for cell in cells]]
+        """Rows of cells; one row, to be broadcast, where they are all the same cell. A view where they lie together."""
+        rows = [self.rows[cell] for cell in ([cells[0]] if len(set(cells)) == 1 else cells)]
+        start = rows[0]
+        return (
+            self.means[start : start + len(rows)] if rows == list(range(start, start + len(rows))) else self.means[rows]
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,7 @@ def paired(
     pairs = [pair for pair in pairs if pair.first in samples and pair.second in samples]
     n_items = sum(len(items.item) for one in samples.values() for items in one.values())
     n_resamples = 10_000 if n_items <= _FEW else 2_000
-    tables: list[pd.DataFrame] = []
+    jobs: list[tuple[str, str, Mapping[str, TaskItems], Replicates, Sequence[Pair]]] = []
     replicates: dict[tuple[str, str], list[Replicates]] = {}
     flips: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
     for task, names in metrics.items():
@@ -102,15 +95,22 @@ def paired(
             for group, drawn in zip(groups, replicates[task, metric], strict=True):
                 here = [pair for pair in pairs if pair.first in group and pair.second in group]
                 for chunk in chunks(here):
-                    tables.append(_rows(task, metric, group, drawn, chunk))
+                    jobs.append((task, metric, group, drawn, chunk))
                     if place == 0:
-                        flips.update(_flips(task, metric, group, chunk))
-    table = (
-        pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["first", "second", "task", "metric"])
-    )
+                        flips.update(flips_of(task, metric, group, chunk))
+    table = _joined(in_threads(_rows, jobs))
     if len(table):
         table["p_holm"] = holm_by_task(table)
     return PairedResults(table, replicates, flips, n_resamples)
+
+
+def _joined(parts: Sequence[Mapping[str, Sequence[Any] | Floats]]) -> pd.DataFrame:
+    """Columns of many parts, one below the other; a column that a part lacks is NaN there."""
+    if not parts:
+        return pd.DataFrame(columns=["first", "second", "task", "metric"])
+    names = dict.fromkeys(name for part in parts for name in part)
+    columns = {name: [part.get(name, np.full(len(part["first"]), np.nan)) for part in parts] for name in names}
+    return pd.DataFrame({name: np.concatenate(column) for name, column in columns.items()})
 
 
 def chunks(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
@@ -133,17 +133,13 @@ def _same_items(samples: Mapping[str, Samples], task: str, metric: str) -> Itera
     yield from groups.values()
 
 
-def _stacked(group: Mapping[str, TaskItems], cells: Sequence[str], name: str) -> Floats:
-    return np.stack([group[cell].values[name] for cell in cells])
-
-
 def _resampled(task: str, metric: str, group: Mapping[str, TaskItems], n_resamples: int) -> Replicates:
     """Means over resampled items; a text's windows are its items, weighted by their tokens."""
     cells = list(group)
     if metric == PERPLEXITY:
-        sums, weights = _stacked(group, cells, "nll"), group[cells[0]].values["n_tokens"]
+        sums, weights = stacked(group, cells, "nll"), group[cells[0]].values["n_tokens"]
     else:
-        sums = _stacked(group, cells, metric)
+        sums = stacked(group, cells, metric)
         weights = np.ones(sums.shape[1])
     parts = [
         (counts @ sums.T.astype(np.float32)).T / (counts @ weights.astype(np.float32))
@@ -177,77 +173,23 @@ def ends(replicates: Matrix) -> tuple[Floats, Floats]:
 
 
 def _rows(
-    task: str, metric: str, group: Mapping[str, TaskItems], drawn: Replicates, pairs: Sequence[Pair]
-) -> pd.DataFrame:
-    if not pairs:
-        return pd.DataFrame()
+    job: tuple[str, str, Mapping[str, TaskItems], Replicates, Sequence[Pair]],
+) -> dict[str, Sequence[Any] | Floats]:
+    """Columns, of a task, a metric, the cells that saw the same items, their replicates, and at least one pair of them."""
+    task, metric, group, drawn, pairs = job
     first, second = [pair.first for pair in pairs], [pair.second for pair in pairs]
     a, b = drawn.of(first), drawn.of(second)
-    table = pd.DataFrame({"first": first, "second": second, "task": task, "metric": metric, "n_items": len(group[first[0]].item)})  # fmt: skip
+    n = len(pairs)
+    found: dict[str, Sequence[Any] | Floats] = {
+        "first": np.array(first, dtype=object), "second": np.array(second, dtype=object),
+        "task": np.full(n, task, dtype=object), "metric": np.full(n, metric, dtype=object),
+        "n_items": np.full(n, len(group[first[0]].item)),
+    }  # fmt: skip
     if metric == PERPLEXITY:
         low, high = ends(np.exp(b - a))
-        return table.assign(ratio_low=low, ratio_high=high, **_kl(group, second))
+        return found | {"ratio_low": low, "ratio_high": high} | kl(group, second)
     low, high = ends(a - b)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative_low, relative_high = ends((a - b) / a)
-    table = table.assign(drop_low=low, drop_high=high, relative_low=relative_low, relative_high=relative_high)
-    return table.assign(**_changes(metric, group, first, second))
-
-
-def _kl(group: Mapping[str, TaskItems], cells: Sequence[str]) -> dict[str, list[float]]:
-    """KL to the dense model and agreement with it, means over the tokens that were compared; NaN where not recorded."""
-    return {name: [_weighted(group[cell], name) for cell in cells] for name in ("kl", "top1_agreement")}
-
-
-def _weighted(items: TaskItems, name: str) -> float:
-    if name not in items.values or "n_compared" not in items.values:
-        return float("nan")
-    have = ~np.isnan(items.values[name])
-    have &= items.values["n_compared"] > 0
-    return float(np.average(items.values[name][have], weights=items.values["n_compared"][have]))
-
-
-def _changes(
-    metric: str, group: Mapping[str, TaskItems], first: Sequence[str], second: Sequence[str]
-) -> dict[str, NDArray[np.float64] | list[float]]:
-    """Flips between right and wrong with their test, answers changed, and how far log-likelihoods moved."""
-    a, b = _stacked(group, first, metric), _stacked(group, second, metric)
-    found: dict[str, NDArray[np.float64] | list[float]] = {}
-    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
-        lost, gained = ((a > b).sum(axis=1), (a < b).sum(axis=1))
-        n = a.shape[1]
-        found = {
-            "lost": lost / n, "gained": gained / n, "flip_rate": (lost + gained) / n,
-            "p_value": [_mcnemar(int(x), int(y)) for x, y in zip(lost, gained, strict=True)],
-        }  # fmt: skip
-    return found | _moved(metric, group[first[0]], [group[cell] for cell in second])
-
-
-_mcnemar = cache(mcnemar)
-
-
-def _moved(metric: str, first: TaskItems, second: Sequence[TaskItems]) -> dict[str, NDArray[np.float64] | list[float]]:
-    """Share of items whose chosen answer is another one, and mean |Δ log-likelihood| in nats."""
-    a = first.loglikelihoods
-    if a is None or any(one.loglikelihoods is None or one.loglikelihoods.shape != a.shape for one in second):
-        return {}
-    b = np.stack([one.loglikelihoods for one in second if one.loglikelihoods is not None])
-    real = np.isfinite(a)
-    delta = np.abs(b[:, real] - a[real]).mean(axis=1)
-    if metric == "acc_norm" and first.chars is None:
-        return {"mean_abs_delta": delta}
-    n_choices = a.shape[1] if first.chars is None else first.chars.shape[1]
-    per = first.chars if metric == "acc_norm" and first.chars is not None else 1.0
-    chosen = (b[:, :, :n_choices] / per).argmax(axis=2) != (a[:, :n_choices] / per).argmax(axis=1)
-    return {"changed": chosen.mean(axis=1), "mean_abs_delta": delta}
-
-
-def _flips(
-    task: str, metric: str, group: Mapping[str, TaskItems], pairs: Sequence[Pair]
-) -> Iterator[tuple[tuple[str, str], tuple[list[int], list[int]]]]:
-    """Items that changed between right and wrong."""
-    if metric == PERPLEXITY:
-        return
-    for pair in pairs:
-        a, b, item = group[pair.first].values[metric], group[pair.second].values[metric], group[pair.first].item
-        yield (pair.second, task), (item[a > b].tolist(), item[a < b].tolist())
+    found |= {"drop_low": low, "drop_high": high, "relative_low": relative_low, "relative_high": relative_high}
+    return found | changes(metric, group, first, second)

@@ -8,11 +8,12 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from nmsweep.report.changes import Pair
 from nmsweep.report.load import Results
-from nmsweep.report.paired import Matrix, Pair, PairedResults, chunks, ends, paired
-from nmsweep.report.samples import read_many
+from nmsweep.report.paired import Matrix, PairedResults, chunks, ends, paired
+from nmsweep.report.samples import Floats, Found, read_many
 from nmsweep.report.tidy import PERPLEXITY, drops, primary
-from nmsweep.report.workers import Here
+from nmsweep.report.workers import Here, in_threads
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,17 @@ class Scores:
                 self._known[quantity.name, cell, data, task] = None if found is None else found[place]
 
 
-def make_scores(results: Results, problems: list[str], pool: Executor | None = None) -> Scores:
-    """Read the samples and work out every number; a samples file that cannot be read is a problem, and has no intervals."""
+def make_scores(
+    results: Results, problems: list[str], pool: Executor | None = None, begun: Callable[[], Found] | None = None
+) -> Scores:
+    """Read the samples and work out every number; a samples file that cannot be read is a problem, and has no intervals.
+
+    Args:
+        results: whose cells.
+        problems: is told of samples that cannot be read.
+        pool: reads them; without one this process does.
+        begun: of `begin_reading`, where that was started before the cells were known.
+    """
     done = results.done
     dense_ids = set(done["dense_cell_id"])
     samples = read_many(
@@ -101,6 +111,7 @@ def make_scores(results: Results, problems: list[str], pool: Executor | None = N
         dense_ids,
         problems,
         pool or Here(),
+        begun,
     )
     chosen = primary(results.tidy)
     metrics = {str(task): list(dict.fromkeys(names)) for task, names in chosen.groupby("task", sort=False)["metric"]}
@@ -133,7 +144,10 @@ def _averages(per_task: pd.DataFrame) -> pd.DataFrame:
     incomplete = (grouped["drop"].count() < grouped.size()).to_numpy() & no_text
     for name in ("drop", "relative_drop"):
         means[name] = means[name].mask(incomplete)
-    return means.assign(n_tasks=grouped.size(), tasks=grouped["task"].agg(lambda tasks: "+".join(sorted(tasks))))
+    names: dict[tuple[str, str, bool], list[str]] = {}
+    for *key, task in zip(*(table[name].tolist() for name in (*keys, "task")), strict=True):
+        names.setdefault((key[0], key[1], key[2]), []).append(task)
+    return means.assign(n_tasks=grouped.size(), tasks=["+".join(sorted(names[key])) for key in means.index])
 
 
 _FORMULAS: Mapping[str, Callable[[Matrix, Matrix], Matrix]] = {
@@ -181,16 +195,28 @@ def _intervals(
     for (cell, data, is_text), (dense, chosen) in tasks.items():
         if cell != dense:
             same.setdefault((data, is_text, tuple(chosen)), []).append(Pair(dense, cell))
+    jobs = [
+        (quantity, data, is_text, chosen, chunk)
+        for (data, is_text, chosen), pairs in same.items()
+        for quantity in (QUANTITIES[name] for name in (("ratio",) if is_text else ("drop", "relative")))
+        for chunk in chunks(pairs)
+    ]
     ends_of: dict[str, dict[tuple[str, str, bool], float]] = {}
-    for (data, is_text, chosen), pairs in same.items():
-        for quantity in (QUANTITIES[name] for name in (("ratio",) if is_text else ("drop", "relative"))):
-            for chunk in chunks(pairs):
-                cells = [pair.second for pair in chunk]
-                replicates = mean_replicates(found, quantity.name, chunk[0].first, cells, chosen)
-                if replicates is not None:
-                    keys = [(cell, data, is_text) for cell in cells]
-                    for column, values in zip((quantity.low, quantity.high), ends(replicates), strict=True):
-                        ends_of.setdefault(column, {}).update(zip(keys, values.tolist(), strict=True))
+    for (quantity, data, is_text, _, chunk), both in zip(
+        jobs, in_threads(lambda job: _ends(found, job), jobs), strict=True
+    ):
+        keys = [(pair.second, data, is_text) for pair in chunk]
+        for column, values in zip((quantity.low, quantity.high), both, strict=False):
+            ends_of.setdefault(column, {}).update(zip(keys, values.tolist(), strict=True))
     for name in ("drop", "relative", "ratio"):
         for column in (QUANTITIES[name].low, QUANTITIES[name].high):
             per_cell[column] = [ends_of.get(column, {}).get(key, np.nan) for key in per_cell.index]
+
+
+def _ends(
+    found: PairedResults, job: tuple[Quantity, str, bool, Sequence[tuple[str, str]], Sequence[Pair]]
+) -> tuple[Floats, ...]:
+    """Both ends of a mean's interval, of pairs with one dense cell; nothing where there are no replicates."""
+    quantity, _, _, chosen, chunk = job
+    replicates = mean_replicates(found, quantity.name, chunk[0].first, [pair.second for pair in chunk], chosen)
+    return () if replicates is None else ends(replicates)

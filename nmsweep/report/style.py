@@ -30,7 +30,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (6, 3)
 _RC: Any = {
     "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "legend.fontsize": 6, "xtick.labelsize": 6, "ytick.labelsize": 6,
     "axes.linewidth": 0.6, "lines.linewidth": 1.0, "lines.markersize": 3.5, "legend.frameon": False, "axes.grid": True,
-    "grid.linewidth": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+    "grid.linewidth": 0.3, "axes.spines.top": False, "axes.spines.right": False, "axes.titley": 1.0,
     "pdf.fonttype": 42, "text.parse_math": False, "savefig.dpi": 200,
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ def _failed(results: Results, data: str, quantity: Quantity, done: pd.DataFrame,
     """Failed cells that would have had such a number; what a failed cell cannot know is taken from finished ones."""
     cells = results.cells[results.cells["status"] == "failed"]
     rows = []
-    for cell_id, cell in cells.iterrows():
+    for cell_id, cell in zip(cells.index, cells.to_dict("records"), strict=True):
         tasks = [
             task
             for task in str(cell["tasks"]).split("+")

@@ -1,17 +1,22 @@
 """Where the work of a report is done: in this process, or for many cells in others beside it."""
 
+import gc
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 MANY = 500
 """Cells from which other processes are worth their start."""
+
+_IMPORTED = ["nmsweep.report.samples", "nmsweep.report.drawings"]
+"""What the processes need; imported once, before they part."""
 
 
 class Here(Executor):
@@ -32,6 +37,33 @@ def workers(n_cells: int) -> Iterator[Executor]:
     if n_cells < MANY:
         yield Here()
         return
-    options: dict[str, Any] = {"max_workers": min(8, os.cpu_count() or 1), "mp_context": get_context("spawn")}
+    options: dict[str, Any] = {"max_workers": min(8, os.cpu_count() or 1), "mp_context": _start(), "initializer": gc.disable}  # fmt: skip
     with ProcessPoolExecutor(**options) as pool:
         yield pool
+
+
+def _start() -> Any:
+    """Processes that share one import where the system can; never copies of this one, whose threads would be lost."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
+
+
+def in_threads(work: Callable[[_S], _T], jobs: Iterable[_S]) -> list[_T]:
+    """The results of jobs, in order; for work that NumPy does without the interpreter's lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(work, jobs))
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No search for cycles in the block: millions of small records are made in it, and none of them is garbage."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -17,11 +17,12 @@ from nmsweep.errors import InputError
 from nmsweep.evaluate.comparison import compare
 from nmsweep.record import METRIC_COLUMNS, items_file
 from nmsweep.report import formats
+from nmsweep.report.changes import Pair
 from nmsweep.report.check import check_results
 from nmsweep.report.command import parse_words, report
 from nmsweep.report.contrast import contrast
 from nmsweep.report.load import Results, read_results
-from nmsweep.report.paired import Pair, paired
+from nmsweep.report.paired import paired
 from nmsweep.report.samples import read_many
 from nmsweep.report.scores import QUANTITIES, Scores, make_scores
 from nmsweep.report.spec import PRESETS, TableSpec, parse_spec
