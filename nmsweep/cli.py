@@ -80,6 +80,9 @@ def _application(words: list[str]) -> int:
 
 
 def _report(words: Sequence[str]) -> int:
+    from nmsweep.report.workers import get_ready
+
+    get_ready(words)
     from nmsweep.report.command import report
 
     return report(words)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -111,8 +112,9 @@ def _because(problems: Sequence[str]) -> str:
 
 
 def _read_cells(folders: Sequence[Path], problems: list[str]) -> list[_Files]:
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(_read_one, folders))
+    with ThreadPoolExecutor(4) as pool:  # a file server answers several at once
+        chunks = [folders[at : at + 100] for at in range(0, len(folders), 100)]
+        found = [one for chunk in pool.map(lambda chunk: list(map(_read_one, chunk)), chunks) for one in chunk]
     problems += [one for one in found if isinstance(one, str)]
     return [one for one in found if isinstance(one, _Files)]
 
@@ -183,13 +185,10 @@ def _parsed(block: str) -> Mapping[str, Any]:
 
 def config_blocks(text: str) -> Iterator[str]:
     """config.yaml cut where a top-level key begins."""
-    block: list[str] = []
-    for line in text.splitlines(keepends=True):
-        if block and line[0] not in " -\n":
-            yield "".join(block)
-            block = []
-        block.append(line)
-    yield "".join(block)
+    return iter(_TOP_KEY.split(text))
+
+
+_TOP_KEY = re.compile(r"(?<=\n)(?=[^ \-\n])")
 
 
 def _cells(tidy: pd.DataFrame, configs: Mapping[str, Any], places: Mapping[str, Path]) -> pd.DataFrame:

@@ -2,10 +2,11 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
@@ -29,6 +30,18 @@ class Here(Executor):
         except Exception as error:  # raised again where the result is asked for, as another process would
             future.set_exception(error)
         return future
+
+
+def get_ready(words: Sequence[str]) -> None:
+    """Begin the processes' common import beside this process's own, where the words ask for a report that needs them."""
+    given = dict(word.removeprefix("--").removeprefix("report.").partition("=")[::2] for word in words)
+    cells = Path(given.get("results_dir", "results")) / "cells"
+    if {"check", "compare"} & set(given) or not cells.is_dir() or sum(1 for _ in os.scandir(cells)) < MANY:
+        return
+    if _start().get_start_method() == "forkserver":
+        from multiprocessing.forkserver import ensure_running
+
+        ensure_running()
 
 
 @contextmanager
