@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from nmsweep.errors import InputError, ModelError
+from nmsweep.models import attention
 from nmsweep.models.cache import kept_sha256
 from nmsweep.models.folder import check_folder, folder_fingerprint
 from nmsweep.models.gguf import CONVERSION, check_gguf, converted_folder, find_gguf, gguf_config, gguf_folder
@@ -73,6 +74,7 @@ def load_model(spec: ModelSpec, *, dtype: str, device: str, log: Callable[[str],
     if errors := check_model(spec):
         raise ModelError(*errors)
     print_of = fingerprint(spec, log=log)
+    attention.register()
     if spec.source == "tiny":
         model = tiny_model(spec.shape, spec.seed, kind, place)
         return LoadedModel(spec.name, model, tiny_tokenizer(spec.shape), print_of, "", kind, place)

@@ -100,5 +100,6 @@ def not_worse(entry: Entry, best: Entry, column: Column) -> bool:
     a, b = column.replicates(entry), column.replicates(best)
     if a is None or b is None or a.shape != b.shape:
         return False
-    worse = a - b if column.quantity.better == "lower" else b - a
+    with np.errstate(invalid="ignore"):  # relative to a dense score of 0 both may be infinite: no evidence, NaN
+        worse = a - b if column.quantity.better == "lower" else b - a
     return bool(np.mean(worse <= 0) >= (1 - LEVEL) / 2)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nmsweep.models import ModelSpec, load_model
+from nmsweep.models.attention import sdpa
 from nmsweep.sparsity.install import sparsify
 from nmsweep.sparsity.kernels import prune
 from nmsweep.sparsity.kernels.norms import channel_squares
@@ -109,3 +110,17 @@ def test_squares_on_the_gpu() -> None:
     padding = torch.rand(3, 700, device="cuda") < 0.3
     expected = x.double().square().masked_fill(padding[..., None], 0.0).sum(1, keepdim=True)
     torch.testing.assert_close(channel_squares(x, padding), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keys", [33, 96, 97, 98, 129])
+def test_attention_with_one_key_head_is_right_at_every_length(keys: int, dtype: torch.dtype) -> None:
+    query = torch.randn(2, keys, 4, 256, device="cuda", dtype=dtype).transpose(1, 2)
+    key, value = torch.randn(2, 2, 1, keys, 256, device="cuda", dtype=dtype)
+    mask = torch.full((2, 1, keys, keys), float("-inf"), device="cuda", dtype=dtype).triu(1)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = 4  # type: ignore[assignment]
+    ours, _ = sdpa(layer, query, key, value, mask, scaling=0.0625)
+    scores = query.double() @ key.double().transpose(-1, -2) * 0.0625 + mask
+    by_hand = (scores.softmax(-1) @ value.double()).transpose(1, 2)
+    torch.testing.assert_close(ours.double(), by_hand, rtol=0, atol=1e-4 if dtype == torch.float32 else 3e-2)

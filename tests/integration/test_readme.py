@@ -2,7 +2,8 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,11 @@ def test_command_is_one_that_exists(
         named = [word for word in rest if "=" not in word]
         assert set(named) <= set(targets), page
         return
-    if (rest[:1] and rest[0] in SUBCOMMANDS) or rest == ["--help"]:
-        return
+    if rest == ["--help"] or rest[:1] == ["bench"] or (rest[:1] and rest[0] in ON_RESULTS):
+        return  # below
+    if rest[:1] and rest[0] in SUBCOMMANDS:
+        assert rest[0] in ("plan", "prefetch", "sensitivity"), "a subcommand that no test here runs or composes"
+        rest = [word for word in rest[1:] if not word.startswith("skip=")]
     (tmp_path / "DIR").mkdir()
     monkeypatch.chdir(tmp_path)
     overrides = [re.sub(r"^(data\.mirror|calibration\.source)=\S+", rf"\1={tmp_path}/DIR", word) for word in rest]
@@ -71,6 +75,56 @@ def test_command_is_one_that_exists(
     assert cells_of(overrides, multirun=len(overrides) < len(rest) or is_multirun(overrides, None), config_dir=None), (
         page
     )
+
+
+ON_RESULTS = ("report", "list", "status", "retry", "gc", "inspect")
+"""Subcommands that need no more than the records of a small sweep: their documented words are run."""
+
+
+def test_what_reads_results_runs_as_written(
+    nmsweep: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["model=tiny-llama", "tasks=mini_science", "eval.limit=8", "dtype=float32"]
+    assert nmsweep("-m", *small, "pattern=2:4", "mitigation=none,shift")[0] == 0
+    shutil.copytree("results/cells", "results/reference/cells")
+    (cell_id,) = {
+        csv.parent.name.rsplit("_", 1)[1] for csv in Path("results/cells").glob("*2-4_act_shift*/metrics.csv")
+    }
+    said = {}
+    for page, (_, *words) in commands():
+        if words and words[0] in ON_RESULTS:
+            words = ["results_dir=results" if word == "results_dir=DIR" else word for word in words]
+            words = [{"A": "results", "B": "results/reference"}.get(word, word) for word in words]
+            words = [cell_id if re.fullmatch(r"[0-9a-f]{12}", word) else word for word in words]
+            code, out, err = nmsweep(*words)
+            assert code == 0, f"{page}: nmsweep {' '.join(words)}: {err}"
+            said[words[0]] = out
+    assert set(said) == set(ON_RESULTS)
+    assert "3 done" in said["status"]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [(page, words[2:]) for page, words in commands() if words[1:2] == ["bench"]],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_benchmark_runs_as_written_but_smaller(
+    page: str, words: list[str], nmsweep: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    smaller = {
+        "kernel": ["batch=1", "seqlen=8", "hidden=64", "repeats=1"],
+        "forward": ["batch=1", "seqlen=8", "model=tiny-llama"],
+        "scoring": ["model=tiny-llama", "tasks=mini_science", "limit=4", "mirror="],
+        "semistructured": ["tokens=64"],
+        "sweep": ["records=20"],
+    }
+    code, out, err = nmsweep("bench", *words, *smaller[words[0]], "device=cpu", "rounds=1", f"out={tmp_path}")
+    if words[0] == "semistructured":  # the words are understood; the rest takes the hardware
+        assert (code, "sparse tensor cores" in err) == (2, True)
+    else:
+        assert code == 0, f"{page}: {err}"
+        assert "medians of interleaved rounds" in out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
