@@ -25,7 +25,7 @@ from nmsweep.config import RunConfig
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import InputError
 from nmsweep.evaluate.lm import NMSweepLM, Scoring, quiet
-from nmsweep.evaluate.packing import Request
+from nmsweep.evaluate.rows import Request
 from nmsweep.models import LoadedModel, load_model
 from nmsweep.sparsity.install import Installed, sparsify
 

@@ -9,8 +9,8 @@ from nmsweep.bench.timing import Contender, interleave, peak_memory, ratios
 from nmsweep.data.tasks import TaskSource
 from nmsweep.evaluate.kept import kept_task
 from nmsweep.evaluate.lm import NMSweepLM, quiet
-from nmsweep.evaluate.packing import Request
 from nmsweep.evaluate.requests import templates_compiled_once
+from nmsweep.evaluate.rows import Request
 
 WARM_UP = 32
 """Requests that are answered before the clock runs."""

@@ -11,10 +11,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from nmsweep.evaluate.packing import Group, Request
+from nmsweep.evaluate.attention import why_single_rows
 from nmsweep.evaluate.requests import encoded_pairs, tokenizer_identity
 from nmsweep.evaluate.result import Advance
-from nmsweep.evaluate.scoring import Budget, out_of_memory, plan, score, why_single_rows
+from nmsweep.evaluate.rows import Group, Request
+from nmsweep.evaluate.scoring import Budget, out_of_memory, plan, score
 
 Scoring = Literal["packed", "stock"]
 

@@ -3,26 +3,23 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from nmsweep.evaluate.logits import decoder, slice_tokens, token_logits
-from nmsweep.evaluate.packing import Group, Ints, Request, Row, cut, one_each, pack, queries
+from nmsweep.evaluate.attention import PrefixCache, attention_masks
+from nmsweep.evaluate.logits import decoder, target_logprobs
+from nmsweep.evaluate.packing import PREFIX_SHARE, Cost, batches, cut, pack
 from nmsweep.evaluate.result import Advance
+from nmsweep.evaluate.rows import Group, Ints, Request, Row, one_each, queries
 
 MASKED_SLOWDOWN = 4
 """Masked attention in narrow heads does about this many times fewer operations a second than the linear layers."""
 
-PREFIX_SHARE = 4
-"""A cached prefix token takes about this part of a computed one's memory: keys and values, but no MLP."""
-
-PADDING_SHARE = 1 / 16
-"""Padding that a batch may have, as a share of the budget; beyond it a smaller batch is sooner."""
+PASS_TOKENS = {"cpu": 64, "cuda": 2048}
+"""A forward pass takes about as long as this many tokens before it has computed any: a GPU waits for its launches."""
 
 
 @dataclass
@@ -44,36 +41,15 @@ class Budget:
         return f"{self.asked} tokens a batch{fell}"
 
 
-def why_single_rows(model: Any, across_tokens: bool) -> str | None:
-    """Why a model's continuations cannot share rows; None if they can.
-
-    Args:
-        model: a causal language model of transformers.
-        across_tokens: whether what is pruned of one token depends on other tokens of its sequence.
-    """
-    config = model.config.get_text_config()
-    attention = config._attn_implementation
-    if across_tokens:
-        return "what is pruned depends on other tokens of the sequence"
-    if attention not in ("sdpa", "eager"):
-        return f"{attention} attention takes no mask of its own"
-    if not hasattr(decoder(model), "rotary_emb") or _layer_types(config) - {"full_attention", "sliding_attention"}:
-        return f"{config.model_type} does not attend by position id alone"
-    return None
-
-
-def _layer_types(config: Any) -> set[str]:
-    return set(getattr(config, "layer_types", None) or ())
-
-
-def attention_ratio(model: Any) -> float:
-    """The context length at which attention takes a token as long as all linear layers do."""
+def cost_of(model: Any) -> Cost:
+    """What a model's forward passes cost where it is."""
     config = model.config.get_text_config()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     weights = sum(p.numel() for p in decoder(model).parameters() if p.ndim == 2 and p.shape[0] != vocabulary)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return float(weights / config.num_hidden_layers / (2 * width) / MASKED_SLOWDOWN)
+    ratio = weights / config.num_hidden_layers / (2 * width) / MASKED_SLOWDOWN
+    return Cost(float(ratio), PASS_TOKENS.get(model.device.type, PASS_TOKENS["cpu"]))
 
 
 def plan(model: Any, requests: Sequence[Request], *, max_length: int, budget: Budget, single_rows: bool) -> list[Group]:
@@ -90,7 +66,7 @@ def plan(model: Any, requests: Sequence[Request], *, max_length: int, budget: Bu
         DataError: a request that the model cannot take.
     """
     sequences = queries(requests, max_length)
-    return one_each(sequences) if single_rows else pack(sequences, attention_ratio(model), budget.tokens)
+    return one_each(sequences) if single_rows else pack(sequences, cost_of(model), budget.tokens)
 
 
 @torch.inference_mode()
@@ -113,7 +89,7 @@ def score(
     Raises:
         torch.OutOfMemoryError: there is no memory for one sequence alone.
     """
-    scorer = _Scorer(model, budget, single_rows, advance)
+    scorer = _Scorer(model, cost_of(model), budget, single_rows, advance)
     answers: list[tuple[float, bool]] = [(math.nan, False)] * n_requests
     for rows, logprobs, greedy in [done for group in groups for done in scorer.run(group)]:
         _collect(rows, logprobs.double().cpu().numpy(), greedy.cpu().numpy(), answers)
@@ -135,26 +111,6 @@ def _collect(
             answers[request] = (total, flag)
 
 
-class PrefixCache(DynamicCache):
-    """Keys and values of one prefix: filled by one pass, then read by batches of rows that leave nothing behind."""
-
-    filled = False
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if not self.filled:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer: Any = self.layers[layer_idx]
-        batch = len(key_states)
-        return (
-            torch.cat([layer.keys.expand(batch, -1, -1, -1), key_states], dim=2),
-            torch.cat([layer.values.expand(batch, -1, -1, -1), value_states], dim=2),
-        )
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        """0 once filled: rows are given their positions and masks, and are no decoding steps."""
-        return 0 if self.filled else int(super().get_seq_length(*args, **kwargs))
-
-
 Scored = tuple[Sequence[Row], Tensor, Tensor]
 """Rows, and for each of their targets, in order, its log-probability and whether it is the most likely token."""
 
@@ -164,6 +120,7 @@ class _Scorer:
     """Runs groups of rows, batch by batch."""
 
     model: Any
+    cost: Cost
     budget: Budget
     single_rows: bool
     advance: Advance
@@ -177,29 +134,28 @@ class _Scorer:
                 yield from self.run(one_each([query for row in group.rows for query in row.queries])[0])
                 return
         n_prefix = len(group.prefix)
-        waiting = list(group.rows)
+        waiting = batches(group.rows, n_prefix, self.cost, self.budget.tokens)
         while waiting:
-            batch = waiting[: _n_fitting(waiting, self.budget.tokens, n_prefix)]
-            found = self._score(batch, n_prefix, cache)
+            found = self._score(waiting[0], n_prefix, cache)
             if found is None:
-                tried = _size(batch, n_prefix) if len(batch) > 1 else len(batch[0])
-                self.budget.halve(tried, batch[0].longest)
-                waiting = self._narrower(waiting, n_prefix)
+                self._halve(waiting[0], n_prefix)
+                rows = self._narrower([row for batch in waiting for row in batch], n_prefix)
+                waiting = batches(rows, n_prefix, self.cost, self.budget.tokens)
                 continue
-            self.advance(sum(map(len, batch)))
-            yield batch, *found
-            del waiting[: len(batch)]
+            self.advance(sum(map(len, waiting[0])))
+            yield waiting.pop(0), *found
+
+    def _halve(self, batch: Sequence[Row], n_prefix: int) -> None:
+        """Lower the budget below what this batch takes, its padding and prefix counted as the memory they take."""
+        width = len(batch[0])
+        tried = len(batch) * (width + n_prefix // PREFIX_SHARE) if len(batch) > 1 else width
+        self.budget.halve(tried, batch[0].longest)
 
     def _narrower(self, rows: Sequence[Row], n_prefix: int) -> list[Row]:
         """The same sequences in rows that keep to the budget, as far as single sequences do."""
-        parts = [
-            part
-            for row in rows
-            for part in (
-                cut(row.queries, n_prefix, math.inf, self.budget.tokens) if len(row) > self.budget.tokens else [row]
-            )
-        ]
-        return sorted(parts, key=len, reverse=True)
+        most = self.budget.tokens
+        parts = [cut(row.queries, n_prefix, self.cost, most) if len(row) > most else [row] for row in rows]
+        return sorted((row for part in parts for row in part), key=len, reverse=True)
 
     def _fill(self, prefix: Ints) -> PrefixCache | None:
         """Compute a prefix; None if memory runs out."""
@@ -245,29 +201,12 @@ class _Scorer:
             ).last_hidden_state
         cells = np.concatenate([row.cells + at * width for at, row in enumerate(rows)])
         targets = np.concatenate([row.targets for row in rows])
-        return _target_logprobs(self.model, hidden.flatten(0, 1), cells, targets)
+        return target_logprobs(self.model, hidden.flatten(0, 1), cells, targets)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _size(rows: Sequence[Row], n_prefix: int) -> int:
-    """Padded tokens of a batch, those of its prefix counted as the memory they take."""
-    return len(rows) * (max(map(len, rows)) + n_prefix // PREFIX_SHARE)
-
-
-def _n_fitting(rows: Sequence[Row], budget: int, n_prefix: int) -> int:
-    """How many of the rows, longest first, fit a budget; fewer where padding would take too much of it."""
-    longest = len(rows[0])
-    most = max(1, budget // (longest + n_prefix // PREFIX_SHARE))
-    padding = 0
-    for n, row in enumerate(rows[:most]):
-        padding += longest - len(row)
-        if padding > budget * PADDING_SHARE:
-            return max(1, n)
-    return min(most, len(rows))
 
 
 def _lay_out(rows: Sequence[Row], width: int) -> Tensor:
@@ -277,69 +216,3 @@ def _lay_out(rows: Sequence[Row], width: int) -> Tensor:
     for at, row in enumerate(rows):
         layout[:, at, : len(row)] = row.ids, row.depth, row.end
     return torch.from_numpy(layout)
-
-
-def attention_masks(model: Any, depth: Tensor, end: Tensor, n_prefix: int) -> Tensor | dict[str, Tensor]:
-    """What each token of some rows attends to, in the form that the model takes.
-
-    Args:
-        model: a causal language model of transformers with sdpa or eager attention.
-        depth, end: [batch, width], as in `Row`.
-        n_prefix: cached tokens before each row.
-
-    Returns:
-        [batch, 1, width, n_prefix + width] in the model's dtype, 0 where a token attends and -inf where not; one for each
-        kind of layer where the model has several.
-    """
-    config = model.config.get_text_config()
-    place = torch.arange(depth.shape[1], device=depth.device)
-    sees = (place[:, None] >= place) & (place[:, None] < end[:, None, :])  # [batch, query, key]
-    sees = torch.nn.functional.pad(sees, (n_prefix, 0), value=True)
-    kinds = _layer_types(config)
-    window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
-    near = sees
-    if window is not None:
-        cached = torch.arange(n_prefix, device=depth.device).expand(len(depth), -1)
-        near = sees & (depth[:, :, None] - torch.cat([cached, depth], dim=1)[:, None, :] < window)
-    if len(kinds) > 1:
-        return {
-            "full_attention": _additive(sees, model.dtype),
-            "sliding_attention": _additive(near, model.dtype),
-        }
-    return _additive(near, model.dtype)
-
-
-def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """Boolean [batch, query, key] as a mask to add, [batch, 1, query, key]; a boolean one is converted by every layer."""
-    batch, n_queries, n_keys = sees.shape
-    padded = -(-n_keys // 8) * 8  # the GPU's kernel wants rows aligned and would copy the mask in every layer
-    mask = torch.zeros(batch, 1, n_queries, padded, dtype=dtype, device=sees.device)[..., :n_keys]
-    return mask.masked_fill_(~sees[:, None], -math.inf)
-
-
-def _target_logprobs(model: Any, hidden: Tensor, cells: Ints, targets: Ints) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target at its cell, and whether it is the most likely token.
-
-    Several targets may share a cell, which is the first token of an item's choices: its logits are computed once.
-
-    Args:
-        model: a causal language model of transformers.
-        hidden: [tokens, hidden], last hidden states.
-        cells: [k], places in `hidden`.
-        targets: [k], tokens.
-    """
-    places, back = np.unique(cells, return_inverse=True)
-    order = np.argsort(back, kind="stable")
-    step = slice_tokens(model)
-    device = hidden.device
-    wanted = hidden[torch.from_numpy(places).to(device)]
-    which, target = torch.from_numpy(np.stack([back[order], targets[order]])).to(device)
-    starts = np.searchsorted(back[order], np.arange(0, len(places) + step, step)).tolist()
-    logprobs, greedy = [], []
-    for at, (begin, stop) in enumerate(pairwise(starts)):
-        logits = token_logits(model, wanted[at * step : (at + 1) * step])
-        rows, tokens = which[begin:stop] - at * step, target[begin:stop]
-        logprobs.append(logits[rows, tokens] - logits.logsumexp(-1)[rows])
-        greedy.append(logits.argmax(-1)[rows] == tokens)
-    position = torch.from_numpy(np.argsort(order)).to(device)
-    return torch.cat(logprobs)[position], torch.cat(greedy)[position]

@@ -18,9 +18,9 @@ from nmsweep.calibrate.fit import fit
 from nmsweep.catalogue import find_method, options
 from nmsweep.config import CalibrationConfig
 from nmsweep.data.tasks import MINI_FOLDER
-from nmsweep.evaluate import packing, scoring
+from nmsweep.evaluate import packing, rows, scoring
 from nmsweep.evaluate.lm import NMSweepLM
-from nmsweep.evaluate.packing import Request
+from nmsweep.evaluate.rows import Request
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.sparsity.install import installed, sparsification_from_names, sparsify
 from nmsweep.sparsity.method import build
@@ -33,8 +33,7 @@ SHOTS = 150
 @pytest.fixture(autouse=True)
 def _small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the few shared examples of these tests be worth the key-value cache."""
-    monkeypatch.setattr(packing, "ROW_TOKENS", 64)
-    monkeypatch.setattr(packing, "PREFIX_TOKENS", 64)
+    monkeypatch.setitem(scoring.PASS_TOKENS, "cpu", 16)
 
 
 def requests(seed: int = 0, n_items: int = 6) -> list[Request]:
@@ -97,7 +96,7 @@ def test_dense_equals_stock_in_float64(shape: str) -> None:
 
 
 def test_these_requests_have_rows_of_every_kind() -> None:
-    groups = packing.pack(packing.queries(requests(), 4096), 3000.0, 2048)
+    groups = packing.pack(rows.queries(requests(), 4096), packing.Cost(3000.0, 16), 2048)
     assert sorted(len(group.prefix) for group in groups) == [0, SHOTS]
     assert {row.branches for row in groups[0].rows} == {True, False}
 
@@ -279,21 +278,24 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]],
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_running_out_of_memory_at_random_loses_no_item(seed: int, memory: Any) -> None:
+def test_running_out_of_memory_at_random_loses_no_item(seed: int, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scoring.PASS_TOKENS, "cpu", 256)  # so that batches have many rows
     model, draw = tiny("tiny-gemma3", torch.float64), random.Random(seed)
     base = scored(model, requests())
     left = 6
 
     def fails(size: int) -> bool:
         nonlocal left
-        left -= (hit := left > 0 and size > 300 and draw.random() < 0.4)
+        left -= (hit := left > 0 and size > 200 and draw.random() < 0.7)
         return hit
 
     memory(fails)
     assert furthest(scored(model, requests()), base) < 1e-6
+    assert left < 6
 
 
-def test_the_budget_falls_to_what_fits_and_no_further(memory: Any) -> None:
+def test_the_budget_falls_to_what_fits_and_no_further(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scoring.PASS_TOKENS, "cpu", 2048)  # so that batches are as large as the budget allows
     model = tiny("tiny-llama", torch.float64)
     base = scored(model, requests())
     sizes = memory(lambda size: size > 400)
@@ -329,7 +331,7 @@ def test_another_error_is_not_taken_for_want_of_memory(monkeypatch: pytest.Monke
     def broken(*args: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(scoring, "_target_logprobs", broken)
+    monkeypatch.setattr(scoring, "target_logprobs", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         scored(tiny("tiny-llama"), requests())
 

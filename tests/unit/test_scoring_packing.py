@@ -1,12 +1,16 @@
 """The prefix tree of a set of requests, as rows."""
 
+import math
 import random
 from collections.abc import Sequence
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 
 from nmsweep.errors import DataError
-from nmsweep.evaluate.packing import Group, Request, one_each, pack, prefixes, queries
+from nmsweep.evaluate.packing import Cost, batches, cheapest, pack, prefixes
+from nmsweep.evaluate.rows import Group, Request, one_each, queries
 
 ANY = 10**6
 
@@ -47,11 +51,11 @@ def wanted(requests: Sequence[Request], max_length: int = ANY) -> set[tuple[tupl
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("ratio", [0.0, 3.0, 1e9])
+@pytest.mark.parametrize("ratio", [0.01, 3.0, 1e9])
 @pytest.mark.parametrize("max_tokens", [7, 10**6])
 def test_every_target_sees_exactly_its_own_sequence(seed: int, ratio: float, max_tokens: int) -> None:
     requests = drawn(seed)
-    groups = pack(queries(requests, ANY), ratio, max_tokens)
+    groups = pack(queries(requests, ANY), Cost(ratio, 0), max_tokens)
     seen = [path for group in groups for path in paths(group)]
     assert all(positions == list(range(len(ids))) for ids, positions, _ in seen)
     assert {(tuple(ids), target) for ids, _, [target] in seen} == wanted(requests)
@@ -59,14 +63,16 @@ def test_every_target_sees_exactly_its_own_sequence(seed: int, ratio: float, max
 
 def test_every_request_is_asked_once() -> None:
     requests = drawn(3)
-    rows = [row for group in pack(queries(requests, ANY), 5.0, 40) for row in group.rows]
+    rows = [row for group in pack(queries(requests, ANY), Cost(5.0, 0), 40) for row in group.rows]
     asked = sorted(request for row in rows for question in row.questions for request in question.requests)
     assert asked == list(range(len(requests)))
 
 
 def test_choices_of_an_item_share_one_row() -> None:
     context = [1, 2, 3, 4]
-    (group,) = pack(queries([(None, context, [5, 6]), (None, context, [7, 8, 9]), (None, context, [7])], ANY), 1e9, ANY)
+    (group,) = pack(
+        queries([(None, context, [5, 6]), (None, context, [7, 8, 9]), (None, context, [7])], ANY), Cost(1e9, 64), ANY
+    )
     (row,) = group.rows
     assert sorted(row.ids.tolist()) == [1, 2, 3, 4, 5, 7, 8]  # last tokens are only predicted
     assert row.branches
@@ -85,7 +91,7 @@ def test_a_prefix_of_many_is_cached() -> None:
     items: list[Request] = [
         (None, [*shots, 51 + i % 7, *[draw.randrange(50) for _ in range(40)]], [5, 6]) for i in range(100)
     ]
-    groups = pack(queries(items, ANY), 3000.0, ANY)
+    groups = pack(queries(items, ANY), Cost(3000.0, 64), ANY)
     assert [group.prefix.tolist() for group in groups] == [shots]
     assert sum(len(row) for group in groups for row in group.rows) < 100 * 43
 
@@ -97,20 +103,20 @@ def test_of_nested_prefixes_the_one_that_saves_more_is_cached() -> None:
     for _ in range(2):
         subject = [*start, *[draw.randrange(50) for _ in range(600)]]
         items += [(None, [*subject, *[draw.randrange(50) for _ in range(40)]], [5]) for _ in range(100)]
-    groups = pack(queries(items, ANY), 3000.0, ANY)
+    groups = pack(queries(items, ANY), Cost(3000.0, 64), ANY)
     assert sorted(len(group.prefix) for group in groups) in ([660, 660], [661, 661])
 
 
 def test_no_prefix_reaches_beyond_the_first_prediction() -> None:
     context = list(range(1, 300))
     items: list[Request] = [(None, context[:-2], [*context[-2:], 400 + i, *range(i, i + 30)]) for i in range(100)]
-    assert [depth for _, _, depth in prefixes(queries(items, ANY))] == [len(context) - 3]
+    assert [depth for _, _, depth in prefixes(queries(items, ANY), Cost(3000.0, 64), ANY)] == [len(context) - 3]
 
 
 @pytest.mark.parametrize("max_length", [3, 6, 9])
 def test_long_sequences_are_cut_on_the_left_each_for_itself(max_length: int) -> None:
     requests = [r for r in drawn(5) if len(r[2]) <= max_length]
-    groups = pack(queries(requests, max_length), 5.0, ANY)
+    groups = pack(queries(requests, max_length), Cost(5.0, 0), ANY)
     seen = [path for group in groups for path in paths(group)]
     assert {(tuple(ids), target) for ids, _, [target] in seen} == wanted(requests, max_length)
 
@@ -122,4 +128,34 @@ def test_what_cannot_be_scored_is_refused(request_: tuple[list[int], list[int]])
 
 
 def test_nothing_gives_nothing() -> None:
-    assert pack(queries([], ANY), 1.0, ANY) == []
+    assert pack(queries([], ANY), Cost(1.0, 0), ANY) == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_cheapest_division_is_the_cheapest(seed: int) -> None:
+    draw, n = random.Random(seed), 8
+    costs = [np.array([draw.random() for _ in range(min(n - start, 4))]) for start in range(n)]
+
+    def total(bounds: Sequence[int]) -> float:
+        parts = list(pairwise(bounds))
+        return sum(costs[a][b - a - 1] if b - a <= 4 else math.inf for a, b in parts)
+
+    every = [(0, *inner, n) for k in range(n) for inner in combinations(range(1, n), k)]
+    found = cheapest(n, costs.__getitem__)
+    assert (found[0], found[-1]) == (0, n)
+    assert total(found) == pytest.approx(min(map(total, every)))
+
+
+def test_batches_hold_every_row_in_order_and_keep_to_the_budget() -> None:
+    rows = pack(queries(drawn(2), ANY), Cost(5.0, 0), 40)[0].rows
+    for cost in (Cost(5.0, 0), Cost(768.0, 64), Cost(768.0, 1e9)):
+        divided = batches(rows, 0, cost, 40)
+        assert [id(row) for batch in divided for row in batch] == [id(row) for row in rows]
+        assert all(len(batch) * len(batch[0]) <= 40 or len(batch) == 1 for batch in divided)
+    assert batches([], 0, Cost(5.0, 0), 40) == []
+
+
+def test_costly_passes_are_few_and_cheap_ones_pad_nothing() -> None:
+    rows = pack(queries(drawn(2), ANY), Cost(5.0, 0), ANY)[0].rows
+    assert len(batches(rows, 0, Cost(768.0, 1e9), ANY)) == 1
+    assert all(len({len(row) for row in batch}) == 1 for batch in batches(rows, 0, Cost(768.0, 0), ANY))

@@ -1,0 +1,165 @@
+"""Requests as token sequences, and rows that hold several of them with no token twice. No torch.
+
+All token sequences of a task, sorted, form a prefix tree. A *row* is a part of that tree, its tokens in depth-first order:
+token j is an ancestor of token i exactly if ``j <= i < end[j]``, which is all that an attention mask needs. The choices of
+an item, items about one passage, and WinoGrande's two contexts are all the same case: sequences that share a beginning.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmsweep.errors import DataError
+
+Ints = NDArray[np.int64]
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""A log-likelihood request of the harness: its texts, context tokens, continuation tokens."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a sequence.
+
+    Attributes:
+        first: the position whose output predicts the first target.
+        targets: [k], the continuation's tokens.
+        requests: which requests this answers: equal ones are computed once.
+    """
+
+    first: int
+    targets: Ints
+    requests: list[int]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A token sequence that is fed, ``ids`` [n], and the questions asked of it."""
+
+    ids: Ints
+    questions: list[Question]
+
+    @property
+    def first(self) -> int:
+        """The first position whose output is needed."""
+        return min(question.first for question in self.questions)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of the prefix tree below a prefix that is computed elsewhere.
+
+    Attributes:
+        queries: its sequences, sorted.
+        ids, depth, end: [n], each token, its position in its sequence, and where the tokens below it end.
+        cells: [k], the tokens of the row that predict something.
+        targets: [k], what they should predict.
+        sizes: number of targets of each question, in the order of the queries' questions.
+        branches: whether any token has two successors; else the row is one plain sequence.
+    """
+
+    queries: Sequence[Query]
+    ids: Ints
+    depth: Ints
+    end: Ints
+    cells: Ints
+    targets: Ints
+    sizes: list[int]
+    branches: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of its longest sequence: no part of the row can be shorter and hold it. At most `len(self)`."""
+        return len(self.ids) if not self.branches else int(self.depth.max() - self.depth[0]) + 1
+
+    @property
+    def questions(self) -> list[Question]:
+        return [question for query in self.queries for question in query.questions]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows below one prefix, `prefix` [p] (empty for none), longest row first."""
+
+    prefix: Ints
+    rows: list[Row]
+
+
+def queries(requests: Sequence[Request], max_length: int) -> list[Query]:
+    """The distinct sequences of `requests`, sorted by their tokens.
+
+    The last token of a continuation is only predicted. A sequence that is too long loses tokens on the left, each
+    continuation for itself, as in lm-eval: ``(context + continuation)[-(max_length + 1):][:-1]``.
+
+    Raises:
+        DataError: an empty context or continuation, or a continuation longer than the model allows.
+    """
+    found: dict[bytes, tuple[Ints, dict[tuple[int, bytes], Question]]] = {}
+    for index, (_, context, continuation) in enumerate(requests):
+        n_targets = len(continuation)
+        if not context or not 0 < n_targets <= max_length:
+            raise DataError(
+                f"request {index}: a context of {len(context)} and a continuation of {n_targets} tokens; "
+                f"both need one token, and the continuation at most the model's {max_length}"
+            )
+        whole = np.array((context + continuation)[-(max_length + 1) :], dtype=np.int64)
+        ids, targets = whole[:-1], whole[-n_targets:]
+        key = ids.astype(">u4").tobytes()  # sorts as the tokens do
+        _, asked = found.setdefault(key, (ids, {}))
+        first = len(ids) - n_targets
+        asked.setdefault((first, targets.tobytes()), Question(first, targets, [])).requests.append(index)
+    return [Query(ids, list(asked.values())) for _, (ids, asked) in sorted(found.items())]
+
+
+def shared(a: Ints, b: Ints) -> int:
+    """Length of the common beginning of two sequences."""
+    n = min(len(a), len(b))
+    different = a[:n] != b[:n]
+    return int(different.argmax()) if different.any() else n
+
+
+def one_each(sequences: Sequence[Query]) -> list[Group]:
+    """One sequence a row, longest first."""
+    return [Group(np.empty(0, np.int64), sorted((make_row([query], 0) for query in sequences), key=len, reverse=True))]
+
+
+def make_row(members: Sequence[Query], prefix: int) -> Row:
+    """Lay out sorted sequences that share their first `prefix` tokens, without these."""
+    ids, depth, starts = [], [], [0]
+    path = np.empty(0, np.int64)
+    end = np.zeros(sum(len(query.ids) - prefix for query in members), dtype=np.int64)
+    cells, targets, sizes = [], [], []
+    before: Ints | None = None
+    branches = False
+    for query in members:
+        kept = (shared(before, query.ids) if before is not None else prefix) - prefix
+        at = starts[-1]
+        end[path[kept:]] = at
+        branches |= kept < len(path)
+        new = query.ids[prefix + kept :]
+        path = np.concatenate([path[:kept], np.arange(at, at + len(new))])
+        ids.append(new)
+        depth.append(np.arange(prefix + kept, len(query.ids)))
+        starts.append(at + len(new))
+        for question in query.questions:
+            n_targets = len(question.targets)
+            cells.append(path[question.first - prefix : question.first - prefix + n_targets])
+            targets.append(question.targets)
+            sizes.append(n_targets)
+        before = query.ids
+    end[path] = starts[-1]
+    return Row(
+        members,
+        np.concatenate(ids),
+        np.concatenate(depth),
+        end[: starts[-1]],
+        np.concatenate(cells),
+        np.concatenate(targets),
+        sizes,
+        branches,
+    )
