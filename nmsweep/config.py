@@ -169,12 +169,12 @@ class ClusterConfig(_Node):
 
 
 class WandbConfig(_Node):
-    """Weights & Biases: which project, and whether it is told (`mode`: online or offline)."""
+    """Weights & Biases: which project, and where runs go: `mode` online or offline (None: what WANDB_MODE says, else online)."""
 
     enabled: bool = False
     project: str = "nmsweep"
     entity: str | None = None
-    mode: Literal["online", "offline"] = "online"
+    mode: Literal["online", "offline"] | None = None
 
 
 class MlflowConfig(_Node):

@@ -1,7 +1,10 @@
 """Loggers are told after the fact, and whatever they do the cell stands."""
 
-from collections.abc import Callable
+import json
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +35,42 @@ def test_mlflow_has_one_run_a_cell_grouped_by_sweep(nmsweep: Call, results: Path
         assert expected.items() <= run.data.metrics.items()
     assert nmsweep(*words)[0] == 0  # nothing is computed, nothing is told again
     assert len(client.search_runs([runs[0].info.experiment_id])) == 3
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """What W&B keeps of an offline run: protobuf messages in a LevelDB log, of one block here."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at = file.read_bytes(), 7  # after ":W&B", a magic number and the format's version
+    assert content[:4] == b":W&B"
+    assert len(content) < 2**15
+    while at < len(content):
+        _, length, _ = struct.unpack_from("<IHB", content, at)  # checksum, length, whether it is whole
+        yield Record.FromString(content[at + 7 : at + 7 + length])
+        at += 7 + length
+
+
+@pytest.mark.filterwarnings("ignore")  # its own libraries warn of each other
+def test_wandb_offline_has_one_run_a_cell_grouped_by_sweep(
+    nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = ("-m", *TINY[:-1], "baseline=false", "pattern=2:4,8:16", "loggers.wandb.enabled=true")
+    code, _, err = nmsweep(*words, f"results_dir={results}")
+    assert code == 0, err
+    assert "was not told" not in err
+    runs: dict[str, dict[str, float]] = {}
+    for file in (results / ".runs" / "wandb").glob("offline-run-*/*.wandb"):
+        records = list(wandb_records(file))
+        (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+        assert run.run_group == plan_ids(results)[0]
+        history = [item for record in records if record.WhichOneof("record_type") == "history" for item in record.history.item]  # fmt: skip
+        runs[run.display_name] = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history}  # fmt: skip
+    assert set(runs) == {folder.name for folder in cell_folders(results)}
+    for name, told in runs.items():
+        expected = {f"{row.task}/{row.metric}": row.value for row in read_cell(results / "cells" / name).metrics.itertuples()}  # fmt: skip
+        assert expected.items() <= told.items()
 
 
 @pytest.mark.parametrize("harm", ["raises", "exits", "hangs"])
