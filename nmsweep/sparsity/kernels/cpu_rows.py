@@ -62,29 +62,23 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
     """Any call: chunks of whole tokens through scratch."""
     call = carray(p, 1)[0]
     shared = carray(p, 1).ctypes.data
-    hidden, m, padded_m, n_rows = call.hidden, call.m, call.padded_m, call.total
-    x = carray(pointer(call.x), (n_rows, hidden), storage)
-    u = carray(pointer(call.u), (n_rows, hidden), storage)
-    mask_out = carray(pointer(call.mask), (n_rows, hidden), np.uint8)
-    nu_out = carray(pointer(call.nu), (n_rows,), np.float32)
-    block = 512 // (8 * np.empty(0, key_type).itemsize) * padded_m
-    n_groups = call.chunk * (hidden // m)
-    room = (n_groups * padded_m + block - 1) // block * block
+    hidden = call.hidden
+    x = carray(pointer(call.x), (call.total, hidden), storage)
+    u = carray(pointer(call.u), (call.total, hidden), storage)
+    mask_out = carray(pointer(call.mask), (call.total, hidden), np.uint8)
+    nu_out = carray(pointer(call.nu), (call.total,), np.float32)
+    block = 512 // (8 * np.empty(0, key_type).itemsize) * call.padded_m
+    room = (call.chunk * (hidden // call.m) * call.padded_m + block - 1) // block * block
     keys = np.empty(room, key_type)  # of padded groups for the network, dense for the threshold
     masks = np.empty(room, key_type)
     ordered = np.empty(hidden + LANES, unsigned)
     halves = np.empty(hidden + LANES, np.uint16)
-    candidates = np.empty(m + LANES, key_type)
+    candidates = np.empty(call.m + LANES, key_type)
     token_eta = np.zeros(call.chunk, storage)
     eta = np.zeros(hidden, np.float32)
     fill = np.zeros(hidden, storage)
     if call.eta != 0:
-        given, given_bits = (
-            carray(pointer(call.eta), (hidden,), np.float32),
-            carray(pointer(call.eta_bits), (hidden,), storage),
-        )
-        for i in range(hidden):
-            eta[i], fill[i] = given[i * call.eta_step], given_bits[i * call.eta_step]
+        _given_eta(call, eta, fill)
     ones = np.ones(hidden, np.float32)
     kept = 0
     while True:
@@ -92,39 +86,17 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
         if chunk >= call.n_chunks:
             break
         first = chunk * call.chunk
-        rows = min(call.chunk, n_rows - first)
+        rows = min(call.chunk, call.total - first)
         for r in range(rows):
             row = x[first + r]
             if call.centre != 0:
-                if call.centre == 1:
-                    token_eta[r] = _median(row, ordered, halves, call.infinity)
-                else:
-                    token_eta[r] = _mean(row)
+                token_eta[r] = _median(row, ordered, halves, call.infinity) if call.centre == 1 else _mean(row)
                 _set(fill, token_eta[r])
                 _set(eta, to_float(token_eta[r]))
-            target = keys[r * hidden : (r + 1) * hidden]
-            if keys.itemsize == 2:
-                _magnitudes(row, call.infinity + 1, target)
-            elif call.weight != 0:
-                start = (first + r) // call.rows_per_weight * hidden
-                weight = carray(pointer(call.weight + 4 * start), (hidden,), np.float32)
-                _scores(row, eta, weight, target)
-            else:
-                _scores(row, eta, ones, target)
-        if call.select == 0:
-            for group in range(rows * (hidden // m)):
-                _threshold(
-                    keys[group * m : (group + 1) * m], call.n, candidates, halves, masks[group * m : (group + 1) * m]
-                )
-        else:
-            n_groups = rows * (hidden // m)
-            if padded_m != m:
-                _spread(keys, n_groups, m, padded_m)
-            call_blocks(call.select, keys.ctypes.data, masks.ctypes.data, (n_groups * padded_m + block - 1) // block)
-            if padded_m != m:
-                _gather(masks, n_groups, m, padded_m)
+            _keys_of_row(call, first + r, row, eta, ones, keys[r * hidden : (r + 1) * hidden])
+        _select(call, rows * (hidden // call.m), block, keys, masks, candidates, halves)
         for r in range(rows):
-            row, row_mask, out = x[first + r], masks[r * hidden : (r + 1) * hidden], u[first + r]
+            row, row_mask = x[first + r], masks[r * hidden : (r + 1) * hidden]
             if call.centre != 0:
                 _set(fill, token_eta[r])
                 _set(eta, to_float(token_eta[r]))
@@ -134,13 +106,50 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
                 if call.nu != 0:
                     nu_out[first + r] = nu
             if nu == np.float32(1):
-                _write(row, row_mask, fill, out)
+                _write(row, row_mask, fill, u[first + r])
             else:
-                _rescale(row, row_mask, eta, fill, nu, out)
+                _rescale(row, row_mask, eta, fill, nu, u[first + r])
             if call.mask != 0:
                 _write_mask(row_mask, mask_out[first + r])
             kept += _count(row_mask)
     fetch_add(shared + 8, kept)
+
+
+@jit
+def _given_eta(call: Any, eta: Any, fill: Any) -> None:
+    """The η of the call, a number or one for each channel, as values and as bit patterns."""
+    values = carray(pointer(call.eta), (eta.size,), np.float32)
+    patterns = carray(pointer(call.eta_bits), (eta.size,), fill.dtype)
+    for i in range(eta.size):
+        eta[i], fill[i] = values[i * call.eta_step], patterns[i * call.eta_step]
+
+
+@jit
+def _keys_of_row(call: Any, number: int, row: Any, eta: Any, ones: Any, keys: Any) -> None:
+    """Keys of one token, by its number."""
+    if keys.itemsize == 2:
+        _magnitudes(row, call.infinity + 1, keys)
+    elif call.weight != 0:
+        start = number // call.rows_per_weight * row.size
+        _scores(row, eta, carray(pointer(call.weight + 4 * start), (row.size,), np.float32), keys)
+    else:
+        _scores(row, eta, ones, keys)
+
+
+@jit
+def _select(call: Any, n_groups: int, block: int, keys: Any, masks: Any, candidates: Any, halves: Any) -> None:
+    """Masks of groups of keys: by the network compiled for them, or without one by the value of the n-th highest."""
+    m, padded_m = call.m, call.padded_m
+    if call.select == 0:
+        for group in range(n_groups):
+            start, end = group * m, (group + 1) * m
+            _threshold(keys[start:end], call.n, candidates, halves, masks[start:end])
+        return
+    if padded_m != m:
+        _spread(keys, n_groups, m, padded_m)
+    call_blocks(call.select, keys.ctypes.data, masks.ctypes.data, (n_groups * padded_m + block - 1) // block)
+    if padded_m != m:
+        _gather(masks, n_groups, m, padded_m)
 
 
 @jit

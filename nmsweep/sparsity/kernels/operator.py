@@ -32,19 +32,9 @@ def prune_op(
 
 
 @prune_op.register_fake
-def _fake(
-    x: Tensor,
-    n: int,
-    m: int,
-    kept: int,
-    weight: Tensor | None,
-    stat: str,
-    eta: Tensor | None,
-    var: bool,
-    backend: str,
-    saves: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, n, m, kept, weight, stat, eta, var)
+def _fake(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *checked, _, saves = call  # the arguments of prune_op
+    check(x, *checked)
     mask_shape, nu_shape = (x.shape, (*x.shape[:-1], 1)) if saves else ((0,), (0,))
     return (
         x.new_empty(x.shape),
