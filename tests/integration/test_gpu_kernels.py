@@ -50,6 +50,20 @@ def test_masks_on_the_gpu_are_those_of_the_reference(call: dict[str, Any], dtype
     assert counts.tolist() == [int(mask.sum()), mask.numel()]
 
 
+@pytest.mark.parametrize("hidden", [64, 4096, 14336, 28672])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kth_lowest_of_a_token_is_exact_on_the_gpu(hidden: int, dtype: torch.dtype) -> None:
+    x = torch.randn(64, hidden, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    x[1, 3], x[2, 5], x[3, ::2], x[4] = float("nan"), float("inf"), -0.0, x[4].exp()
+    x[5], x[6, :9], x[7:10] = x[5] ** 9, 1e4, x[7:10].round()
+    calls: list[dict[str, Any]] = [{"n": 1, "m": 2, "eta": "median"}, *({"kept": n} for n in (hidden // 2, hidden - 1))]
+    for call in calls:
+        made = prune(x.to(dtype), **call)
+        torch.testing.assert_close(
+            made, prune(x.to(dtype), backend="reference", **call), rtol=0, atol=0, equal_nan=True
+        )
+
+
 @pytest.fixture
 def model() -> Any:
     return load_model(ModelSpec(name="t", source="tiny", shape="tiny-llama"), dtype="bfloat16", device="cuda").model

@@ -114,6 +114,24 @@ def test_special_values_agree(name: str, backend: str) -> None:
         agree(backend, x, **arguments(CALLS[name], x))
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_negative_zero_passes_where_nu_is_below_1(dtype: torch.dtype, backend: str) -> None:
+    x = torch.tensor([3.0, 3.125] * 30 + [0.0, -0.0] * 2, dtype=dtype)[None]
+    u = prune(x, n=2, m=4, var=True, backend=backend)
+    assert 0 < u[0, 1] < 3.125
+    assert u[0, 60:].signbit().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [0.1, 3.0, 60000.0])
+def test_a_constant_token_keeps_its_values(value: float, backend: str) -> None:
+    for dtype, eta in ((torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.bfloat16, "mean")):
+        x = torch.full((2, 6 * 43), value, dtype=dtype)
+        u, mask = prune(x, n=3, m=6, eta=eta, var=True, backend=backend, return_mask=True)
+        assert same(u[mask], x[mask])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_and_odd_places_agree(backend: str) -> None:
     wide = draw(4, 6, 200)

@@ -7,7 +7,6 @@ so kept channels pass bit for bit. Runs on CPU tensors under TRITON_INTERPRET=1,
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ from torch import Tensor
 
 from .arguments import Arguments
 from .triton_centre import centre_kernel, packed_median_kernel
-from .triton_kernels import flat_kernel, row_kernel, scaled_kernel
-from .triton_packed import packed_kernel
+from .triton_kernels import flat_kernel, row_kernel
+from .triton_numbers import EMULATE
+from .triton_packed import packed_kernel, packed_row_kernel
+from .triton_scaled import scaled_kernel
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _PATTERNS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -27,7 +28,6 @@ _LARGEST_STREAM = 2**31 - 2**16  # groups that a 32-bit number can count, with r
 _LARGEST_ROW = 65536  # channels of a token that one program can hold
 _PIECE_BYTES = 16  # the widest load of a thread
 _THRESHOLD_GROUP = 8  # shape of the tile where no groups exist: consecutive channels of a thread
-_WORDS = 16  # as it is for the median, in words
 
 _NAN_KEYS = {torch.bfloat16: 0x7F817F81, torch.float16: 0x7C017C01}
 
@@ -43,14 +43,14 @@ SCALED_CONFIG = (2048, 4)
 ROW_WARP = 1024
 """Channels of a token that one warp of row_kernel or centre_kernel holds."""
 
-MEDIAN_WARP = 1024
-"""Words of a token that one warp of packed_median_kernel holds."""
+SELECT_WARP = 2048
+"""Words of a token that one warp holds while the k-th lowest is searched."""
 
 
 def supports(args: Arguments) -> bool:
     """Whether this backend can run the call; else the reference does."""
     if (
-        not (args.x.is_cuda or _interpreted())
+        not (args.x.is_cuda or EMULATE.value)
         or args.x.dtype not in _KINDS
         or args.x.numel() // args.m > _LARGEST_STREAM
     ):
@@ -111,10 +111,10 @@ def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
     n_rows = x.numel() // hidden
     eta = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     if args.stat == "median" and hidden % 2 == 0 and _in_words(x):
-        rows = triton.next_power_of_2(triton.cdiv(hidden, 2 * _WORDS))
+        words = triton.next_power_of_2(hidden // 2)
         packed_median_kernel[(n_rows,)](
-            x.view(-1).view(torch.int32), eta, hidden, KIND=_KINDS[x.dtype], W=_WORDS, G=rows, EMULATE=_interpreted(),
-            num_warps=min(16, max(1, rows * _WORDS // MEDIAN_WARP)),
+            x.view(-1).view(torch.int32), eta, hidden, KIND=_KINDS[x.dtype], T=words,
+            num_warps=_select_warps(words),
         )  # fmt: skip
     else:
         rows = triton.next_power_of_2(triton.cdiv(hidden, _THRESHOLD_GROUP))
@@ -125,28 +125,36 @@ def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
     return eta, 3
 
 
+def _select_warps(words: int) -> int:
+    return min(16, max(1, words // SELECT_WARP))
+
+
 def _in_words(x: Tensor) -> bool:
     """Whether two neighbours of the contiguous x make a word."""
     return x.dtype in _NAN_KEYS and x.storage_offset() % 2 == 0
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _packs(args: Arguments, x: Tensor) -> bool:
     """Whether packed_kernel can run a call on the contiguous x."""
     by_magnitude = args.weight is None and args.eta is None and args.stat == "none" and not args.var
-    return by_magnitude and _in_words(x) and args.n < args.m and args.m in PACKED_CONFIGS
+    alone = args.m == x.shape[-1] and args.m % 2 == 0
+    return by_magnitude and _in_words(x) and args.n < args.m and (args.m in PACKED_CONFIGS or alone)
 
 
 def _launch_packed(x: Tensor, u: Tensor, args: Arguments, counts: Tensor | None) -> None:
+    x_words, u_words, nan = x.view(-1).view(torch.int32), u.view(-1).view(torch.int32), _NAN_KEYS[x.dtype]
     n_groups = x.numel() // args.m
+    if args.m not in PACKED_CONFIGS:
+        words = triton.next_power_of_2(args.m // 2)
+        packed_row_kernel[(n_groups,)](
+            x_words, u_words, counts, args.m, args.n,
+            KIND=_KINDS[x.dtype], NAN=nan, T=words, num_warps=_select_warps(words),
+        )  # fmt: skip
+        return
     groups, warps = PACKED_CONFIGS[args.m]
     packed_kernel[(triton.cdiv(n_groups, groups),)](
-        x.view(-1).view(torch.int32), u.view(-1).view(torch.int32), counts, n_groups,
-        N=args.n, M=args.m, NAN=_NAN_KEYS[x.dtype], G=groups, EMULATE=_interpreted(), num_warps=warps,
-    )  # fmt: skip
+        x_words, u_words, counts, n_groups, N=args.n, M=args.m, NAN=nan, G=groups, num_warps=warps
+    )
 
 
 def _launch_flat(common: dict[str, Any], n_groups: int, groups_per_row: int) -> None:

@@ -1,4 +1,4 @@
-"""The kernels of the Triton backend: groups as one stream, groups of one token with ν, and one token without groups.
+"""The kernels of the Triton backend without ν: groups as one stream, and one token without groups (with ν too).
 
 ETA says what η is: 0 none, 1 a scalar, 2 [hidden], 3 [token].
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .triton_network import keep_of_groups, keep_of_row, load, store
-from .triton_numbers import from_float, magnitude, ratio_of_sums, score, to_float, total, variance_ratio
+from .triton_numbers import from_float, magnitude, score, to_float, total, variance_ratio
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def filling(
     """η as fp32 and as bit pattern, for groups [G] that begin at channel `start` of token `row` ([] or [G, 1]). ETA: 0 none, 1 scalar, 2 [hidden], 3 [token]."""
     if ETA == 0:
         eta = 0.0
-        fill = 0
+        fill = tl.full((), 0, tl.int16 if KIND < 2 else tl.int32)
     elif ETA == 1:
         eta = tl.load(eta_ptr)
         fill = from_float(eta, KIND)
@@ -37,6 +37,37 @@ def filling(
         eta = tl.load(eta_ptr + row)
         fill = from_float(eta, KIND)
     return eta, fill
+
+
+@triton.jit
+def keys(
+    x,
+    z,
+    weight_ptr,
+    place,
+    valid,
+    ETA: tl.constexpr,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """What orders the channels of groups [G, P] of bit patterns x and values z, whose weights begin at `place` [G]."""
+    if weight_ptr is None and ETA == 0 and KIND < 2:
+        key = magnitude(x, KIND)
+    else:
+        weight = 1.0
+        if weight_ptr is not None:
+            weight = load(weight_ptr, place, valid, 0.0, M, P, PIECE)
+        key = score(z, weight, weight_ptr is None and ETA == 0)
+    return key
+
+
+@triton.jit
+def chosen(kept, x, fill):
+    """Bit pattern of x where all bits of `kept` are set, of the fill where none is."""
+    kept = kept.to(x.dtype)
+    return (x & kept) | (fill & ~kept)
 
 
 @triton.jit
@@ -61,122 +92,22 @@ def flat_kernel(
     """G groups a program, across tokens."""
     group = tl.program_id(0) * G + tl.arange(0, G)
     valid = group < n_groups
-    inside = valid[:, None] & (tl.arange(0, P) < M)[None, :]
     base = group.to(tl.int64) * M
     x = load(x_ptr, base, valid, 0, M, P, PIECE)
     row = tl.minimum(group, n_groups - 1) // groups_per_row
     start = (group - row * groups_per_row) * M
     eta, fill = filling(eta_ptr, row[:, None], start, valid, ETA, KIND, M, P, PIECE)
-    if weight_ptr is None and ETA == 0 and KIND < 2:
-        key = magnitude(x, KIND)
-    else:
-        weight = 1.0
-        if weight_ptr is not None:
-            weight = load(
-                weight_ptr,
-                (row // rows_per_weight).to(tl.int64) * (groups_per_row * M) + start,
-                valid,
-                0.0,
-                M,
-                P,
-                PIECE,
-            )
-        key = score(to_float(x, KIND) - eta, weight)
-    kept = keep_of_groups(key, inside, N, P)
-    store(u_ptr, base, valid, tl.where(kept, x, fill).to(x.dtype), M, P, PIECE)
+    place = (row // rows_per_weight).to(tl.int64) * (groups_per_row * M) + start
+    key = keys(x, to_float(x, KIND) - eta, weight_ptr, place, valid, ETA, KIND, M, P, PIECE)
+    kept = keep_of_groups(key, N, M, P)
+    store(u_ptr, base, valid, chosen(kept, x, fill), M, P, PIECE)
     if mask_ptr is not None:
-        store(mask_ptr, base, valid, kept.to(tl.int8), M, P, PIECE)
+        store(mask_ptr, base, valid, (kept & 1).to(tl.int8), M, P, PIECE)
     if counts_ptr is not None:
-        tl.atomic_add(counts_ptr, total(kept.to(tl.int32)).to(tl.int64), sem="relaxed")
+        n_kept = tl.sum(tl.where(valid, -tl.sum(kept, axis=1), 0), axis=0)
+        tl.atomic_add(counts_ptr, n_kept.to(tl.int64), sem="relaxed")
         if tl.program_id(0) == 0:
             tl.atomic_add(counts_ptr + 1, n_groups.to(tl.int64) * M, sem="relaxed")
-
-
-@triton.jit
-def scaled_kernel(
-    x_ptr,
-    u_ptr,
-    weight_ptr,
-    eta_ptr,
-    mask_ptr,
-    counts_ptr,
-    nu_ptr,
-    rows_per_weight,
-    hidden,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    KIND: tl.constexpr,
-    ETA: tl.constexpr,
-    PIECE: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-):
-    """One token a program, with ν: G groups at a time are pruned into u, then those of u that η is not are rescaled.
-
-    What the second loop reads, its thread has written in the first. Where z is 0 x passes, so pruned channels need no mask.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    n_groups = hidden // M
-    first = to_float(tl.load(x_ptr + row * hidden), KIND)
-    if ETA == 3:
-        first -= tl.load(eta_ptr + row)
-    elif ETA > 0:
-        first -= tl.load(eta_ptr)
-    dense, dense_squares = tl.zeros((G,), tl.float64), tl.zeros((G,), tl.float64)
-    sparse, sparse_squares = tl.zeros((G,), tl.float64), tl.zeros((G,), tl.float64)
-    n_kept = tl.zeros((G,), tl.int32)
-    for step in range(0, n_groups, G):
-        group = step + tl.arange(0, G)
-        valid = group < n_groups
-        inside = valid[:, None] & (tl.arange(0, P) < M)[None, :]
-        start = group * M
-        base = row * hidden + start
-        x = load(x_ptr, base, valid, 0, M, P, PIECE)
-        eta, fill = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
-        z = to_float(x, KIND) - eta
-        if weight_ptr is None and ETA == 0 and KIND < 2:
-            key = magnitude(x, KIND)
-        else:
-            weight = 1.0
-            if weight_ptr is not None:
-                weight = load(weight_ptr, row // rows_per_weight * hidden + start, valid, 0.0, M, P, PIECE)
-            key = score(z, weight)
-        kept = keep_of_groups(key, inside, N, P)
-        store(u_ptr, base, valid, tl.where(kept, x, fill).to(x.dtype), M, P, PIECE)
-        if mask_ptr is not None:
-            store(mask_ptr, base, valid, kept.to(tl.int8), M, P, PIECE)
-        n_kept += tl.sum(kept.to(tl.int32), axis=1)
-        wide = z.to(tl.float64)
-        shifted = tl.where(inside, wide - first.to(tl.float64), 0.0)
-        chosen = tl.where(kept, wide, 0.0)
-        dense += tl.sum(shifted, axis=1)
-        dense_squares += tl.sum(shifted * shifted, axis=1)
-        sparse += tl.sum(chosen, axis=1)
-        sparse_squares += tl.sum(chosen * chosen, axis=1)
-    nu = ratio_of_sums(
-        tl.sum(dense, axis=0),
-        tl.sum(dense_squares, axis=0),
-        tl.sum(sparse, axis=0),
-        tl.sum(sparse_squares, axis=0),
-        hidden,
-    )
-    if nu_ptr is not None:
-        tl.store(nu_ptr + row, nu)
-    if counts_ptr is not None:
-        tl.atomic_add(counts_ptr, tl.sum(n_kept, axis=0).to(tl.int64), sem="relaxed")
-        tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")
-    tl.debug_barrier()
-    for step in range(0, n_groups, G):
-        group = step + tl.arange(0, G)
-        valid = group < n_groups
-        start = group * M
-        base = row * hidden + start
-        x = load(u_ptr, base, valid, 0, M, P, PIECE)
-        eta, fill = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
-        value = to_float(x, KIND)
-        z = value - eta
-        rescaled = from_float(value + (nu - 1.0) * z, KIND)
-        store(u_ptr, base, valid, tl.where(nu == 1.0, x, tl.where(z == 0.0, x, rescaled)).to(x.dtype), M, P, PIECE)
 
 
 @triton.jit
@@ -220,7 +151,7 @@ def row_kernel(
         weight = 1.0
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + row // rows_per_weight * hidden + channel, mask=inside, other=0.0)
-        key = score(z, weight)
+        key = score(z, weight, weight_ptr is None and ETA == 0)
     kept = keep_of_row(key, inside, N, key.dtype.primitive_bitwidth - 1)
     value = x
     if VAR:

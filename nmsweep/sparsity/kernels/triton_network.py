@@ -8,7 +8,7 @@ one minimum and one maximum, nothing else; LLVM drops the comparators that do no
 import triton
 import triton.language as tl
 
-from .triton_numbers import total
+from .triton_numbers import EMULATE, total
 
 
 @triton.jit
@@ -67,6 +67,23 @@ def running_sum(x, P: tl.constexpr):
 
 
 @triton.jit
+def sum_of_squares(x, P: tl.constexpr):
+    """Of each row of [G, P]: [G]."""
+    if P > 1:
+        a, b = halves(x, 1, P // 2)
+        if P > 2:
+            a, c = halves(tl.reshape(a, (x.shape[0], P // 2)), 1, P // 4)
+            b, d = halves(tl.reshape(b, (x.shape[0], P // 2)), 1, P // 4)
+            squares = tl.fma(a, a, tl.fma(b, b, tl.fma(c, c, d * d)))
+        else:
+            squares = tl.fma(a, a, b * b)
+        found = tl.sum(tl.sum(squares, axis=2), axis=1)
+    else:
+        found = tl.sum(x * x, axis=1)
+    return found
+
+
+@triton.jit
 def load(ptr, base, valid, other, M: tl.constexpr, P: tl.constexpr, PIECE: tl.constexpr):
     """[G, P]: the M values from each base [G] on, `other` beyond M and where not valid [G]; in pieces, so that a thread has them all."""
     G: tl.constexpr = base.shape[0]
@@ -94,22 +111,37 @@ def store(ptr, base, valid, value, M: tl.constexpr, P: tl.constexpr, PIECE: tl.c
 
 
 @triton.jit
-def keep_of_groups(key, inside, N: tl.constexpr, P: tl.constexpr):
-    """Mask of the N highest keys of each row of [G, P], lower channels first; 16-bit keys are made unique by the channel."""
+def sign(x):
+    """The top bit in all bits of int32. A shift, which the compiler would make a predicate of."""
+    if EMULATE:
+        found = x >> 31
+    else:
+        found = tl.inline_asm_elementwise("shr.s32 $0, $1, 31;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return found
+
+
+@triton.jit
+def keep_of_groups(key, N: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
+    """The N highest of the first M keys of each row of [G, P], lower channels first: int32, all bits of those kept.
+
+    Masks are integers made of signs, as a thread has registers for them and not for as many predicates. 16-bit keys are made unique by the channel.
+    """
     channel = tl.arange(0, P)[None, :]
     narrow: tl.constexpr = key.dtype.primitive_bitwidth == 16
     if narrow:
         key = key.to(tl.int32) * P + (P - 1 - channel)
-    key = tl.where(inside, key, -1)
+    if M < P:
+        key = tl.where(channel < M, key, -1)
     threshold = tl.max(tl.where(channel == P - N, sort(key, P, 1), -1), axis=1)[:, None]
+    at_least = ~sign(key - threshold)
     if narrow:
-        kept = key >= threshold
+        kept = at_least
     else:
-        above = key > threshold
-        equal = (key == threshold).to(tl.int32)
-        room = N - tl.sum(above.to(tl.int32), axis=1)[:, None]
-        kept = above | ((equal > 0) & (running_sum(equal, P) <= room))
-    return inside & kept
+        above = sign(threshold - key)
+        equal = at_least & ~above
+        room = N + tl.sum(above, axis=1)[:, None]
+        kept = above | (equal & ~sign(room + running_sum(equal, P)))
+    return kept
 
 
 @triton.jit

@@ -1,8 +1,13 @@
 """Numbers of the Triton backend: bit patterns as floats, keys, and the statistics of one token."""
 
 # triton's compiler reads no annotations of the future
+import os
+
 import triton
 import triton.language as tl
+
+EMULATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether the interpreter runs the kernels: it knows no instruction of a GPU, and cuts bfloat16 off instead of rounding."""
 
 
 @triton.jit
@@ -26,10 +31,12 @@ def to_float(pattern, KIND: tl.constexpr):
 @triton.jit
 def from_float(value, KIND: tl.constexpr):
     """Bit pattern of an fp32 value, rounded to nearest even; NaN stays NaN."""
-    if KIND == 0:
+    if KIND == 0 and EMULATE:
         bits = value.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         pattern = tl.where(value == value, rounded, 0x7FC0).to(tl.int16)
+    elif KIND == 0:
+        pattern = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
     elif KIND == 1:
         pattern = value.to(tl.float16).to(tl.int16, bitcast=True)
     else:
@@ -45,9 +52,12 @@ def magnitude(pattern, KIND: tl.constexpr):
 
 
 @triton.jit
-def score(z, weight):
-    """Key of |fl(z·w)|: int32, every NaN the same."""
-    return tl.minimum((z * weight).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
+def score(z, weight, RAW: tl.constexpr):
+    """Key of |fl(z·w)|: int32, every NaN the same, as all are that a GPU computes; those of RAW values are not."""
+    key = (z * weight).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if RAW or EMULATE:
+        key = tl.minimum(key, 0x7F800001)
+    return key
 
 
 @triton.jit

@@ -9,11 +9,13 @@ the masks.
 import triton
 import triton.language as tl
 
-from .triton_network import halves, load, reverse, running_sum, settle, store, weave
+from .triton_network import halves, load, reverse, running_sum, settle, sign, store, weave
+from .triton_numbers import EMULATE
+from .triton_select import count_numbers, kth_lowest
 
 
 @triton.jit
-def _packed_min(a, b, EMULATE: tl.constexpr):
+def _packed_min(a, b):
     """Signed minimum of each half of two words."""
     if EMULATE:
         low = tl.minimum(a & 0xFFFF, b & 0xFFFF)  # keys are not negative
@@ -26,7 +28,7 @@ def _packed_min(a, b, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _packed_max(a, b, EMULATE: tl.constexpr):
+def _packed_max(a, b):
     """Signed maximum of each half of two words."""
     if EMULATE:
         low = tl.maximum(a & 0xFFFF, b & 0xFFFF)
@@ -39,31 +41,31 @@ def _packed_max(a, b, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _settle(x, W: tl.constexpr, STEP: tl.constexpr, EMULATE: tl.constexpr):
+def _settle(x, W: tl.constexpr, STEP: tl.constexpr):
     """Sort every bitonic run of 2·STEP words, each half by itself."""
     if STEP > 0:
         a, b = halves(x, W // (2 * STEP), STEP)
-        woven = weave(_packed_min(a, b, EMULATE), _packed_max(a, b, EMULATE), W // (2 * STEP), STEP)
-        x = _settle(woven, W, STEP // 2, EMULATE)
+        woven = weave(_packed_min(a, b), _packed_max(a, b), W // (2 * STEP), STEP)
+        x = _settle(woven, W, STEP // 2)
     return x
 
 
 @triton.jit
-def _sort(x, W: tl.constexpr, RUN: tl.constexpr, EMULATE: tl.constexpr):
+def _sort(x, W: tl.constexpr, RUN: tl.constexpr):
     """Sort [G, W] along words, ascending, each half by itself, where runs of RUN words are sorted already."""
     if RUN < W:
         G: tl.constexpr = x.shape[0]
         a, b = halves(x, W // (2 * RUN), RUN)
         b = tl.reshape(reverse(tl.reshape(b, (G, W // 2)), W // 2, RUN), (G, W // (2 * RUN), RUN))
-        x = weave(_packed_min(a, b, EMULATE), _packed_max(a, b, EMULATE), W // (2 * RUN), RUN)
-        x = _sort(_settle(x, W, RUN // 2, EMULATE), W, RUN * 2, EMULATE)
+        x = weave(_packed_min(a, b), _packed_max(a, b), W // (2 * RUN), RUN)
+        x = _sort(_settle(x, W, RUN // 2), W, RUN * 2)
     return x
 
 
 @triton.jit
-def _threshold(key, N: tl.constexpr, W: tl.constexpr, EMULATE: tl.constexpr):
+def _threshold(key, N: tl.constexpr, W: tl.constexpr):
     """The N-th highest of the 2·W keys of each row of [G, W] words: [G, 1], one key."""
-    ordered = _sort(key, W, 1, EMULATE)
+    ordered = _sort(key, W, 1)
     even, odd = ordered & 0xFFFF, reverse(ordered >> 16, W, W)
     if N <= W:
         rest = tl.maximum(even, odd)  # the W highest of all, as a bitonic run
@@ -91,7 +93,7 @@ def _swapped(x):
 
 
 @triton.jit
-def _spread(top, EMULATE: tl.constexpr):
+def _spread(top):
     """The top bit of each half in all its bits."""
     if EMULATE:
         found = _ones(top) * 0xFFFF
@@ -112,7 +114,6 @@ def packed_kernel(
     M: tl.constexpr,
     NAN: tl.constexpr,
     G: tl.constexpr,
-    EMULATE: tl.constexpr,
 ):
     """G groups of M channels a program; x and u as words. Keeps the N of largest magnitude, lower channels first, zeros the others.
 
@@ -123,8 +124,8 @@ def packed_kernel(
     group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     valid = group < n_groups
     x = load(x_ptr, group * W, valid, 0, W, W, 4)
-    key = _packed_min(x & 0x7FFF7FFF, tl.full(x.shape, NAN, tl.int32), EMULATE)
-    threshold = _threshold(key, N, W, EMULATE) * 0x10001
+    key = _packed_min(x & 0x7FFF7FFF, tl.full(x.shape, NAN, tl.int32))
+    threshold = _threshold(key, N, W) * 0x10001
     raised = key | TOP
     at_least = raised - threshold
     above = (at_least - 0x10001) & TOP
@@ -135,10 +136,48 @@ def packed_kernel(
     before = running_sum(one, W)  # equals among the even channels, and among the odd ones, up to here
     place = before + _swapped(before) - (one >> 16)  # among all channels up to each
     kept = above | (equal & (((room * 0x10001) | TOP) - place))
-    store(u_ptr, group * W, valid, x & _spread(kept, EMULATE), W, W, 4)
+    store(u_ptr, group * W, valid, x & _spread(kept), W, W, 4)
     if counts_ptr is not None:
         n_kept = tl.sum(_ones(kept), axis=1)
         n_kept = tl.sum(tl.where(valid, (n_kept & 0xFFFF) + (n_kept >> 16), 0), axis=0)
         tl.atomic_add(counts_ptr, n_kept.to(tl.int64), sem="relaxed")
         if tl.program_id(0) == 0:
             tl.atomic_add(counts_ptr + 1, n_groups.to(tl.int64) * M, sem="relaxed")
+
+
+@triton.jit
+def packed_row_kernel(
+    x_ptr,
+    u_ptr,
+    counts_ptr,
+    hidden,
+    N,
+    KIND: tl.constexpr,
+    NAN: tl.constexpr,
+    T: tl.constexpr,
+):
+    """One token of an even number of channels a program, as T words or fewer. Keeps the N of largest magnitude, lower channels first."""
+    TOP: tl.constexpr = -0x7FFF8000
+    row = tl.program_id(0).to(tl.int64)
+    n_words = hidden // 2
+    word = tl.arange(0, T)
+    x = tl.load(x_ptr + row * n_words + word, mask=word < n_words, other=0)  # after all others, and never above one
+    size = x & 0x7FFF7FFF
+    k = 2 * T - N
+    number = kth_lowest(size, k, False, KIND)
+    threshold = tl.where(count_numbers(size, KIND) > k, number, NAN & 0xFFFF)
+    at_least = (_packed_min(size, tl.full(x.shape, NAN, tl.int32)) | TOP) - threshold * 0x10001
+    above = (at_least - 0x10001) & TOP
+    equal = (at_least ^ above) & TOP
+    n_above = tl.sum(_ones(above), axis=0)
+    room = N - (n_above & 0xFFFF) - (n_above >> 16)
+    one = _ones(equal)
+    odd = one >> 16
+    place = tl.cumsum((one & 0xFFFF) + odd, axis=0)  # among all channels up to the odd one
+    fits = (~sign(room - place + odd) & 0x8000) | (~sign(room - place) & -0x80000000)
+    kept = above | (equal & fits)
+    tl.store(u_ptr + row * n_words + word, x & _spread(kept), mask=word < n_words)
+    if counts_ptr is not None:
+        n_kept = tl.sum(_ones(kept), axis=0)
+        tl.atomic_add(counts_ptr, ((n_kept & 0xFFFF) + (n_kept >> 16)).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")
