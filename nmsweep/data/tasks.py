@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from nmsweep.data.groups import KNOWN_GROUPS, find_group, group_config, member_names
 from nmsweep.data.hub import hub_fingerprint, hub_rows
+from nmsweep.data.lines import check_lines
 from nmsweep.errors import DataError, nearest
 
 MINI_FOLDER = Path(__file__).parent / "mini"
@@ -239,6 +240,8 @@ def _mirror_splits(mirror: Path, task: str, config: Mapping[str, Any]) -> dict[s
         split = config.get(key)
         if split and (other := mirror / task / f"{split}.jsonl").is_file():
             files.setdefault(str(split), other)
+    for file in files.values():
+        check_lines(file)
     return files
 
 
@@ -296,10 +299,18 @@ def read_text(source: TaskSource) -> str:
 
     WikiText-2 is ``"\\n\\n".join(rows)`` over the rows of the hub's data set: the lines of ``wiki.test.raw``, each with its
     newline, a blank line being the empty string.
+
+    Raises:
+        DataError: the file is no UTF-8.
     """
-    if source.task == "wikitext2":
-        return "\n\n".join(_wikitext_rows(source))
-    return source.files[source.split].read_text(encoding="utf-8")
+    try:
+        if source.task == "wikitext2":
+            return "\n\n".join(_wikitext_rows(source))
+        return source.files[source.split].read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"task {source.task}: {source.files[source.split]} is no UTF-8 ({error}); fetch it again with `nmsweep prefetch`"
+        ) from error
 
 
 def _wikitext_rows(source: TaskSource) -> list[str]:

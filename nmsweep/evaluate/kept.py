@@ -102,7 +102,23 @@ class KeptTask:
         self, *, rank: int = 0, limit: float | None = None, world_size: int = 1, samples: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Any]]:
         """The harness's own, over items that stay in memory."""
-        return islice(enumerate(self.docs), rank, int(limit) if limit else None, world_size)
+        for item, doc in islice(enumerate(self.docs), rank, int(limit) if limit else None, world_size):
+            if self.source.files:
+                self._check(item)
+            yield item, doc
+
+    def _check(self, item: int) -> None:
+        """The harness takes an item without a right choice for one that every model gets wrong; here it is an error."""
+        try:
+            choices = self.choices(item)
+            target = self.task.doc_to_text(self.docs[item]) if self.task.multiple_input else self.task.doc_to_target(self.docs[item])  # fmt: skip
+        except Exception as error:  # the task's templates and code over items of others raise anything
+            raise _malformed(self.source, f"item {item}: {type(error).__name__}: {error}") from error
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return
+        right = target if isinstance(target, list | tuple) else [target]
+        if not right or not all(one in (range(len(choices)) if isinstance(one, int) else choices) for one in right):
+            raise _malformed(self.source, f"item {item}: {str(target)[:60]!r} is none of its {len(choices)} choices")
 
     def _once(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of an item, called once for each; other items (few-shot examples) pass through."""
@@ -141,13 +157,24 @@ def load_task(source: TaskSource, num_fewshot: int) -> ConfigurableTask:
         raise DataError(
             f"task {source.task}: its code needs {error.name or error}; install it: pip install {error.name}"
         ) from error
-    except (OSError, ConnectionError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except _OF_THE_HUB as error:
         if source.files:
-            raise DataError(
-                f"task {source.task}: its items in {source.files[source.split]} are not of the task's form: {error!r}"
-            ) from error
+            raise _malformed(source, error) from error
         raise unreachable(str(source.config.get("dataset_path")), error) from error
+    except Exception as error:  # the task's templates and code over items of others raise anything
+        if source.files:
+            raise _malformed(source, error) from error
+        raise
     return task
+
+
+_OF_THE_HUB = (OSError, ConnectionError, ValueError, KeyError, datasets.exceptions.DatasetsError)
+
+
+def _malformed(source: TaskSource, why: object) -> DataError:
+    return DataError(
+        f"task {source.task}: its items in {source.files[source.split]} are not of the task's form: {why!r}"
+    )
 
 
 _kept: dict[tuple[str, str, int], KeptTask] = {}  # between the cells of a process

@@ -1,15 +1,19 @@
 """What hostile files try, and that nothing comes of it: docs/security.md."""
 
+import gzip
 import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from nmsweep.config import short_hash
-from nmsweep.errors import InputError
+from nmsweep.data.lines import LONGEST_BYTES
+from nmsweep.data.tasks import find_task
+from nmsweep.errors import DataError, InputError
 from nmsweep.sweep.launching import Batch
 from nmsweep.sweep.plan import load, plan_ids
 
@@ -106,3 +110,82 @@ def test_a_checkpoints_own_code_does_not_run_unasked(nmsweep: Call, results: Pat
     code, _, err = nmsweep(*TINY, f"model.path={folder}", f"results_dir={results}")
     assert code == 2, err
     assert not trace.exists()
+
+
+QUESTIONS: list[dict[str, Any]] = [
+    {"question": f"is it {n}", "passage": "it is.", "label": n % 2, "idx": n} for n in range(6)
+]
+
+
+def lines(change: dict[str, Any] = {}) -> bytes:  # noqa: B006 - it is only read
+    return "".join(json.dumps({**item, **change}) + "\n" for item in QUESTIONS).encode()
+
+
+def mirror_with(folder: Path, content: bytes, task: str = "boolq", name: str = "validation.jsonl") -> Path:
+    (folder / task).mkdir(parents=True)
+    (folder / task / name).write_bytes(content)
+    return folder
+
+
+MALFORMED = {
+    "cut off": (b'{"question": "a", ', "is no JSON in line 1"),
+    "not text": (b"\x00\xff\xfe\x93PAR1" * 50, "is no JSON in line 1"),
+    "latin 1": ('{"question": "\xe9"}'.encode("latin-1"), "is no JSON in line 1"),
+    "compressed": (gzip.compress(lines()), "is no JSON in line 1"),
+    "pickled": (pickle.dumps(QUESTIONS), "is no JSON in line 1"),
+    "empty": (b"\n", "has no item"),
+    "lists": (lines() + b"[1, 2]\n", "has no object in line 7"),
+    "deep": (lines() + b'{"question":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is nested too deep in line 7"),
+    "gigantic": (lines() + b'{"question": "' + b"x" * LONGEST_BYTES + b'"}', "has more than 16 MiB in line 7"),
+}
+"""Of these the nested one ends the whole process in Arrow's parser, were it read there."""
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_mirror_file_is_one_error_before_anything_runs(tmp_path: Path, case: str) -> None:
+    content, message = MALFORMED[case]
+    with pytest.raises(DataError, match=message):
+        find_task("boolq", mirror_with(tmp_path / "mirror", content))
+
+
+def test_a_malformed_mirror_file_leaves_no_results(nmsweep: Call, results: Path, tmp_path: Path) -> None:
+    mirror = mirror_with(tmp_path / "mirror", MALFORMED["deep"][0])
+    code, _, err = nmsweep(*TINY, "tasks=boolq", f"data.mirror={mirror}", f"results_dir={results}")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "nested too deep" in err
+    assert not results.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"a": 1}\n', "'passage' is undefined"),
+        (lines({"label": "zero"}), "'zero' is none of its 2 choices"),
+        (lines({"label": 99}), "IndexError"),
+    ],
+)
+def test_items_of_another_form_fail_their_cell_with_one_line(
+    nmsweep: Call, results: Path, tmp_path: Path, content: bytes, why: str
+) -> None:
+    mirror = mirror_with(tmp_path / "mirror", content)
+    code, _, err = nmsweep(*TINY, "tasks=boolq", f"data.mirror={mirror}", f"results_dir={results}")
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if "FAILED" in line]
+    assert "are not of the task's form" in line
+    assert why in line
+    assert not list((results / "cells").glob("*"))
+
+
+def test_an_item_is_text_and_no_template(nmsweep: Call, results: Path, tmp_path: Path) -> None:
+    mirror = mirror_with(tmp_path / "mirror", lines({"passage": "{{ 7 * 6 }}{% for x in y %}"}))
+    code, _, err = nmsweep(*TINY, "tasks=boolq", f"data.mirror={mirror}", f"results_dir={results}")
+    assert code == 0, err
+    (items,) = (results / "items").glob("boolq_*.parquet")
+    assert all("{{ 7 * 6 }}{% for x in y %}" in text for text in pd.read_parquet(items)["text"])
+
+
+def test_a_text_that_is_no_text_fails_its_cell(nmsweep: Call, results: Path, tmp_path: Path) -> None:
+    mirror = mirror_with(tmp_path / "mirror", b"\xff\xfe\x00" * 50, "wikitext2", "test.txt")
+    code, _, err = nmsweep(*TINY, "tasks=wikitext2", f"data.mirror={mirror}", f"results_dir={results}")
+    assert code == 1
+    assert "test.txt is no UTF-8" in err
