@@ -28,10 +28,23 @@ def test_agreement_compares_every_path(capsys: pytest.CaptureFixture[str]) -> No
     assert "model,task,pattern" in out
 
 
+def test_agreement_says_what_the_batch_does_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    assert agreement.main([*TINY, "methods=act,none", "rounded=only"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "requests)" in line]
+    assert [" bfloat16 dense none none " in lines[0], " bfloat16 8:16 act none " in lines[1]] == [True, True]
+    assert all(re.search(r"budget [\d.]+e[+-]\d+ \(mean [\d.]+e", line) for line in lines)
+    assert len(lines) == 2
+
+
 @pytest.mark.parametrize("module", [agreement, cells])
 def test_a_mistake_is_one_message(module: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert module.main(["model=no-such"]) == 2  # type: ignore[attr-defined]
     assert "model: 'no-such' is not known" in capsys.readouterr().err
+
+
+def test_rounded_has_one_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert agreement.main([*TINY, "rounded=all"]) == 2
+    assert "rounded: 'all'; only is allowed" in capsys.readouterr().err
 
 
 @pytest.mark.slow
