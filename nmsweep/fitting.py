@@ -65,7 +65,7 @@ def recipe_file(cell: Cell) -> Path:
     criterion = cfg.criterion.name if cfg.criterion else "none"
     folder = cfg.results_dir / "recipes"
     named = cell_folder(
-        cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, cell.calibration_id
+        cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, cell.calibration_id[:12]
     )
     return folder / f"{named.name}.yaml"
 

@@ -189,7 +189,7 @@ def write(
         "patterns": patterns_of(cell),
         "calibration": calibrated.provenance(), "limit": cfg.eval.limit, **about,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        METHOD: method_id(cfg.dump()),
+        METHOD: method_id(cfg.dump(), patterns_of(cell)),
         **environment(),
     }  # fmt: skip
     samples = pd.concat([part.samples for part in parts], ignore_index=True)

@@ -48,9 +48,16 @@ def scores_sha256(samples: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
-def method_id(config: Mapping[str, Any]) -> str:
-    """Hash of a cell's config without what is no method: tasks, places, how items are asked."""
-    return short_hash({key: value for key, value in config.items() if key not in _NO_METHOD})
+def method_id(config: Mapping[str, Any], patterns: Mapping[str, str] | None = None) -> str:
+    """Hash of a cell's config without what is no method: tasks, places, how items are asked.
+
+    Args:
+        config: as it is written down.
+        patterns: of each layer, where they have patterns of their own: these count then, not how they were found, so that
+            a greedy cell and its recipe are one method.
+    """
+    found = {key: value for key, value in config.items() if key not in _NO_METHOD}
+    return short_hash({**found, "policy": dict(patterns), "allocation": None} if patterns else found)
 
 
 def identical(cells: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Identical]:

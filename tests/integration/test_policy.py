@@ -90,7 +90,9 @@ def test_a_recipe_is_found_kept_and_run_again(nmsweep: CLI, results: Path, tmp_p
     assert len(set(recipe.layers.values())) > 1
     shared = tmp_path / "shared.yaml"
     shared.write_text(file.read_text())
-    assert nmsweep(*SMALL, f"policy={shared}", f"results_dir={results}", "baseline=false")[0] == 0
+    code, _, said = nmsweep(*SMALL, f"policy={shared}", f"results_dir={results}", "baseline=false")
+    assert code == 0
+    assert "identity watch" not in said, "the recipe of a cell is no other method"
     assert nmsweep("-m", *SMALL, "pattern=8:16,greedy:8:16", "baseline=false", f"results_dir={results}")[0] == 0
     rows = pd.concat([pd.read_csv(path, keep_default_na=False) for path in results.glob("cells/*/metrics.csv")])
     rows = rows[rows["metric"] == "perplexity"]
