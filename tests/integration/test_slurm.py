@@ -1,6 +1,7 @@
 """A sweep on a real Slurm, which this test installs, starts and stops; `pytest -m slurm -s` shows what happens."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,10 +31,10 @@ def slurm(tmp_path: Path) -> Iterator[LocalSlurm]:
         yield running
 
 
-def start(slurm: LocalSlurm, results: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(slurm: LocalSlurm, results: Path, log: Path, *more: str) -> subprocess.Popen[bytes]:
     environment = {**slurm.environment, "NMSWEEP_SQUEUE_POLL_S": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    words = [sys.executable, "-m", "nmsweep", *SWEEP, f"results_dir={results}"]
+    words = [sys.executable, "-m", "nmsweep", *SWEEP, *more, f"results_dir={results}"]
     with log.open("ab") as file:
         return subprocess.Popen(words, env=environment, stdout=file, stderr=file)
 
@@ -81,5 +82,48 @@ def test_a_cancelled_job_and_a_failed_node_cost_only_what_they_had_not_finished(
     print(f"the same command again:\n{log.read_text()}")
     assert len(cell_folders(results)) == 12
     assert first.items() <= {folder.name: folder.stat().st_ino for folder in cell_folders(results)}.items()
+    assert not list(results.rglob(".tmp*"))
+    assert not list((results / ".claims").iterdir())
+
+
+def made(results: Path) -> dict[str, int]:
+    """The folder of each finished cell with its inode: one that is computed again gets another."""
+    return {folder.name: folder.stat().st_ino for folder in cell_folders(results)}
+
+
+def test_the_command_that_submitted_may_be_killed(slurm: LocalSlurm, tmp_path: Path) -> None:
+    results, log = tmp_path / "results", tmp_path / "log"
+    driver = start(slurm, results, log)
+    wait_for("three jobs run", lambda: len(slurm.jobs()) == 3)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    print(f"\nthe driver is killed, {len(made(results))} cells are there\n{slurm.call('squeue', '-r')}")
+    wait_for("the jobs end", lambda: not slurm.jobs() and not slurm.jobs("PD"), 300)
+    first = made(results)
+    print(f"the queue is empty, {len(first)} cells are there")
+    assert len(first) == 12
+    log.write_text("")
+    assert start(slurm, results, log).wait(300) == 0
+    print(f"the same command again:\n{log.read_text()}")
+    assert "all 12 cells exist" in log.read_text()
+    assert made(results) == first
+    assert not list(results.rglob(".tmp*"))
+    assert not list((results / ".claims").iterdir())
+
+
+def test_a_job_that_runs_out_of_time_goes_on_with_what_is_missing(slurm: LocalSlurm, tmp_path: Path) -> None:
+    """Slurm looks at limits every 30 s and warns that much earlier; the job then sends itself back to the queue."""
+    results, log = tmp_path / "results", tmp_path / "log"
+    limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=1", "cluster.cells_per_job=96")
+    driver = start(slurm, results, log, *limits, "criterion=act,wina,rms,clact", "pattern=2:4,4:8,8:16,16:32,1:4,3:4")
+    (job,) = wait_for("the job runs", slurm.jobs)  # type: ignore[misc]
+    wait_for("it was sent back", lambda: "Restarts=1" in slurm.call("scontrol", "show", "job", job, "-o"), 150)
+    first = made(results)
+    print(f"\njob {job} ran out of time with {len(first)} of 96 cells\n{slurm.call('squeue', '-r')}")
+    assert 0 < len(first) < 96
+    assert driver.wait(500) == 0, log.read_text()
+    print(f"the driver ended with 0:\n{log.read_text()[-400:]}")
+    assert len(made(results)) == 96
+    assert first.items() <= made(results).items()
     assert not list(results.rglob(".tmp*"))
     assert not list((results / ".claims").iterdir())
