@@ -12,14 +12,14 @@ except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
-    from nmsweep.sparsity.install import sparsify as sparsify
+    from nmsweep.sparsity.api import sparsify as sparsify
 
 __all__ = ["__version__", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:  # torch costs seconds: load it when `sparsify` is asked for, not for --help
     if name == "sparsify":
-        from nmsweep.sparsity.install import sparsify
+        from nmsweep.sparsity.api import sparsify
 
         return sparsify
     raise AttributeError(f"module 'nmsweep' has no attribute {name!r}")

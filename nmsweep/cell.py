@@ -19,7 +19,7 @@ from nmsweep.recipe import read_recipe
 from nmsweep.record import cell_folder
 from nmsweep.sparsity import policy
 from nmsweep.sparsity.install import pattern_errors
-from nmsweep.sparsity.method import Sparsification, build_sparsification
+from nmsweep.sparsity.sparsification import Sparsification, build_sparsification
 
 _EVAL_WITHOUT_EFFECT = {"scoring", "batch_tokens", "skip_missing", "include_path"}
 """Keys of `eval` that change no number, or none that the tasks' fingerprints do not tell apart."""

@@ -28,7 +28,8 @@ from nmsweep.errors import InputError
 from nmsweep.evaluate.lm import NMSweepLM, Scoring, quiet
 from nmsweep.evaluate.rows import Request
 from nmsweep.models import LoadedModel, load_model
-from nmsweep.sparsity.install import Installed, sparsify
+from nmsweep.sparsity.api import sparsify
+from nmsweep.sparsity.install import Installed
 
 Answers = list[tuple[float, bool]]
 

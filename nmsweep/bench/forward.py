@@ -10,7 +10,7 @@ from torch import nn
 
 from nmsweep.bench.timing import Contender, interleave, peak_bytes, ratios
 from nmsweep.evaluate.logits import decoder
-from nmsweep.sparsity.install import sparsify
+from nmsweep.sparsity.api import sparsify
 
 
 def run(

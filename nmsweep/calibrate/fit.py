@@ -13,7 +13,8 @@ from nmsweep.config import CalibrationConfig
 from nmsweep.errors import InputError
 from nmsweep.models.targets import input_groups
 from nmsweep.sparsity.install import Surgery, dense_targets
-from nmsweep.sparsity.method import SLOT_ORDER, Fitter, Layer, Slots, Sparsification, Stage, Tokens
+from nmsweep.sparsity.method import SLOT_ORDER, Fitter, Layer, Slots, Stage, Tokens
+from nmsweep.sparsity.sparsification import Sparsification
 
 
 def fit(

@@ -10,8 +10,8 @@ from nmsweep.config import AllocationConfig, CalibrationConfig
 from nmsweep.models.targets import linear_flops
 from nmsweep.pattern import Pattern
 from nmsweep.recipe import Recipe
-from nmsweep.sparsity.method import Sparsification
 from nmsweep.sparsity.policy import density_of, greedy
+from nmsweep.sparsity.sparsification import Sparsification
 
 
 def search(

@@ -14,8 +14,9 @@ from nmsweep.models.targets import input_groups
 from nmsweep.pattern import Pattern
 from nmsweep.sparsity.install import dense_targets, sparse_layers
 from nmsweep.sparsity.linear import TokenView
-from nmsweep.sparsity.method import Layer, Sparsification, State, WeightCriterion
+from nmsweep.sparsity.method import Layer, State, WeightCriterion
 from nmsweep.sparsity.scope import Scope
+from nmsweep.sparsity.sparsification import Sparsification
 
 
 def output_errors(

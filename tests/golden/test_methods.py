@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from nmsweep.catalogue import find_method
 from nmsweep.pattern import parse_pattern
 from nmsweep.sparsity.linear import SharedInput, SparseLinear, TokenView, pruned, rotated
-from nmsweep.sparsity.method import Layer, Sparsification, State, Tokens, build_sparsification
+from nmsweep.sparsity.method import Layer, State, Tokens
 from nmsweep.sparsity.mitigations.shift_static import mode
+from nmsweep.sparsity.sparsification import Sparsification, build_sparsification
 from nmsweep.sparsity.weights.sparsegpt import prune_columns
 
 WIDTH, OUT, BATCH, SEQ = 48, 20, 2, 7

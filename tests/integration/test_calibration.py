@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from nmsweep.calibrate import Calibrated, calibrate, fit
 from nmsweep.config import CalibrationConfig
 from nmsweep.models import ModelSpec, load_model
+from nmsweep.sparsity.api import sparsification_from_names
 from nmsweep.sparsity.fitters import order_statistic
-from nmsweep.sparsity.install import installed, sparsification_from_names
+from nmsweep.sparsity.install import installed
 
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-gemma3")
 CLI = Callable[..., tuple[int, str, str]]

@@ -18,9 +18,11 @@ from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import DataError, InputError
 from nmsweep.evaluate.perplexity import perplexity
 from nmsweep.models import ModelSpec, load_model
-from nmsweep.sparsity.install import installed, sparsification_from_names, sparsify
+from nmsweep.sparsity.api import sparsification_from_names, sparsify
+from nmsweep.sparsity.install import installed
 from nmsweep.sparsity.linear import pruned
-from nmsweep.sparsity.method import Layer, Sparsification, Tokens
+from nmsweep.sparsity.method import Layer, Tokens
+from nmsweep.sparsity.sparsification import Sparsification
 
 CRITERIA, MITIGATIONS = tuple(options("criterion")), tuple(options("mitigations"))
 WEIGHTS = ("wt", "wanda", "sparsegpt")

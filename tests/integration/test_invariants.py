@@ -13,8 +13,10 @@ from nmsweep.calibrate import Calibrated, fit
 from nmsweep.catalogue import options
 from nmsweep.config import CalibrationConfig
 from nmsweep.models import ModelSpec, load_model
-from nmsweep.sparsity.install import installed, sparsification_from_names
-from nmsweep.sparsity.method import Mitigation, Sparsification, build
+from nmsweep.sparsity.api import sparsification_from_names
+from nmsweep.sparsity.install import installed
+from nmsweep.sparsity.method import Mitigation
+from nmsweep.sparsity.sparsification import Sparsification, build
 
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-gemma3")
 CRITERIA, MITIGATIONS = tuple(options("criterion")), tuple(options("mitigations"))

@@ -20,7 +20,7 @@ from nmsweep.evaluate.identity import identical, scores_sha256
 from nmsweep.evaluate.perplexity import windows
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.record import CellRecord, cell_folders, items_file, read_cell
-from nmsweep.sparsity.install import sparsify
+from nmsweep.sparsity.api import sparsify
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "device=cpu", "eval.seqlen=64", "eval.limit=16")

@@ -15,7 +15,8 @@ from nmsweep.errors import InputError
 from nmsweep.models import ModelSpec, linear_flops, load_model
 from nmsweep.pattern import Pattern, parse_pattern
 from nmsweep.recipe import Recipe, read_recipe
-from nmsweep.sparsity.install import installed, sparsification_from_names, sparsify
+from nmsweep.sparsity.api import sparsification_from_names, sparsify
+from nmsweep.sparsity.install import installed
 from nmsweep.sparsity.policy import density_of, greedy
 
 CLI = Callable[..., tuple[int, str, str]]

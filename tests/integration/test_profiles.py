@@ -12,7 +12,7 @@ from torch import Tensor
 from nmsweep.compose import cells_of
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity.install import installed
-from nmsweep.sparsity.method import build_sparsification
+from nmsweep.sparsity.sparsification import build_sparsification
 
 CLI = Callable[..., tuple[int, str, str]]
 

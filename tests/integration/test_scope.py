@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nmsweep.calibrate import fit
 from nmsweep.models import ModelSpec, load_model
-from nmsweep.sparsity.install import installed, sparsification_from_names, sparsify
+from nmsweep.sparsity.api import sparsification_from_names, sparsify
+from nmsweep.sparsity.install import installed
 
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-gemma3")
 

@@ -22,8 +22,9 @@ from nmsweep.evaluate import packing, rows, scoring
 from nmsweep.evaluate.lm import NMSweepLM
 from nmsweep.evaluate.rows import Request
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
-from nmsweep.sparsity.install import installed, sparsification_from_names, sparsify
-from nmsweep.sparsity.method import build
+from nmsweep.sparsity.api import sparsification_from_names, sparsify
+from nmsweep.sparsity.install import installed
+from nmsweep.sparsity.sparsification import build
 
 SHAPES = ["tiny-llama", "tiny-qwen2", "tiny-gemma3"]  # Gemma3's sliding window is 16 tokens, shorter than most contexts
 Answers = list[tuple[float, bool]]

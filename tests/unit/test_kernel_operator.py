@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nmsweep.models import ModelSpec, load_model
-from nmsweep.sparsity.install import sparsify
+from nmsweep.sparsity.api import sparsify
 from nmsweep.sparsity.kernels import prune
 from nmsweep.sparsity.kernels.norms import channel_squares
 
