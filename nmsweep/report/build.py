@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
     out = out or Console()
     folder = results_dir / "report"
     places = cell_folders(results_dir)
-    with collector_paused(), workers(len(places)) as pool:
-        begun = begin_reading([place / "samples.parquet" for place in places], pool)
+    with collector_paused(), workers(len(places)) as pool, ThreadPoolExecutor(1) as beside:
+        # another process may not be up yet: this one reads the small files meanwhile
+        begun = beside.submit(begin_reading, [place / "samples.parquet" for place in places], pool)
         results = read_results(results_dir)
         problems = list(results.problems)
-        scores = make_scores(results, problems, pool, begun)
+        scores = make_scores(results, problems, pool, lambda: begun.result()())
         figures = draw_figures(all_points(results, scores), folder / "figures", pool)
         tables = [*(make_tables(asked, results, scores) if asked else ()), *preset_tables(results, scores)]
         layers = read_sensitivities(results_dir, problems)

@@ -102,4 +102,4 @@ def not_worse(entry: Entry, best: Entry, column: Column) -> bool:
         return False
     with np.errstate(invalid="ignore"):  # relative to a dense score of 0 both may be infinite: no evidence, NaN
         worse = a - b if column.quantity.better == "lower" else b - a
-    return bool(np.mean(worse <= 0) >= (1 - LEVEL) / 2)
+    return bool(np.count_nonzero(worse <= 0) / worse.size >= (1 - LEVEL) / 2)  # sooner than a mean

@@ -141,11 +141,15 @@ def _resampled(task: str, metric: str, group: Mapping[str, TaskItems], n_resampl
     else:
         sums = stacked(group, cells, metric)
         weights = np.ones(sums.shape[1])
-    parts = [
-        (counts @ sums.T.astype(np.float32)).T / (counts @ weights.astype(np.float32))
-        for counts in _draws(task, sums.shape[1], n_resamples)
-    ]
-    return Replicates({cell: row for row, cell in enumerate(cells)}, np.concatenate(parts, axis=1))
+    sums, weights = sums.astype(np.float32), weights.astype(np.float32)
+    means = np.empty((len(cells), n_resamples), dtype=np.float32)
+    at = 0
+    for counts in _draws(task, sums.shape[1], n_resamples):
+        part = means[:, at : at + len(counts)]
+        np.matmul(sums, counts.T, out=part)
+        part /= counts @ weights
+        at += len(counts)
+    return Replicates({cell: row for row, cell in enumerate(cells)}, means)
 
 
 def _draws(task: str, n: int, n_resamples: int) -> Iterator[Matrix]:

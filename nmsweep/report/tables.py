@@ -33,19 +33,30 @@ def make_tables(spec: TableSpec, results: Results, scores: Scores) -> list[Table
     """The table for each kind of data that has numbers for it."""
     tables = []
     for data in ("real", "mini"):
-        long = _long(spec, results, scores, data)
-        if len(long) and long["value"].notna().any():
-            tables.append(_table(spec, long, data, scores))
+        found = _numbers(spec, scores, data)
+        if len(found):
+            long = _allowed(spec, _long(spec, found, results, scores, data))
+            if long["value"].notna().any():
+                tables.append(_table(spec, long, data, scores))
     return tables
 
 
-def _long(spec: TableSpec, results: Results, scores: Scores, data: str) -> pd.DataFrame:
-    """One row for each cell (and task), failed ones with an empty value; dense ones where they have a value."""
+def _numbers(spec: TableSpec, scores: Scores, data: str) -> pd.DataFrame:
+    """The rows of `scores` that have a number of the table's quantity: a task's where tasks have rows or columns."""
     quantity = QUANTITIES[spec.metric]
-    by_task = "task" in (*spec.rows, *spec.cols)
+    by_task = _by_task(spec)
     source = scores.per_task if by_task else scores.per_cell
     kind = source["metric"].eq("perplexity") if by_task else source["is_text"]
-    found = source[(source["data"] == data) & (kind == quantity.text) & source[quantity.column].notna()]
+    return source[(source["data"] == data) & (kind == quantity.text) & source[quantity.column].notna()]
+
+
+def _by_task(spec: TableSpec) -> bool:
+    return "task" in (*spec.rows, *spec.cols)
+
+
+def _long(spec: TableSpec, found: pd.DataFrame, results: Results, scores: Scores, data: str) -> pd.DataFrame:
+    """One row for each cell (and task), failed ones with an empty value; dense ones where they have a value."""
+    quantity, by_task = QUANTITIES[spec.metric], _by_task(spec)
     columns: dict[str, Any] = {"value": found[quantity.column]}
     for end in ("low", "high"):
         columns[end] = found[getattr(quantity, end)] if getattr(quantity, end) else np.nan
@@ -57,7 +68,7 @@ def _long(spec: TableSpec, results: Results, scores: Scores, data: str) -> pd.Da
     labels = scores.per_cell[(scores.per_cell["data"] == data) & (scores.per_cell["is_text"] == quantity.text)]
     long["tasks"] = long["cell_id"].map(labels.set_index("cell_id")["tasks"])
     failed = _failed(results, data, quantity, long, by_task)
-    return _allowed(spec, pd.concat([long, failed]) if len(failed) else long)
+    return pd.concat([long, failed]) if len(failed) else long
 
 
 def _failed(results: Results, data: str, quantity: Quantity, done: pd.DataFrame, by_task: bool) -> pd.DataFrame:
