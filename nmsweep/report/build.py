@@ -28,6 +28,7 @@ from nmsweep.report.terminal import show_results, show_table
 from nmsweep.report.workers import collector_paused, workers
 
 
+@collector_paused()
 def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console | None = None) -> None:
     """Write `tidy.csv` and `report/` of a results folder, and print its main table.
 
@@ -42,7 +43,7 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
     out = out or Console()
     folder = results_dir / "report"
     places = cell_folders(results_dir)
-    with collector_paused(), workers(len(places)) as pool, ThreadPoolExecutor(1) as beside:
+    with workers(len(places)) as pool, ThreadPoolExecutor(1) as beside:
         # another process may not be up yet: this one reads the small files meanwhile
         begun = beside.submit(begin_reading, [place / "samples.parquet" for place in places], pool)
         results = read_results(results_dir)
