@@ -1,7 +1,7 @@
 """How far packed scoring is from lm-eval's own path, that from itself, and both from float64: docs/evaluation.md.
 
 Columns: ``packed`` packed against lm-eval's path; ``stock`` lm-eval's path against itself with a quarter of the tokens a
-batch; ``packed_exact``, ``stock_exact`` each against packed float64; ``replayed`` packed against lm-eval's path, both with
+batch, ``single`` with one request a batch; ``packed_exact``, ``stock_exact`` each against packed float64; ``replayed`` packed against lm-eval's path, both with
 the masks that the latter had; ``budget`` the furthest of packed with an eighth, with all and with eight times the tokens.
 
 python -m nmsweep.bench.agreement model=smollm2 tasks=arc_easy+boolq data.mirror=DIR eval.limit=40 device=cpu
@@ -55,7 +55,7 @@ def rows(
         model32, model64: one model in float32 and in float64.
         asked: the requests.
         n_float64: how many of them, from the first, are scored in float64 too.
-        batch_tokens: padded tokens computed at once; lm-eval's path also runs with a quarter of them.
+        batch_tokens: padded tokens computed at once; lm-eval's path also runs with a quarter of them and with one request.
         method: criterion and mitigation at 8:16.
     """
     first, across = asked[:n_float64], method is not None and method[0] in ACROSS_TOKENS
@@ -71,6 +71,7 @@ def rows(
         row32 = _differences("packed", packed, stock)
         if not across:  # which takes one request a batch, whatever the budget
             row32 |= _differences("stock", _answers(model32, asked, "stock", batch_tokens // 4), stock)
+            row32 |= _differences("single", _answers(model32, asked, "stock", 1), stock)
         if method is None:
             row32 |= _budgets(model32, asked, batch_tokens)
         row32 |= _differences("packed_exact", packed[: len(first)], exact)

@@ -1,6 +1,5 @@
-"""Attention as transformers computes it, but for one length at which torch's kernel is wrong."""
+"""Attention as transformers computes it, but for numbers of queries at which torch's kernel is wrong."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 TILE = 32
-"""Keys that the kernel takes at once; one key left over is what it gets wrong."""
+"""Queries that the kernel takes at once (or a multiple); a single one that is left over is what it gets wrong."""
 
 
 def register() -> None:
@@ -23,9 +22,9 @@ def sdpa(
 ) -> tuple[Tensor, None]:
     """`sdpa_attention_forward` of transformers.
 
-    On CUDA, with a mask and with keys that all heads share (one key head, as in Gemma-3-270M), torch's memory-efficient
-    kernel attends wrongly when the number of keys is 1 more than a multiple of 32: pytorch issue 191937. One more key, seen
-    by no query, avoids it.
+    On CUDA, with a mask and with one key head for all (as in Gemma-3-270M), torch's memory-efficient kernel takes the heads of
+    a tile's only query for queries of one head, and gives each of them another row of the mask: pytorch issue 191937. So
+    where the number of queries is 1 more than a multiple of 32, there is one query more, whose answer is dropped.
 
     Args:
         module: the attention layer.
@@ -33,12 +32,14 @@ def sdpa(
         key, value: [batch, key heads, keys, width].
         attention_mask: [batch, 1 or heads, queries, keys]; boolean, or added to the scores; None for none or causal.
     """
-    if attention_mask is not None and key.is_cuda and key.shape[2] % TILE == 1:
-        key, value, attention_mask = with_unseen_key(key, value, attention_mask)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is None or not query.is_cuda or query.shape[2] % TILE != 1 or key.shape[1] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    found, nothing = sdpa_attention_forward(module, *with_another_query(query, key, value, attention_mask), **kwargs)
+    return found[:, :-1], nothing
 
 
-def with_unseen_key(key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and mask with one key more, that no query attends to."""
-    unseen = False if mask.dtype == torch.bool else -math.inf
-    return pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1)), pad(mask, (0, 1), value=unseen)
+def with_another_query(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same attention with one query more, that attends to what the last one does."""
+    return pad(query, (0, 0, 0, 1)), key, value, torch.cat([mask, mask[:, :, -1:]], dim=2)

@@ -126,15 +126,24 @@ def test_squares_on_the_gpu() -> None:
     torch.testing.assert_close(channel_squares(x, padding), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("keys", [33, 96, 97, 98, 129])
-def test_attention_with_one_key_head_is_right_at_every_length(keys: int, dtype: torch.dtype) -> None:
-    query = torch.randn(2, keys, 4, 256, device="cuda", dtype=dtype).transpose(1, 2)
-    key, value = torch.randn(2, 2, 1, keys, 256, device="cuda", dtype=dtype)
-    mask = torch.full((2, 1, keys, keys), float("-inf"), device="cuda", dtype=dtype).triu(1)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(1, 33), (1, 40), (33, 33), (33, 50), (65, 70), (97, 97), (98, 98), (129, 129)]
+)
+def test_attention_with_one_key_head_is_right_at_every_length(
+    queries: int, keys: int, width: int, dtype: torch.dtype, masked: bool
+) -> None:
+    if not masked and queries != keys:
+        pytest.skip("torch's own causal mask is of a square")
+    query = torch.randn(2, queries, 4, width, device="cuda", dtype=dtype).transpose(1, 2)
+    key, value = torch.randn(2, 2, 1, keys, width, device="cuda", dtype=dtype)
+    mask = torch.full((2, 1, queries, keys), float("-inf"), device="cuda", dtype=dtype).triu(keys - queries + 1)
+    mask[1, :, :, 1:3] = float("-inf") if masked else mask[1, :, :, 1:3]
     layer = torch.nn.Module()
-    layer.num_key_value_groups = 4  # type: ignore[assignment]
-    ours, _ = sdpa(layer, query, key, value, mask, scaling=0.0625)
-    scores = query.double() @ key.double().transpose(-1, -2) * 0.0625 + mask
+    layer.num_key_value_groups, layer.is_causal = 4, True  # type: ignore[assignment]
+    ours, _ = sdpa(layer, query, key, value, mask if masked else None, scaling=width**-0.5)
+    scores = query.double() @ key.double().transpose(-1, -2) * width**-0.5 + mask
     by_hand = (scores.softmax(-1) @ value.double()).transpose(1, 2)
     torch.testing.assert_close(ours.double(), by_hand, rtol=0, atol=1e-4 if dtype == torch.float32 else 3e-2)
