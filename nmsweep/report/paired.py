@@ -100,7 +100,7 @@ def paired(
                         flips.update(flips_of(task, metric, group, chunk))
     table = _joined(in_threads(_rows, jobs))
     if len(table):
-        table["p_holm"] = holm_by_task(table)
+        table["p_holm"] = holm_by_task(table) if "p_value" in table else np.nan  # texts alone have no test
     return PairedResults(table, replicates, flips, n_resamples)
 
 

@@ -403,3 +403,14 @@ def test_records_without_samples_are_reported_without_intervals(made: Path, tmp_
     checked = check_results(found)
     assert not checked.wrong
     assert len(checked.unknown) == len(found.done)
+
+
+def test_texts_alone_are_reported(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    make_results(
+        folder, Plan(models=("alpha",), patterns=("2:4", "8:16"), mitigations=("none",), tasks=("mini_prose",))
+    )
+    assert report([f"results_dir={folder}"]) == 0
+    scores = make_scores(read_results(folder), [])
+    assert scores.per_cell["ratio_low"].notna().sum() == 2
+    assert scores.per_task["p_holm"].isna().all()
