@@ -215,7 +215,8 @@ def read_metrics(file: Path | IO[bytes]) -> pd.DataFrame:
 def cell_folders(results_dir: Path) -> list[Path]:
     """All finished cells of a results folder, sorted by name."""
     cells = results_dir / "cells"
-    return sorted(p for p in cells.iterdir() if not p.name.startswith(".")) if cells.is_dir() else []
+    found = (folder for folder in cells.iterdir() if not folder.name.startswith(".")) if cells.is_dir() else ()
+    return sorted(found, key=lambda folder: folder.name)
 
 
 class Parts:

@@ -3,10 +3,11 @@
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +237,19 @@ def variants(cells: pd.DataFrame, configs: Mapping[str, Mapping[str, Any]]) -> p
     for _, same in cells.groupby([*FIELDS, "tasks"], sort=False, dropna=False).groups.items():
         if len(same) < 2:
             continue
-        flat = {cell_id: dict(_flat(configs.get(cell_id, {}))) for cell_id in same}
+        flat = {cell_id: dict(_flat(one)) for cell_id, one in zip(same, _not_shared(same, configs), strict=True)}
         keys = sorted({key for one in flat.values() for key in one})
         differing = [key for key in keys if len({str(one.get(key)) for one in flat.values()}) > 1]
         for cell_id, one in flat.items():
             found[cell_id] = ", ".join(f"{key}={one.get(key)}" for key in differing) or str(cell_id)
     return pd.Series(found, dtype=object)
+
+
+def _not_shared(cells: Iterable[str], configs: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Configs without what is one object in all of them, as a block that `read_config` parsed once is."""
+    found = [configs.get(cell, {}) for cell in cells]
+    keys = [key for key in dict.fromkeys(chain(*found)) if len({id(one.get(key)) for one in found}) > 1]
+    return [{key: one[key] for key in keys if key in one} for one in found]
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,9 +1,10 @@
 """Per-item numbers of many cells: only the columns that a report needs, as arrays."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,55 +40,123 @@ Samples = Mapping[str, TaskItems]
 """By task."""
 
 
-def read_samples(file: Path, with_chars: bool = False) -> Samples:
-    """Read a samples.parquet.
+_LISTS = {"loglikelihoods": -np.inf, "choice_chars": 1.0}
+"""Columns of lists, and what stands where an item has fewer choices than others."""
+
+_DAMAGED = (OSError, ValueError, KeyError)
+"""What a damaged file ends in; `pyarrow.ArrowInvalid` is a ValueError."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The rows of files that have the same columns, as one: sorted by file, then by task, then by item.
+
+    Attributes:
+        files: numbers of the files.
+        parts: number of the file, task, first row and the one after the last, names of the values that are there with
+            their rows in `flat`, and widths of the `matrices`; of each task in each file.
+        item: [rows].
+        flat: [names, rows].
+        matrices: [rows, longest] by the column's name.
+    """
+
+    files: Sequence[int]
+    parts: Sequence[tuple[int, str, int, int, Sequence[tuple[str, int]], Sequence[int]]]
+    item: NDArray[np.int64]
+    flat: Floats
+    matrices: Mapping[str, Floats]
+
+    def samples(self) -> dict[int, dict[str, TaskItems]]:
+        """By number of the file; views, no copies."""
+        found: dict[int, dict[str, TaskItems]] = {file: {} for file in self.files}
+        for file, task, start, end, there, widths in self.parts:
+            lists = {
+                name: matrix[start:end, :width]
+                for (name, matrix), width in zip(self.matrices.items(), widths, strict=True)
+                if width
+            }
+            values = {name: self.flat[row, start:end] for name, row in there}
+            found[file][task] = TaskItems(
+                self.item[start:end], values, lists.get("loglikelihoods"), lists.get("choice_chars")
+            )
+        return found
+
+
+def _columns(file: str, with_chars: bool) -> pa.Table:
+    """The columns of one file that a report needs."""
+    parquet = pq.ParquetFile(pa.BufferReader(Path(file).read_bytes()))
+    lists = list(_LISTS) if with_chars else ["loglikelihoods"]
+    wanted = [
+        name
+        for name in parquet.schema_arrow.names
+        if name in ("task", "item", *_TEXT, *lists) or name.startswith(METRIC_PREFIX)
+    ]
+    return parquet.read(columns=wanted, use_threads=False)
+
+
+def _block(tables: Mapping[int, pa.Table]) -> _Block:
+    """Tables with the same columns as one block.
 
     Raises:
-        OSError, ValueError: it is missing or damaged (`pyarrow.ArrowInvalid` is a ValueError).
+        ValueError, KeyError: what is in one of them is damaged.
     """
-    parquet = pq.ParquetFile(pa.BufferReader(file.read_bytes()))
-    names = parquet.schema_arrow.names
-    lists = [name for name in ("loglikelihoods", *(["choice_chars"] if with_chars else [])) if name in names]
-    numbers = [name for name in names if name in _TEXT or name.startswith(METRIC_PREFIX)]
-    table = parquet.read(columns=["task", "item", *numbers, *lists], use_threads=False)
-    codes, tasks = _coded(table["task"])
+    table = pa.concat_tables(tables.values())
+    if table["task"].null_count or table["item"].null_count:
+        raise ValueError("has a row without task or item")
+    tasks = _whole(table["task"]).dictionary_encode()
+    names = tasks.dictionary.to_pylist()
+    place = np.repeat(np.arange(len(tables)), [len(one) for one in tables.values()])
+    keys = place * len(names) + tasks.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     items = table["item"].to_numpy().astype(np.int64)
+    numbers = [name for name in table.column_names if name in _TEXT or name.startswith(METRIC_PREFIX)]
     flat = np.array([table[name].to_numpy() for name in numbers], dtype=np.float64).reshape(len(numbers), len(items))
-    padded = {name: _padded(table[name], -np.inf if name == "loglikelihoods" else 1.0) for name in lists}
-    if not _in_order(codes, items):
-        order = np.lexsort((items, codes))
-        codes, items, flat = codes[order], items[order], flat[:, order]
+    padded = {
+        field.name: _padded(table[field.name], _LISTS[field.name])
+        for field in table.schema
+        if field.name in _LISTS and not pa.types.is_null(field.type)  # of no type where no item has choices
+    }
+    if not _in_order(keys, items):
+        order = np.lexsort((items, keys))
+        keys, items, flat = keys[order], items[order], flat[:, order]
         padded = {name: (matrix[order], lengths[order]) for name, (matrix, lengths) in padded.items()}
-    ends = np.searchsorted(codes, range(len(tasks) + 1)).tolist()
-    missing = np.isnan(flat)
-    found = {}
-    for task, start, end in zip(tasks, ends[:-1], ends[1:], strict=True):
-        gaps = missing[:, start:end].sum(axis=1).tolist()
-        values = {
-            name.removeprefix(METRIC_PREFIX): column[start:end]
-            for name, column, n_missing in zip(numbers, flat, gaps, strict=True)
-            if _has(name, n_missing, end - start)
-        }
-        matrices = {name: _trimmed(matrix, lengths, start, end) for name, (matrix, lengths) in padded.items()}
-        found[task] = TaskItems(items[start:end], values, matrices.get("loglikelihoods"), matrices.get("choice_chars"))
-    return found
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    ends = np.append(starts, len(keys))[1:]
+    widths = [np.maximum.reduceat(lengths, starts).tolist() for _, lengths in padded.values()]
+    files = list(tables)
+    parts = [
+        (files[key // len(names)], names[key % len(names)], start, end, there, width)
+        for key, start, end, there, *width in zip(
+            keys[starts].tolist(),
+            starts.tolist(),
+            ends.tolist(),
+            _there(numbers, flat, starts, ends),
+            *widths,
+            strict=True,
+        )
+    ]
+    return _Block(files, parts, items, flat, {name: matrix for name, (matrix, _) in padded.items()})
 
 
-def _has(name: str, n_missing: int, n: int) -> bool:
-    """KL and agreement are known of a slice of the windows; everything else is known of every item or does not apply."""
-    return n_missing < n if name in _SLICE else not n_missing
+def _there(
+    names: Sequence[str], flat: Floats, starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> Iterator[list[tuple[str, int]]]:
+    """Of each part, the values that it has, with their rows in `flat`.
+
+    KL and agreement are known of a slice of the windows; everything else is known of every item or does not apply.
+    """
+    gaps = np.add.reduceat(np.isnan(flat), starts, axis=1, dtype=np.int64)
+    has = np.where(np.isin(names, _SLICE)[:, None], gaps < ends - starts, gaps == 0)
+    known: dict[tuple[bool, ...], list[tuple[str, int]]] = {}  # most parts have the same
+    for kind in map(tuple, has.T.tolist()):
+        if kind not in known:
+            known[kind] = [(name.removeprefix(METRIC_PREFIX), row) for row, name in enumerate(names) if kind[row]]
+        yield known[kind]
 
 
-def _in_order(codes: NDArray[np.int64], items: NDArray[np.int64]) -> bool:
-    """Whether rows are sorted by task, then by item: those that nmsweep wrote are."""
-    steps = np.diff(codes)
+def _in_order(keys: NDArray[np.int64], items: NDArray[np.int64]) -> bool:
+    """Whether rows are sorted by key, then by item: those that nmsweep wrote are."""
+    steps = np.diff(keys)
     return bool(((steps > 0) | ((steps == 0) & (np.diff(items) >= 0))).all())
-
-
-def _coded(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str]]:
-    """Tasks by number, in the order in which they first appear."""
-    encoded = _whole(column).dictionary_encode()
-    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
@@ -103,11 +172,6 @@ def _padded(column: pa.ChunkedArray, fill: float) -> tuple[Floats, NDArray[np.in
     return matrix, lengths
 
 
-def _trimmed(matrix: Floats, lengths: NDArray[np.int64], start: int, end: int) -> Floats | None:
-    width = int(lengths[start:end].max(initial=0))
-    return matrix[start:end, :width] if width else None
-
-
 _CHUNK = 200
 
 
@@ -118,8 +182,13 @@ Found = Mapping[Path, Samples | str]
 def begin_reading(files: Sequence[Path], pool: Executor, with_chars: bool = False) -> Callable[[], Found]:
     """Have files read; what is returned waits for them."""
     chunks = [files[at : at + _CHUNK] for at in range(0, len(files), _CHUNK)]
-    futures = [pool.submit(_read_chunk, chunk, with_chars) for chunk in chunks]
-    return lambda: {file: one for future in futures for file, one in future.result()}
+    futures = [pool.submit(_read_chunk, [str(file) for file in chunk], with_chars) for chunk in chunks]
+    return lambda: {
+        chunk[number]: one
+        for chunk, future in zip(chunks, futures, strict=True)
+        for found in future.result()
+        for number, one in (found.samples() if isinstance(found, _Block) else found).items()
+    }
 
 
 def read_many(
@@ -154,13 +223,28 @@ def read_many(
     return {cell: one for cell, one in found.items() if not isinstance(one, str)}
 
 
-def _read_chunk(files: Sequence[Path], with_chars: bool) -> list[tuple[Path, Samples | str]]:
-    found: list[tuple[Path, Samples | str]] = []
-    for file in files:
+def _read_chunk(files: Sequence[str], with_chars: bool) -> list[_Block | dict[int, str]]:
+    """Blocks of samples, and what is wrong with the files that are damaged; by a file's place in `files`."""
+    same: dict[Any, dict[int, pa.Table]] = {}
+    wrong: dict[int, Exception] = {}
+    for number, file in enumerate(files):
         try:
-            found.append((file, read_samples(file, with_chars)))
-        except (OSError, ValueError, KeyError) as error:
-            found.append(
-                (file, f"record {file.parent.name}: samples.parquet: {error}; remove the folder and run its cell again")
-            )
-    return found
+            table = _columns(file, with_chars)
+        except _DAMAGED as error:
+            wrong[number] = error
+            continue
+        same.setdefault(tuple((field.name, field.type) for field in table.schema), {})[number] = table
+    blocks = [block for tables in same.values() for block in _blocks(tables, wrong)]
+    return [*blocks, {number: f"record {Path(files[number]).parent.name}: samples.parquet: {error}; remove the folder and run its cell again" for number, error in wrong.items()}]  # fmt: skip
+
+
+def _blocks(tables: Mapping[int, pa.Table], wrong: dict[int, Exception]) -> Iterator[_Block]:
+    """One block; if that fails, one a file, and those that are damaged are left out."""
+    try:
+        yield _block(tables)
+    except _DAMAGED as error:
+        if len(tables) == 1:
+            wrong.update(dict.fromkeys(tables, error))
+            return
+        for number, table in tables.items():
+            yield from _blocks({number: table}, wrong)
