@@ -1,23 +1,29 @@
-"""Submitit's launchers, tolerant: a job that is lost is one failed job, not the end of the sweep.
+"""Hydra's launchers for many processes, tolerant: a job that is lost is one failed job, not the end of the sweep.
 
-What the stock launcher does without it: a job that is cancelled or dies with its node raises at the first one of them while
-others still run, and on a cluster without accounting is waited for without end.
+What submitit's does without it: a job that is cancelled or dies with its node raises at the first one of them while others
+still run, and on a cluster without accounting is waited for without end. And joblib's: every worker imports the libraries
+anew while the process that was started does nothing, and one that is killed takes the others with it.
 """
 
 import logging
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 
 try:
+    from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher, SlurmLauncher
 except ImportError:  # the extra `cluster` is not installed; choosing the launcher says so
-    LocalLauncher = SlurmLauncher = object
+    JoblibLauncher = LocalLauncher = SlurmLauncher = object
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +35,7 @@ N_MISSES = 3
 
 
 class JobLostError(Exception):
-    """A job left the queue without a result."""
+    """A job ended without a result."""
 
 
 class Queue:
@@ -88,10 +94,15 @@ class Jobs:
                 raise JobLostError(f"Slurm job {name} left the queue without a result (its log: {job.paths.stderr})")
         except Exception as error:  # submitit raises a dozen kinds; each means that this job gave nothing
             log.warning("job %s: %s", name, error)
-            lost = JobReturn(overrides=list(self.overrides[self.jobs.index(job)]))
-            lost.return_value, lost.status = error, JobStatus.FAILED
-            return lost
+            return _lost(error, self.overrides[self.jobs.index(job)])
         return None
+
+
+def _lost(error: Exception, overrides: Sequence[str]) -> JobReturn:
+    """What a job that ended without a result returns."""
+    lost = JobReturn(overrides=list(overrides))
+    lost.return_value, lost.status = error, JobStatus.FAILED
+    return lost
 
 
 class _Tolerant:
@@ -148,3 +159,42 @@ class LocalJobs(_Tolerant, LocalLauncher):  # type: ignore[misc]
     """`hydra/launcher=submitit_local`."""
 
     _EXECUTOR = "local"
+
+
+class JoblibJobs(JoblibLauncher):  # type: ignore[misc]
+    """`hydra/launcher=joblib`: its first job runs in this process, the others in processes beside it."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from hydra_plugins.hydra_joblib_launcher._core import execute_job
+        from joblib import wrap_non_picklable_objects
+
+        from nmsweep.sweep.processes import beside
+
+        folder = Path(str(self.config.hydra.sweep.dir))  # once read, the time in it is that of all jobs
+        folder.mkdir(parents=True, exist_ok=True)
+        shared = (self.hydra_context, self.config, self.task_function, Singleton.get_state())
+        first, *others = [
+            partial(execute_job, number, overrides, *shared)
+            for number, overrides in enumerate(job_overrides, initial_job_idx)
+        ]
+        with beside([wrap_non_picklable_objects(partial(_job, job)) for job in others]) as processes:
+            returned = first()
+            if returned.status is JobStatus.FAILED:
+                raise returned._return_value
+        return [returned, *(_returned(*job, folder) for job in zip(processes, job_overrides[1:], strict=True))]
+
+
+def _job(job: Callable[[], JobReturn]) -> None:
+    """Run a job; where it failed the process says so, and why in its log."""
+    returned = job()
+    if returned.status is JobStatus.FAILED:
+        log.error("job failed", exc_info=returned._return_value)
+        sys.exit(1)
+
+
+def _returned(process: BaseProcess, overrides: Sequence[str], folder: Path) -> JobReturn:
+    """What the job of a process that has ended returns."""
+    if code := process.exitcode:
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code} (its log is in {folder})"
+        return _lost(JobLostError(f"worker process {process.pid} {how}; others did its cells"), overrides)
+    return JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)

@@ -34,6 +34,11 @@ def planned(words: Sequence[str], overrides: Sequence[str], multirun: bool, conf
 
 def run_cells(words: list[str], overrides: list[str], multirun: bool, config_dir: Path | None) -> int:
     """Run the cells of a command that are missing; the exit code."""
+    if "hydra/launcher=joblib" in overrides and "cluster.workers=1" not in overrides:
+        from nmsweep.sweep.processes import get_ready
+
+        silence_libraries()
+        get_ready()
     plan = planned(words, overrides, multirun, config_dir)
     if errors := unwritable(plan.results_dir):
         raise InputError(*errors)
@@ -123,7 +128,6 @@ class _Job:
     """
 
     __name__ = "nmsweep"
-    __qualname__ = "nmsweep"
 
     def __init__(self, task: "Launch | None", outcomes: "list[Outcome]") -> None:
         self.task = task

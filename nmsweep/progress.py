@@ -55,6 +55,7 @@ class Display:
         )  # fmt: skip
         self._n_cells = n_cells
         self._n_done = 0
+        self._shown: set[str] = set()
         self._cells = self._bar.add_task("cells", total=n_cells)
         self._stage = self._bar.add_task("", total=None, visible=False)
         self._cell = ""
@@ -78,9 +79,14 @@ class Display:
     def cell(self, name: str) -> None:
         """A cell begins."""
         self._cell = name
-        if self._n_done >= self._n_cells:
-            self.expect(self._n_done + 1)
-        self.say(f"[{self._n_done + 1}/{self._n_cells}] {name}")
+        self.say(f"{self._count(name)} {name}")
+
+    def _count(self, name: str) -> str:
+        """Which of all cells this one is, in the order they are shown."""
+        self._shown.add(name)
+        if len(self._shown) > self._n_cells:
+            self.expect(len(self._shown))
+        return f"[{len(self._shown)}/{self._n_cells}]"
 
     def stage(self, name: str, n_steps: int | None = None) -> None:
         """A stage of the current cell begins; `n_steps` tasks or blocks, None if unknown."""
@@ -101,14 +107,24 @@ class Display:
 
     def finished(self, outcome: str) -> None:
         """The current cell is over."""
-        self._n_done += 1
-        self._bar.update(self._cells, completed=self._n_done)
+        self._advance()
         self._bar.update(self._stage, visible=False)
         self.say(f"    {outcome}")
+
+    def elsewhere(self, name: str, outcome: str) -> None:
+        """A cell is over; one that began here says so itself."""
+        if name not in self._shown:
+            self.say(f"{self._count(name)} {name}: {outcome}")
+            self._advance()
+
+    def _advance(self) -> None:
+        self._n_done += 1
+        self._bar.update(self._cells, completed=self._n_done)
 
     def say(self, text: str) -> None:
         """One line that stays."""
         if self._live:
             self._console.print(escape(text), highlight=False, soft_wrap=True)
         else:
-            print(text, file=self._console.file, flush=True)
+            self._console.file.write(f"{text}\n")  # at once: two threads may speak
+            self._console.file.flush()

@@ -15,17 +15,20 @@ _pending = 0
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Inside the block the first Ctrl-C (or SIGTERM) raises KeyboardInterrupt, but never in the middle of a write.
+def interruptible(*numbers: int) -> Iterator[None]:
+    """Inside the block the first Ctrl-C or SIGTERM raises KeyboardInterrupt, but never in the middle of a write.
 
     The second ends the process on the spot, with code 130: an unfinished temporary file may stay, which the next run
     removes. In a thread other than the main one, where signals do not arrive, the block changes nothing.
+
+    Args:
+        numbers: the signals; Ctrl-C's and SIGTERM if none is given.
     """
     global _pending
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _arrived) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, _arrived) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
     _pending = 0
     try:
         yield
@@ -55,6 +58,7 @@ def _arrived(number: int, frame: FrameType | None) -> None:
     _pending += 1
     if _pending > 1:
         os._exit(EXIT_CODE)
-    print("nmsweep: stopping; once more to stop at once", file=sys.stderr, flush=True)
+    if number == signal.SIGINT:
+        print("nmsweep: stopping; once more to stop at once", file=sys.stderr, flush=True)
     if not _writing:
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ class Launch:
     pending: tuple[int, ...]
     launch: str
 
-    def run_here(self) -> list[Outcome]:
-        """Run the pending cells in this process.
+    def run_here(self, n_workers: int = 1) -> list[Outcome]:
+        """Run the pending cells in this process, which is the first of `n_workers` that work at them.
 
         Raises:
             StorageError: nothing more can be kept.
@@ -85,7 +85,7 @@ class Launch:
         here = session()
         here.launch, here.sweep = self.launch, self.plan.plan_id
         here.display.expect(len(self.pending))
-        with here.display:
+        with here.display, _watching(self, here.display) if n_workers > 1 else nullcontext():
             return work(self.plan, self.pending, patient=True)
 
 
@@ -99,14 +99,14 @@ def run_batch(word: str, results_dir: Path, *, remote: bool) -> list[Outcome]:
     """
     batch = Batch.parse(word)
     plan = load(results_dir, batch.plan_id)
+    share_machine(batch.worker, batch.n_workers)
     if not remote:
-        return Launch(plan, batch.indices, batch.launch).run_here()
+        return Launch(plan, batch.indices, batch.launch).run_here(batch.n_workers)
     here = session()
     here.launch, here.sweep = batch.launch, batch.plan_id
     if "SLURM_JOB_ID" not in os.environ:  # Slurm has a log for each job; other workers share the terminal
         here.display = Display(stream=open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lasts
     here.display.expect(len(batch.indices))
-    share_machine(batch.worker, batch.n_workers)
     return work(plan, batch.indices, patient=False)
 
 
@@ -116,10 +116,8 @@ def batches(launcher: Any, task: Launch, cluster: ClusterConfig) -> list[Batch]:
     pending = list(task.pending)
     shares = [pending]
     n_workers = 1
-    if kind in ("JoblibLauncher", "LocalJobs"):
+    if kind in ("JoblibJobs", "LocalJobs"):
         n_workers = min(cluster.workers or n_local_workers(task.plan, pending), len(pending))
-        if kind == "JoblibLauncher":
-            launcher.joblib["n_jobs"] = n_workers
         starts = [len(pending) * worker // n_workers for worker in range(n_workers)]
         shares = [pending[start:] + pending[:start] for start in starts]
     elif kind != "BasicLauncher":
@@ -147,27 +145,31 @@ def launch(launcher: Any, task: Launch, words: Sequence[str], cluster: ClusterCo
     """
     jobs = batches(launcher, task, cluster)
     display = session().display
-    remote = type(launcher).__name__ != "BasicLauncher"
-    if remote:
-        display.expect(len(task.pending))
+    kind = type(launcher).__name__
+    remote = kind not in ("BasicLauncher", "JoblibJobs")  # else the first job runs here, and shows the cells of all
+    display.expect(len(task.pending))
+    if kind != "BasicLauncher":
         cells = f"{len(task.pending)} cells"
         display.say(f"    {cells} in {len(jobs)} jobs" if len(jobs) > 1 else f"    {cells} in one job")
     lost = ""
-    with display if remote else _nothing(), _watching(task, display) if remote else _nothing():
+    with display if remote else nullcontext(), _watching(task, display) if remote else nullcontext():
         try:
             returned = launcher.launch([[*words, f"+batch={job}"] for job in jobs], initial_job_idx=0)
-            values = [job._return_value for job in returned]
+            values: list[Any] = [job._return_value for job in returned]
         except NmsweepError:
             raise
         except Exception as error:  # a launcher raises its libraries' own kinds; the records say what was done
             log.exception("launcher")
-            values, lost = [error], f"{type(error).__name__}: {error}"
+            values, lost = [], f"{type(error).__name__}: {error}"
     reasons = {}
     for job, value in zip(jobs, values, strict=False):
         if isinstance(value, NmsweepError) and not remote:
             raise value
         if isinstance(value, BaseException):
-            reasons.update(dict.fromkeys(job.indices, f"{value}"))
+            if remote:
+                reasons.update(dict.fromkeys(job.indices, f"{value}"))
+            else:
+                display.say(f"    {value}")
     known = cell_index(task.plan.results_dir)
     return [_outcome(task, task.plan.cells[index], known, reasons.get(index, lost)) for index in task.pending]
 
@@ -182,11 +184,6 @@ def _outcome(task: Launch, cell: PlannedCell, known: Mapping[str, Path], lost: s
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def _watching(task: Launch, display: Display) -> Iterator[None]:
     """Show cells as other processes finish them, for as long as the block lasts."""
     stop = threading.Event()
@@ -194,12 +191,10 @@ def _watching(task: Launch, display: Display) -> Iterator[None]:
 
     def look() -> None:
         for cell_id in waiting.keys() & cell_index(task.plan.results_dir).keys():
-            display.cell(waiting.pop(cell_id))
-            display.finished("done")
+            display.elsewhere(waiting.pop(cell_id), "done by another process")
         for cell_id, name in list(waiting.items()):
             if (error := failure_of(failure_folder(task.plan.results_dir, name), task.launch)) is not None:
-                display.cell(waiting.pop(cell_id))
-                display.finished(f"FAILED: {error}")
+                display.elsewhere(waiting.pop(cell_id), f"FAILED: {error}")
 
     def watch() -> None:
         while not stop.wait(1):

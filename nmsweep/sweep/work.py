@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from nmsweep.config import RunConfig
+from nmsweep.damage import damage
 from nmsweep.disk.claims import find
 from nmsweep.errors import Busy, NmsweepError, StorageError
 from nmsweep.record import failure_folder, failure_of, write_failure
@@ -18,8 +19,8 @@ from nmsweep.sweep.plan import Plan, PlannedCell
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.5
-"""Seconds between two looks at a cell that another process is computing."""
+POLL_S = (0.05, 0.5)
+"""Seconds between two looks at a cell that another process is computing: at first, and after some."""
 
 _sessions: list[Session] = []
 
@@ -67,6 +68,7 @@ def work(plan: Plan, indices: Sequence[int], *, patient: bool) -> list[Outcome]:
     waiting = [plan.cells[index] for index in indices]
     watched: dict[str, tuple[int, float]] = {}
     told = False
+    pause_s = POLL_S[0]
     while waiting:
         before = len(waiting)
         for cell in waiting:
@@ -82,7 +84,8 @@ def work(plan: Plan, indices: Sequence[int], *, patient: bool) -> list[Outcome]:
             if patient and not told:
                 session().display.say(f"    waiting for other processes: {outcomes[waiting[0].name].error}")
                 told = True
-            time.sleep(POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S[1])
     return list(outcomes.values())
 
 
@@ -102,6 +105,9 @@ def _is_elsewhere(results_dir: Path, cell: PlannedCell, claim: str, watched: dic
 def attempt(cell: PlannedCell, cfg: RunConfig) -> Outcome:
     """Run a cell; record a failure instead of raising it, so that a sweep goes on."""
     here = session()
+    made = cfg.results_dir / "cells" / cell.name
+    if made.is_dir() and not cfg.force and not damage(made):  # by another process since
+        return Outcome(cell.name, "done")
     place = failure_folder(cfg.results_dir, cell.name)
     if (error := failure_of(place, here.launch)) is not None:  # by another process of this launch
         return Outcome(cell.name, "failed", error)

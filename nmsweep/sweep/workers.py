@@ -13,12 +13,15 @@ WORKER_BYTES = 1_500_000_000
 
 
 def share_machine(worker: int, n_workers: int) -> None:
-    """Give this process one GPU, or its share of the cores, where it is one of several workers."""
+    """Give this process one GPU and its share of the cores, where it is one of several workers.
+
+    Worker 0 has the first GPU that it sees without being told; it may have asked for CUDA already, and be deaf.
+    """
     if n_workers == 1:
         return
     import torch
 
-    if n_gpus := torch.cuda.device_count():
+    if worker and (n_gpus := torch.cuda.device_count()):
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = seen.split(",") if seen else [str(number) for number in range(n_gpus)]
         os.environ["CUDA_VISIBLE_DEVICES"] = names[worker % len(names)]

@@ -69,3 +69,23 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     code = "import sys, nmsweep.cli, nmsweep.compose; print([m for m in ('torch', 'transformers', 'pandas', 'lm_eval') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_workers_import_before_they_part_asks_for_no_gpu() -> None:
+    code = """
+import importlib, torch
+from nmsweep.sweep.processes import IMPORTED
+
+def asked(*args, **kwargs):
+    raise SystemExit("CUDA, which does not outlive a fork, was asked for")
+
+for module, names in ((torch.cuda, "is_available device_count init _lazy_init current_device"), (torch._C, "_cuda_getDeviceCount"),
+                      (torch.accelerator, "is_available device_count")):
+    for name in names.split():
+        if hasattr(module, name):  # torch._C of a build without CUDA lacks it, and others look whether it is there
+            setattr(module, name, asked)
+for name in IMPORTED:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
