@@ -11,6 +11,7 @@ from torch import nn
 from nmsweep.bench.timing import Contender, interleave, peak_bytes, ratios
 from nmsweep.evaluate.logits import decoder
 from nmsweep.sparsity.api import sparsify
+from nmsweep.sparsity.fusion import Forward, replaced
 
 
 def run(
@@ -51,8 +52,8 @@ def run(
         with sparsify(
             model, pattern=pattern, criterion=criterion, mitigation=mitigation, targets=targets
         ) as sparse:  # what the weights alone decide is found out once
-            layers = dict(sparse.layers)
-        contenders[name] = Contender(forward, partial(_in_place, model, layers))
+            layers, forwards = dict(sparse.layers), dict(sparse.joined)
+        contenders[name] = Contender(forward, partial(_in_place, model, layers, forwards))
     times = interleave(contenders, device, rounds)
     found = ratios(times, "dense")
     memory = {name: peak_bytes(contender, device) for name, contender in contenders.items()}
@@ -78,13 +79,14 @@ def run(
 
 
 @contextmanager
-def _in_place(model: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Layers that were made before stand in the model inside the block."""
+def _in_place(model: Any, layers: Mapping[str, nn.Module], forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Layers and forwards that were made before stand in the model inside the block."""
     before = {name: model.get_submodule(name) for name in layers}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     try:
-        yield
+        with replaced(forwards):
+            yield
     finally:
         for name, layer in before.items():
             model.set_submodule(name, layer)

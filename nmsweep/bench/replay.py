@@ -50,12 +50,15 @@ class Masks:
     def _around(self, what: Literal["record", "replay"]) -> Iterator[None]:
         hook = decoder(self.model).register_forward_pre_hook(self._watch, with_kwargs=True)
         act = self._record if what == "record" else self._replay
+        view = self.shared[0].view
+        before, view.joins = view.joins, False  # the layers are to be given the tensor itself
         try:
             for at, shared in enumerate(self.shared):
                 shared._prune = lambda x, at=at, shared=shared: act(at, shared, x)  # type: ignore[method-assign,misc]
             yield
         finally:
             hook.remove()
+            view.joins = before
             for shared in self.shared:
                 del shared._prune
 

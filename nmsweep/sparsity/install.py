@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from nmsweep.errors import InputError
 from nmsweep.models.targets import input_groups, linear_flops, target_linears
 from nmsweep.pattern import Pattern
 from nmsweep.record import LayerCount
+from nmsweep.sparsity.fusion import Forward, joined, replaced
 from nmsweep.sparsity.linear import SharedInput, SparseLinear, TokenView
 from nmsweep.sparsity.method import Layer, Slots, State, Tokens, WeightCriterion
 from nmsweep.sparsity.scope import Scope
@@ -30,6 +31,7 @@ class Installed:
         view: what the layers know about the tokens of the current pass.
         weights: entries and kept entries of every pruned weight; empty where activations are pruned.
         dense_weights: the layers whose weights are pruned, with their dense weights; empty where activations are pruned.
+        joined: norms and MLPs that hand the prune their parts, with the forward that they run.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Installed:
     view: TokenView
     weights: Sequence[LayerCount] = ()
     dense_weights: Sequence[tuple[nn.Linear, torch.Tensor]] = ()
+    joined: Mapping[nn.Module, Forward] = field(default_factory=dict)
 
     @contextmanager
     def as_dense(self) -> Iterator[None]:
@@ -226,7 +229,9 @@ def installed(
             if (kept := surgery.kept_weights.get(name)) is not None
         ]
         dense_weights = [(linears[name], surgery.dense_weight(name)) for name in surgery.kept_weights]
-        yield Installed(model, ordered, share, surgery.view, weights, dense_weights)
+        forwards = joined(model, ordered)
+        with replaced(forwards):
+            yield Installed(model, ordered, share, surgery.view, weights, dense_weights, forwards)
     finally:
         surgery.restore()
 

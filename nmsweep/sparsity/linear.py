@@ -7,7 +7,8 @@
     u  = k ? x + (ν−1)·z : η                ν: Slots.nu; without it u = k ? x : η, kept channels bit for bit
     y  = (1+γ) ⊙ [ W u + U V (1−k)⊙z ] + β + b
 
-Everything down to `u` is one call of the fused primitive in `kernels`; layers that share an input share one `u`.
+Everything down to `u` is one call of the fused primitive in `kernels`; layers that share an input share one `u`. What makes the
+input, a norm or a product, can be part of that call (`fusion`).
 A token outside the scope has k = 1 everywhere, ν = 1, γ = 0, β = 0: it sees the dense layer.
 """
 
@@ -35,6 +36,7 @@ class TokenView:
         dense: whether the layers act as the dense ones, for a teacher's pass.
         fade: the share of the pruned part that is still there, 1 to 0 in the course of a `decay` schedule.
         pattern: takes the place of the layers' own in the course of a `step` schedule.
+        joins: whether norms and products may hand the prune their parts (`fusion`) instead of a tensor.
     """
 
     def __init__(self, scope: Scope | None = None) -> None:
@@ -43,6 +45,7 @@ class TokenView:
         self.dense = False
         self.fade = 0.0
         self.pattern: Pattern | None = None
+        self.joins = True
 
     @contextmanager
     def as_dense(self, dense: bool = True) -> Iterator[None]:
@@ -92,11 +95,43 @@ class SharedInput:
             self.forget()
         return pruned
 
+    @property
+    def can_take_parts(self) -> bool:
+        """Whether `u` is one call of the fused primitive on x alone: nothing else needs x."""
+        slots = self.slots
+        others = (slots.rotation, slots.residual, slots.dynamic, slots.priority, slots.threshold)
+        return all(slot is None for slot in others)
+
+    def takes_parts(self, x: Tensor) -> bool:
+        """Whether the parts of x can be given to `made` in this pass. Gradients and compiled graphs see the tensor itself."""
+        view = self.view
+        if not view.joins or view.dense or view.fade or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return view.scope.tokens(x, view.tokens) is True
+
+    def made(self, x: Tensor, scale: Tensor | None, gain: Tensor | None) -> Tensor:
+        """u of the tensor that x, scale and gain make, as `kernels.prune` takes them; its readers are given it in place of that tensor."""
+        slots = self.slots
+        share = budget(self.view.pattern or slots.pattern, x.shape[-1])
+        u = prune(
+            x, **share, weight=slots.weight, eta=slots.eta, var=slots.nu, scale=scale, gain=gain, counts=self.counts
+        )
+        self._x, self._pruned, self._reads = u, Pruned(u, None, None), 0
+        return u
+
     def prepare(self, width: int, dtype: torch.dtype) -> None:
         """Compile what a pass over inputs [batch, seq, width] needs, so that no measured pass waits for a compiler."""
         token = torch.zeros(1, 1, width, dtype=dtype, device=self.counts.device)
         counts = torch.zeros_like(self.counts)
         pruned(token, self.slots, self.view.pattern or self.slots.pattern, Tokens(), {}, counts)
+
+    def prepare_parts(self, x: Tensor, scale: Tensor | None, gain: Tensor | None) -> None:
+        """Compile what a pass over such parts needs."""
+        before = self.counts.clone()
+        with torch.no_grad():
+            self.made(x, scale, gain)
+        self.counts.copy_(before)
+        self.forget()
 
     def forget(self) -> None:
         """Let go of the tensors of an unfinished pass."""

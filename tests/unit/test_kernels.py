@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nmsweep.errors import InputError
 from nmsweep.sparsity.kernels import prune
+from nmsweep.sparsity.kernels.reference import make
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -97,6 +100,82 @@ def test_a_backend_agrees_with_the_reference(name: str, dtype: torch.dtype, back
     x[0, 0, :8] = x[0, 0, 8:16]  # ties across groups, and within
     x[0, 1] = torch.randint(-2, 3, (192,)).to(dtype)
     agree(backend, x, **arguments(CALLS[name], x))
+
+
+PARTS = ["gain of the channels", "fp32 gain", "gain of each value", "scale", "scale and gain", "scale and fp32 gain"]
+"""What the tensor to prune can be made of beside x; `parts` draws it."""
+
+
+def parts(name: str, x: Tensor) -> dict[str, Tensor]:
+    made = {}
+    if "scale" in name:
+        made["scale"] = draw(*x.shape[:-1], 1, dtype=torch.float32, seed=8).abs()
+    if "each value" in name:
+        made["gain"] = draw(*x.shape, dtype=x.dtype, seed=9)
+    elif "gain" in name:
+        made["gain"] = draw(x.shape[-1], dtype=torch.float32 if "fp32" in name else x.dtype, seed=9)
+    return made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_tensor_in_parts_is_pruned_as_the_tensor_that_they_make(name: str, dtype: torch.dtype, backend: str) -> None:
+    x = draw(2, 3, 192, dtype=dtype)
+    made = make(x, **{"scale": None, "gain": None, **parts(name, x)})
+    for call in ("8:16", "3:6", "50%", "weight a sequence", "median+var"):
+        given = arguments(CALLS[call], x)
+        u = prune(x, backend=backend, **parts(name, x), **given)
+        assert same(u, prune(made, backend=backend, **given))
+        agree(backend, x, **parts(name, x), **given)
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter is numpy
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["gain of each value", "scale and gain", "scale and fp32 gain"])
+def test_special_values_in_parts_agree(name: str, backend: str) -> None:
+    random = torch.Generator().manual_seed(1)
+    values = torch.tensor(SPECIAL)[torch.randint(0, len(SPECIAL), (6, 192), generator=random)]
+    for dtype in (torch.bfloat16, torch.float32):
+        x = values.to(dtype)[None]
+        given = parts(name, x)
+        if "scale" in given:
+            given["scale"][0, :4, 0] = torch.tensor([math.inf, math.nan, 0.0, 1e-30])
+        for call in ("2:4", "16:32", "50%", "weight", "median"):
+            agree(backend, x, **given, **arguments(CALLS[call], x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_any_strides_agree(backend: str) -> None:
+    wide, other = draw(4, 6, 200), draw(6, 4, 400, seed=3)
+    gains = [other.transpose(0, 1)[..., 1:193], other.transpose(0, 1)[..., :384:2], draw(193, seed=4)[1:]]
+    for gain in gains:
+        agree(backend, wide[..., 4:196], n=8, m=16, gain=gain, scale=draw(6, 4, 1, dtype=torch.float32).transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_parts_are_what_the_modules_of_transformers_compute(dtype: torch.dtype) -> None:
+    x, weight = draw(3, 5, 64, dtype=dtype), draw(64, dtype=dtype, seed=2)
+    llama, gemma = LlamaRMSNorm(64, eps=1e-5).to(dtype), Gemma3RMSNorm(64, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        llama.weight.copy_(weight)
+        gemma.weight.copy_(weight)
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+        assert same(make(x, scale, weight), llama(x))
+        assert same(make(x, scale, 1.0 + weight.float()), gemma(x))
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    x = draw(2, 3, 64)
+    for wrong in (
+        {"scale": torch.ones(2, 3)},
+        {"scale": torch.ones(2, 3, 1).bfloat16()},
+        {"gain": torch.ones(32).bfloat16()},
+        {"gain": torch.ones(2, 3, 64)},
+        {"gain": torch.ones(64, dtype=torch.float64)},
+    ):
+        with pytest.raises(ValueError, match=r"prune: (scale|gain) is torch\."):
+            prune(x, n=2, m=4, **wrong)
 
 
 SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40, -1e-40, 1e-45, 65504.0, 3e38, -3e38]

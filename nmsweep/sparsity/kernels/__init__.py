@@ -13,6 +13,7 @@ from torch import Tensor
 from .arguments import check
 from .dispatch import BACKENDS, add_counts, run
 from .operator import prune_op
+from .reference import make
 
 __all__ = ["BACKENDS", "prune"]
 
@@ -27,6 +28,8 @@ def prune(
     weight: Tensor | None = None,
     eta: Tensor | Literal["median", "mean"] | None = None,
     var: bool = False,
+    scale: Tensor | None = None,
+    gain: Tensor | None = None,
     counts: Tensor | None = None,
     backend: str | None = None,
     return_mask: Literal[False] = False,
@@ -43,6 +46,8 @@ def prune(
     weight: Tensor | None = None,
     eta: Tensor | Literal["median", "mean"] | None = None,
     var: bool = False,
+    scale: Tensor | None = None,
+    gain: Tensor | None = None,
     counts: Tensor | None = None,
     backend: str | None = None,
     return_mask: Literal[True],
@@ -58,6 +63,8 @@ def prune(
     weight: Tensor | None = None,
     eta: Tensor | Literal["median", "mean"] | None = None,
     var: bool = False,
+    scale: Tensor | None = None,
+    gain: Tensor | None = None,
     counts: Tensor | None = None,
     backend: str | None = None,
     return_mask: bool = False,
@@ -75,6 +82,9 @@ def prune(
             fp32 (float64 for float64 x). None is 1.
         eta: centre and fill: None is 0, "median" and "mean" are of each token, a tensor is a scalar or [hidden].
         var: rescale kept channels by ν, so that the variance of the token is that of its dense self.
+        scale, gain: what is pruned is not x but x · scale · gain, made in the same pass and never written: scale is [*, 1] fp32
+            (float64 for float64 x), gain [hidden] in the dtype of x or in fp32, or in the shape and dtype of x. A gain in the
+            dtype of x multiplies what was rounded to it before, one in fp32 what was not. This is a norm's last step, or silu(gate) · up.
         counts: int64 [2] on the device of x; kept and total channels are added to it, as counted from the mask, without a sync.
         backend: one of BACKENDS instead of the choice by device; so does the environment variable NMSWEEP_KERNEL.
         return_mask: also return the mask, bool, shape of x.
@@ -95,13 +105,15 @@ def prune(
     elif kept <= 0:
         raise ValueError(f"prune: kept={kept}; at least 1 channel must be kept")
     stat, centre = ("none", eta) if isinstance(eta, Tensor) else (eta or "none", None)
-    learns = torch.is_grad_enabled() and (x.requires_grad or (centre is not None and centre.requires_grad))
+    parts = [part for part in (x, scale, gain, centre) if part is not None]
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
     if learns or torch.compiler.is_compiling():
+        x = make(x, scale, gain)
         saves = learns or return_mask or counts is not None
         u, mask, _ = prune_op(x, n or 0, m or 0, kept, weight, stat, centre, var, backend or "", saves)
         if counts is not None:
             add_counts(mask, counts)
         return (u, mask) if return_mask else u
-    args = check(x, n or 0, m or 0, kept, weight, stat, centre, var)
+    args = check(x, n or 0, m or 0, kept, weight, stat, centre, var, scale, gain)
     u, kept_channels, _ = run(args, backend, return_mask, counts)
     return u if kept_channels is None else (u, kept_channels)

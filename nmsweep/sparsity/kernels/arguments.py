@@ -14,7 +14,7 @@ STATS = ("none", "median", "mean")
 class Arguments:
     """One call, checked. `m == hidden` is the unstructured pattern."""
 
-    x: Tensor  # [*, hidden], floating
+    x: Tensor  # [*, hidden], floating; with `scale` or `gain` what the tensor to prune is made of
     n: int  # kept of each m
     m: int  # divides hidden
     weight: Tensor | None  # [hidden], or [k, hidden] where row r of x uses row r // rows_per_weight
@@ -22,6 +22,13 @@ class Arguments:
     stat: str  # one of STATS
     eta: Tensor | None  # scalar or [hidden]; None where stat says all
     var: bool  # False where all channels are kept: then ν is 1
+    scale: Tensor | None = None  # [*, 1] fp32
+    gain: Tensor | None = None  # [hidden] fp32 or in the dtype of x, or in the shape and dtype of x
+
+    @property
+    def made(self) -> bool:
+        """Whether the tensor to prune is made of parts in the same pass."""
+        return self.scale is not None or self.gain is not None
 
     def expanded_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight in a shape that broadcasts against x."""
@@ -33,8 +40,9 @@ class Arguments:
 
 
 def check(
-    x: Tensor, n: int, m: int, kept: int, weight: Tensor | None, stat: str, eta: Tensor | None, var: bool
-) -> Arguments:
+    x: Tensor, n: int, m: int, kept: int, weight: Tensor | None, stat: str, eta: Tensor | None, var: bool,
+    scale: Tensor | None = None, gain: Tensor | None = None,
+) -> Arguments:  # fmt: skip
     """Check the shapes of one call.
 
     Raises:
@@ -56,7 +64,23 @@ def check(
     rows_per_weight = 1
     if weight is not None:
         weight, rows_per_weight = _fold_weight(x, weight)
-    return Arguments(x, n, m, weight, rows_per_weight, stat, eta, var and n < m)
+    _check_parts(x, scale, gain)
+    return Arguments(x, n, m, weight, rows_per_weight, stat, eta, var and n < m, scale, gain)
+
+
+def _check_parts(x: Tensor, scale: Tensor | None, gain: Tensor | None) -> None:
+    if scale is not None and (tuple(scale.shape) != (*x.shape[:-1], 1) or scale.dtype != compute_dtype(x)):
+        raise ValueError(
+            f"prune: scale is {scale.dtype} {list(scale.shape)}; it needs {compute_dtype(x)} {[*x.shape[:-1], 1]}"
+        )
+    if gain is None:
+        return
+    of_channels = tuple(gain.shape) == tuple(x.shape[-1:]) and gain.dtype in (x.dtype, compute_dtype(x))
+    if not of_channels and not (gain.shape == x.shape and gain.dtype == x.dtype):
+        raise ValueError(
+            f"prune: gain is {gain.dtype} {list(gain.shape)} for x {x.dtype} {list(x.shape)}; allowed are "
+            f"[{x.shape[-1]}] in {x.dtype} or {compute_dtype(x)}, or the shape and dtype of x"
+        )
 
 
 def _fold_weight(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:

@@ -49,6 +49,11 @@ _FIELDS = [
     "eta_step",
     "infinity",
     "var",
+    "made",
+    "scale",
+    "gain",
+    "gain_step",
+    "wide_gain",
     "mask",
     "nu",
     "total",
@@ -78,7 +83,8 @@ def prune(
     u = torch.empty_like(x)
     n, m, dtype, total = args.n, args.m, x.dtype, x.numel()
     bits = 8 * x.element_size()
-    call = _Call(x=x.data_ptr(), u=u.data_ptr(), n=n, m=m, infinity=_INFINITY[dtype])
+    call = _Call(x=x.data_ptr(), u=u.data_ptr(), hidden=x.shape[-1], n=n, m=m, infinity=_INFINITY[dtype])
+    parts = _bind_parts(call, args)  # noqa: F841  what the addresses in `call` point to
     magnitude = args.weight is None and args.eta is None and args.stat == "none"
     network = m <= LARGEST_M
     if magnitude and network and m & (m - 1) == 0 and mask is None and not args.var:
@@ -92,7 +98,7 @@ def prune(
         hidden = x.shape[-1]
         narrow = magnitude and bits == 16
         held = _bind(call, args)  # noqa: F841  what the addresses in `call` point to
-        call.hidden, call.total, call.var = hidden, total // hidden, args.var
+        call.total, call.var = total // hidden, args.var
         call.padded_m = 1 << (m - 1).bit_length()
         call.select = _address(n, call.padded_m, 16 if narrow else 32, -1) if network else 0
         call.mask = mask.data_ptr() if mask is not None else 0
@@ -123,6 +129,23 @@ def _bind(call: _Call, args: Arguments) -> list[Tensor]:
         values = patterns.to(torch.float32)
         call.eta, call.eta_bits, call.eta_step = values.data_ptr(), patterns.data_ptr(), int(values.numel() > 1)
         hold += [patterns, values]
+    return hold
+
+
+def _bind_parts(call: _Call, args: Arguments) -> list[Tensor]:
+    """Put what x is made of into the call; the tensors that must outlive it."""
+    hold: list[Tensor] = []
+    if args.scale is not None:
+        hold.append(args.scale.contiguous())
+        call.made, call.scale = 1, hold[-1].data_ptr()
+    if args.gain is not None:
+        gain = args.gain.detach().contiguous()
+        hold.append(gain)
+        call.made = 1
+        if gain.dtype == args.x.dtype:
+            call.gain, call.gain_step = gain.data_ptr(), int(gain.ndim > 1)
+        else:
+            call.wide_gain = gain.data_ptr()
     return hold
 
 

@@ -10,6 +10,12 @@ For one token `x` [hidden], computed in fp32 (float64 for float64 `x`); `fl` is 
     u  = k ? x : η                                      without var: kept channels pass bit for bit
     u  = k ? fl(x + fl(fl(ν−1)·z)) : η                  with var, rounded to the dtype of x; x itself where ν = 1 or z = 0
 
+Where x is handed over in parts, it is made first, by the roundings of the operations that it takes the place of::
+
+    x ← round(fl(x·scale))                              round: to the dtype of x
+    x ← round(fl(x·gain))                               a gain in the dtype of x
+    x ← round(fl(fl(x·scale)·gain))                     a gain in fp32: nothing is rounded in between
+
 What every backend must reproduce to the bit, because the mask hangs on it:
 
 * median: the lower of the two middle values, an element of x;
@@ -37,7 +43,7 @@ def prune(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         u [*, hidden] in the dtype of x; the mask k, bool [*, hidden]; ν [*, 1] in the compute dtype (ones without `var`).
     """
-    x = args.x
+    x = make(args.x, args.scale, args.gain)
     compute = compute_dtype(x)
     eta = centre(x, args.stat, args.eta)
     z = x.to(compute) if eta is None else x.to(compute) - eta.to(compute)
@@ -49,6 +55,16 @@ def prune(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     nu = variance_ratio(z, mask)
     rescaled = (x.to(compute) + (nu - 1) * z).to(x.dtype)
     return torch.where(mask, torch.where((nu == 1) | (z == 0), x, rescaled), fill), mask, nu
+
+
+def make(x: Tensor, scale: Tensor | None, gain: Tensor | None) -> Tensor:
+    """The tensor to prune, from its parts; x itself without any. Shape and dtype of x."""
+    dtype = x.dtype
+    if scale is not None:
+        x = x.to(scale.dtype) * scale
+    if gain is None or gain.dtype == dtype:
+        x = x.to(dtype)
+    return x if gain is None else (x * gain).to(dtype)
 
 
 def centre(x: Tensor, stat: str, eta: Tensor | None) -> Tensor | None:

@@ -1,12 +1,14 @@
 """The primitive on CUDA, in Triton: which kernel runs a call, and in which tile.
 
-A median or mean of the token is a kernel of its own (`triton_centre`). Then `packed_kernel` serves 16-bit values by magnitude alone,
+A tensor that comes in parts is made where it is read, if it is read once, else by a kernel before (`triton_parts`). A median or mean
+of the token is a kernel of its own (`triton_centre`). Then `packed_kernel` serves 16-bit values by magnitude alone,
 `scaled_kernel` calls with ν, `row_kernel` those without groups and `flat_kernel` all others. In each a thread holds whole groups in its registers. Bit patterns travel as integers,
 so kept channels pass bit for bit. Runs on CPU tensors under TRITON_INTERPRET=1, for tests.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from .triton_centre import centre_kernel, packed_median_kernel
 from .triton_kernels import flat_kernel, row_kernel
 from .triton_numbers import EMULATE
 from .triton_packed import packed_kernel, packed_row_kernel
+from .triton_parts import make_kernel
 from .triton_scaled import scaled_kernel
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -39,6 +42,9 @@ FLAT_CONFIGS = {1: (2048, 4), 2: (1024, 4), 4: (512, 4), 8: (512, 4), 16: (256, 
 
 SCALED_CONFIG = (2048, 4)
 """(channels that scaled_kernel holds at once, or more where a thread could not hold a group; warps)."""
+
+MAKE_BLOCK = 2048
+"""Channels of a token that one program of make_kernel makes."""
 
 ROW_WARP = 1024
 """Channels of a token that one warp of row_kernel or centre_kernel holds."""
@@ -66,8 +72,12 @@ def prune(
 ) -> Tensor:
     """u of one call; `mask` bool [*, hidden] and `nu` fp32 [*, 1] are filled and `counts` int64 [2] is added to, where given."""
     x = args.x.contiguous()
+    packs = mask is None and _packs(args, x)
+    if args.made and not packs and (args.var or args.stat != "none" or args.m > _LARGEST_M):
+        x = _make(args, x)
+        args = replace(args, x=x, scale=None, gain=None)
     u = torch.empty_like(x)
-    if mask is None and _packs(args, x):
+    if packs:
         with torch.cuda.device_of(x):
             _launch_packed(x, u, args, counts)
         return u
@@ -96,8 +106,33 @@ def prune(
         elif args.var:
             _launch_scaled(common, x.numel() // hidden, hidden, nu)
         else:
-            _launch_flat(common, x.numel() // m, hidden // m)
+            _launch_flat({**common, **_parts(args)}, x.numel() // m, hidden // m)
     return u
+
+
+def _parts(args: Arguments, words: bool = False) -> dict[str, Any]:
+    """What x is made of, as the kernels take it: the gain as bit patterns, of two channels where they read words."""
+    gain, kind = args.gain, 0
+    if gain is not None:
+        kind = 3 if gain.ndim > 1 else 1 if gain.dtype == args.x.dtype else 2
+        gain = gain.detach().contiguous().view(-1)
+        if words:
+            gain = gain.view(torch.int64 if kind == 2 else torch.int32)
+        elif kind != 2:
+            gain = gain.view(_PATTERNS[gain.dtype])
+    scale = None if args.scale is None else args.scale.detach().contiguous()
+    return {"scale_ptr": scale, "gain_ptr": gain, "GAIN": kind}
+
+
+def _make(args: Arguments, x: Tensor) -> Tensor:
+    """The tensor to prune, written out."""
+    made, pattern, hidden = torch.empty_like(x), _PATTERNS[x.dtype], x.shape[-1]
+    with torch.cuda.device_of(x):
+        make_kernel[(x.numel() // hidden, triton.cdiv(hidden, MAKE_BLOCK))](
+            x.view(pattern), made.view(pattern), hidden=hidden, KIND=_KINDS[x.dtype], B=MAKE_BLOCK,
+            num_warps=4, enable_fp_fusion=False, **_parts(args),
+        )  # fmt: skip
+    return made
 
 
 def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
@@ -138,22 +173,25 @@ def _packs(args: Arguments, x: Tensor) -> bool:
     """Whether packed_kernel can run a call on the contiguous x."""
     by_magnitude = args.weight is None and args.eta is None and args.stat == "none" and not args.var
     alone = args.m == x.shape[-1] and args.m % 2 == 0
-    return by_magnitude and _in_words(x) and args.n < args.m and (args.m in PACKED_CONFIGS or alone)
+    aligned = args.gain is None or args.gain.storage_offset() % 2 == 0
+    return by_magnitude and _in_words(x) and aligned and args.n < args.m and (args.m in PACKED_CONFIGS or alone)
 
 
 def _launch_packed(x: Tensor, u: Tensor, args: Arguments, counts: Tensor | None) -> None:
     x_words, u_words, nan = x.view(-1).view(torch.int32), u.view(-1).view(torch.int32), _NAN_KEYS[x.dtype]
     n_groups = x.numel() // args.m
+    common: dict[str, Any] = {
+        "x_ptr": x_words, "u_ptr": u_words, "counts_ptr": counts, "N": args.n, "KIND": _KINDS[x.dtype], "NAN": nan,
+        **_parts(args, words=True),
+    }  # fmt: skip
     if args.m not in PACKED_CONFIGS:
         words = triton.next_power_of_2(args.m // 2)
-        packed_row_kernel[(n_groups,)](
-            x_words, u_words, counts, args.m, args.n,
-            KIND=_KINDS[x.dtype], NAN=nan, T=words, num_warps=_select_warps(words),
-        )  # fmt: skip
+        packed_row_kernel[(n_groups,)](**common, hidden=args.m, T=words, num_warps=_select_warps(words))
         return
     groups, warps = PACKED_CONFIGS[args.m]
+    per_row = x.shape[-1] // args.m if args.made else 1  # a constant, so that to divide by it is cheap
     packed_kernel[(triton.cdiv(n_groups, groups),)](
-        x_words, u_words, counts, n_groups, N=args.n, M=args.m, NAN=nan, G=groups, num_warps=warps
+        **common, n_groups=n_groups, M=args.m, ROW=per_row, G=groups, num_warps=warps
     )
 
 

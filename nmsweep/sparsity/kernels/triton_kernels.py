@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .triton_network import keep_of_groups, keep_of_row, load, store
 from .triton_numbers import from_float, magnitude, score, to_float, total, variance_ratio
+from .triton_parts import load_patterns
 
 
 @triton.jit
@@ -74,6 +75,8 @@ def chosen(kept, x, fill):
 def flat_kernel(
     x_ptr,
     u_ptr,
+    scale_ptr,
+    gain_ptr,
     weight_ptr,
     eta_ptr,
     mask_ptr,
@@ -85,6 +88,7 @@ def flat_kernel(
     M: tl.constexpr,
     KIND: tl.constexpr,
     ETA: tl.constexpr,
+    GAIN: tl.constexpr,
     PIECE: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -93,9 +97,9 @@ def flat_kernel(
     group = tl.program_id(0) * G + tl.arange(0, G)
     valid = group < n_groups
     base = group.to(tl.int64) * M
-    x = load(x_ptr, base, valid, 0, M, P, PIECE)
     row = tl.minimum(group, n_groups - 1) // groups_per_row
     start = (group - row * groups_per_row) * M
+    x = load_patterns(x_ptr, scale_ptr, gain_ptr, base, row, start, valid, GAIN, KIND, M, P, PIECE)
     eta, fill = filling(eta_ptr, row[:, None], start, valid, ETA, KIND, M, P, PIECE)
     place = (row // rows_per_weight).to(tl.int64) * (groups_per_row * M) + start
     key = keys(x, to_float(x, KIND) - eta, weight_ptr, place, valid, ETA, KIND, M, P, PIECE)

@@ -9,8 +9,9 @@ the masks.
 import triton
 import triton.language as tl
 
-from .triton_network import halves, load, reverse, running_sum, settle, sign, store, weave
+from .triton_network import halves, reverse, running_sum, settle, sign, store, weave
 from .triton_numbers import EMULATE
+from .triton_parts import load_words, make_words
 from .triton_select import count_numbers, kth_lowest
 
 
@@ -108,11 +109,16 @@ def _spread(top):
 def packed_kernel(
     x_ptr,
     u_ptr,
+    scale_ptr,
+    gain_ptr,
     counts_ptr,
     n_groups,
     N: tl.constexpr,
     M: tl.constexpr,
+    KIND: tl.constexpr,
+    GAIN: tl.constexpr,
     NAN: tl.constexpr,
+    ROW: tl.constexpr,
     G: tl.constexpr,
 ):
     """G groups of M channels a program; x and u as words. Keeps the N of largest magnitude, lower channels first, zeros the others.
@@ -123,7 +129,7 @@ def packed_kernel(
     TOP: tl.constexpr = -0x7FFF8000  # the top bits of both halves
     group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     valid = group < n_groups
-    x = load(x_ptr, group * W, valid, 0, W, W, 4)
+    x = load_words(x_ptr, scale_ptr, gain_ptr, group, n_groups, ROW, GAIN, KIND, W)
     key = _packed_min(x & 0x7FFF7FFF, tl.full(x.shape, NAN, tl.int32))
     threshold = _threshold(key, N, W) * 0x10001
     raised = key | TOP
@@ -149,10 +155,13 @@ def packed_kernel(
 def packed_row_kernel(
     x_ptr,
     u_ptr,
+    scale_ptr,
+    gain_ptr,
     counts_ptr,
     hidden,
     N,
     KIND: tl.constexpr,
+    GAIN: tl.constexpr,
     NAN: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -161,7 +170,19 @@ def packed_row_kernel(
     row = tl.program_id(0).to(tl.int64)
     n_words = hidden // 2
     word = tl.arange(0, T)
-    x = tl.load(x_ptr + row * n_words + word, mask=word < n_words, other=0)  # after all others, and never above one
+    inside = word < n_words
+    x = tl.load(x_ptr + row * n_words + word, mask=inside, other=0)  # after all others, and never above one
+    if scale_ptr is not None or GAIN > 0:
+        scale = 1.0
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row)
+        gain = 0
+        if GAIN == 1 or GAIN == 2:
+            gain = tl.load(gain_ptr + word, mask=inside, other=0)
+        elif GAIN == 3:
+            gain = tl.load(gain_ptr + row * n_words + word, mask=inside, other=0)
+        x = make_words(x, scale, gain, scale_ptr is not None, GAIN, KIND)
+        x = tl.where(inside, x, 0)  # a zero times a scale that is no number is none
     size = x & 0x7FFF7FFF
     k = 2 * T - N
     number = kth_lowest(size, k, False, KIND)
