@@ -1,5 +1,6 @@
 """Real 2:4 hardware: sparse tensor cores with the activations as the sparse operand, packing included, against the dense product."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,20 +19,23 @@ SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 def run(
     *, device: str, dtype: torch.dtype, tokens: int, shapes: Sequence[tuple[int, int]] = SHAPES, rounds: int = 7
 ) -> list[dict[str, Any]]:
-    """Time y = x Wᵀ for x [tokens, in] pruned 2:4: dense, masked dense, and sparse with cuSPARSELt.
+    """Time y = x Wᵀ for x [tokens, in] pruned 2:4: dense, masked dense, and sparse with cuSPARSELt; in fp8 too where torchao is installed.
 
     Returns:
-        one row a layer, ratios to the dense product: `masked` (prune, dense product: what nmsweep measures with), `matmul` (the
+        one row a layer and kernel (`cusparselt`, in the dtype asked for, or `torchao fp8`), ratios to the dense product (fp8 too, but for `dense_ms` and `max_difference`, is compared with that of x's own dtype): `masked` (prune, dense product: what nmsweep measures with), `matmul` (the
         sparse product alone, of a packed operand), `pack` (packing alone), `sparse` (prune, pack and sparse product: what
-        hardware gives today), with quartiles of `sparse`; below 1 is a gain. `max_difference`: of the two products, in units of the
-        largest weight.
+        hardware gives today), with quartiles of `sparse`; below 1 is a gain. `dense_fp8`: quantise and dense fp8 product, `matmul_fp8`
+        that product alone. `max_difference`: of the sparse and the dense product of one operand, in units of the largest weight.
     """
     rows = []
     for width, n_out in shapes:
         x = torch.randn(tokens, width, device=device).to(dtype)
         weight = (torch.randn(n_out, width, device=device) * width**-0.5).to(dtype)
+        shape = {"in": width, "out": n_out, "tokens": tokens}
         with torch.inference_mode():
-            rows.append({"in": width, "out": n_out, "tokens": tokens, **_compare(x, weight, device, rounds)})
+            rows.append({**shape, "kernel": "cusparselt", **_compare(x, weight, device, rounds)})
+            if importlib.util.find_spec("torchao") is not None:
+                rows.append({**shape, "kernel": "torchao fp8", **_compare_fp8(x, weight, device, rounds)})
     return rows
 
 
@@ -47,6 +51,49 @@ def _compare(x: Tensor, weight: Tensor, device: str, rounds: int) -> dict[str, A
         "sparse": lambda: torch.mm(pack(prune(x, n=2, m=4)), weight.t()),
     }
     difference = (calls["matmul"]() - F.linear(pruned, weight)).abs().max() / weight.abs().max()
+    return _row(calls, float(difference), device, rounds)
+
+
+def _compare_fp8(x: Tensor, weight: Tensor, device: str, rounds: int) -> dict[str, Any]:
+    """torchao's kernels for compute capability 9.0, which know a sparse weight: yᵀ = W xᵀ has x in its place."""
+    from torchao.ops import rowwise_scaled_linear_sparse_cutlass_f8f8, to_sparse_semi_structured_cutlass_sm9x_f8
+
+    w8, w_scale = _quantised(weight)
+
+    def pack() -> tuple[Tensor, ...]:
+        values, scale = _quantised(prune(x, n=2, m=4))
+        return (*to_sparse_semi_structured_cutlass_sm9x_f8(values), scale)
+
+    def sparse_product(packed: tuple[Tensor, ...]) -> Tensor:
+        y: Tensor = rowwise_scaled_linear_sparse_cutlass_f8f8(w8, w_scale, *packed, None, x.dtype)
+        return y.t()
+
+    def dense_product(values: Tensor, scale: Tensor) -> Tensor:
+        return torch._scaled_mm(
+            values, w8.t(), scale_a=scale[:, None], scale_b=w_scale[None], out_dtype=x.dtype, use_fast_accum=True
+        )
+
+    pruned = _quantised(prune(x, n=2, m=4))
+    packed = pack()
+    calls: dict[str, Callable[[], Tensor]] = {
+        "dense": partial(F.linear, x, weight),
+        "dense_fp8": lambda: dense_product(*_quantised(x)),
+        "matmul_fp8": partial(dense_product, *pruned),
+        "matmul": partial(sparse_product, packed),
+        "pack": lambda: to_sparse_semi_structured_cutlass_sm9x_f8(pruned[0])[0],
+        "sparse": lambda: sparse_product(pack()),
+    }
+    difference = (calls["matmul"]() - calls["matmul_fp8"]()).abs().max() / weight.abs().max()
+    return _row(calls, float(difference), device, rounds)
+
+
+def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in fp8 (e4m3) and the fp32 scale of each row."""
+    scale = x.abs().amax(dim=1).float().clamp(min=1e-12) / 448.0
+    return (x / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+
+def _row(calls: dict[str, Callable[[], Tensor]], difference: float, device: str, rounds: int) -> dict[str, Any]:
     times = interleave({name: Contender(call, repeats=5) for name, call in calls.items()}, device, rounds)
     found = ratios(times, "dense")
     return {
@@ -54,6 +101,6 @@ def _compare(x: Tensor, weight: Tensor, device: str, rounds: int) -> dict[str, A
         **{name: found[name][0] for name in calls if name != "dense"},
         "sparse_q1": found["sparse"][1],
         "sparse_q3": found["sparse"][2],
-        "max_difference": float(difference),
+        "max_difference": difference,
         "rounds": rounds,
     }

@@ -11,6 +11,7 @@ from nmsweep.models.attention import sdpa
 from nmsweep.sparsity.api import sparsify
 from nmsweep.sparsity.kernels import prune
 from nmsweep.sparsity.kernels.norms import channel_squares
+from nmsweep.sparsity.kernels.reference import make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")]
 
@@ -62,6 +63,34 @@ def test_the_kth_lowest_of_a_token_is_exact_on_the_gpu(hidden: int, dtype: torch
         torch.testing.assert_close(
             made, prune(x.to(dtype), backend="reference", **call), rtol=0, atol=0, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("call", [*CALLS[:5], *CALLS[7:12], CALLS[13], CALLS[14]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_tensor_in_parts_on_the_gpu_is_the_tensor_that_they_make(call: dict[str, Any], dtype: torch.dtype) -> None:
+    x = rows(dtype)
+    made = {**call, "weight": torch.rand(3, 960, device="cuda")} if "weight" in call else call
+    scale = torch.rand(3, 5, 1, device="cuda")
+    for gain in (torch.randn(960, device="cuda").to(dtype), torch.randn(960, device="cuda"), torch.randn_like(x)):
+        given = {"gain": gain} if gain.ndim > 1 else {"gain": gain, "scale": scale}
+        whole = make(x, given.get("scale"), gain)
+        counts = torch.zeros(2, dtype=torch.int64, device="cuda")
+        u = prune(x, counts=counts, **given, **made)
+        torch.testing.assert_close(u, prune(whole, **made), rtol=0, atol=0, equal_nan=True)
+        assert counts[1] == x.numel()
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen2", "tiny-gemma3"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("mitigation", ["none", "shift+var"])
+def test_joined_to_norms_and_products_a_model_computes_the_same_bits(shape: str, dtype: str, mitigation: str) -> None:
+    model = load_model(ModelSpec(name="t", source="tiny", shape=shape), dtype=dtype, device="cuda").model
+    ids = torch.randint(0, 250, (4, 96), device="cuda")
+    with sparsify(model, pattern="8:16", mitigation=mitigation) as sparse, torch.inference_mode():
+        assert len(sparse.joined) == 3 * len(model.get_decoder().layers)
+        logits = model(ids).logits
+        sparse.view.joins = False
+        assert torch.equal(logits, model(ids).logits)
 
 
 @pytest.fixture

@@ -37,22 +37,25 @@ def plain(p: Any, storage: Any, stamp: int) -> None:
     n_blocks = call.total // width
     x = carray(pointer(call.x), (call.total,), storage)
     u = carray(pointer(call.u), (call.total,), storage)
-    source = call.u if call.made != 0 else call.x
+    made = np.empty(call.chunk * width if call.made != 0 else 0, storage)
     kept = 0
     while True:
         chunk = fetch_add(shared, 1)
         if chunk >= call.n_chunks:
             break
         first = chunk * call.chunk
-        if call.made != 0:
-            _make(call, x, u, first * width, min((first + call.chunk) * width, call.total))
         offset = first * width * itemsize
-        kept += call_blocks(call.select, source + offset, call.u + offset, min(call.chunk, n_blocks - first))
+        source = call.x + offset
+        if call.made != 0:
+            _make(call, x, first * width, min((first + call.chunk) * width, call.total), made)
+            source = made.ctypes.data
+        kept += call_blocks(call.select, source, call.u + offset, min(call.chunk, n_blocks - first))
         rest = call.total - n_blocks * width
         if chunk == call.n_chunks - 1 and rest > 0:
+            last = made[(n_blocks - first) * width :] if call.made != 0 else x[call.total - rest :]
             scratch = np.zeros(width, storage)
             for i in range(rest):
-                scratch[i] = u[call.total - rest + i] if call.made != 0 else x[call.total - rest + i]
+                scratch[i] = last[i]
             kept += call_blocks(call.select, scratch.ctypes.data, scratch.ctypes.data, 1)
             kept -= call.n * ((width - rest) // call.m)  # the groups of the padding
             for i in range(rest):
@@ -68,7 +71,6 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
     hidden = call.hidden
     x = carray(pointer(call.x), (call.total, hidden), storage)
     u = carray(pointer(call.u), (call.total, hidden), storage)
-    source = u if call.made != 0 else x
     mask_out = carray(pointer(call.mask), (call.total, hidden), np.uint8)
     nu_out = carray(pointer(call.nu), (call.total,), np.float32)
     block = 512 // (8 * np.empty(0, key_type).itemsize) * call.padded_m
@@ -78,6 +80,7 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
     ordered = np.empty(hidden + LANES, unsigned)
     halves = np.empty(hidden + LANES, np.uint16)
     candidates = np.empty(call.m + LANES, key_type)
+    made = np.empty((call.chunk if call.made != 0 else 0, hidden), storage)
     token_eta = np.zeros(call.chunk, storage)
     eta = np.zeros(hidden, np.float32)
     fill = np.zeros(hidden, storage)
@@ -91,10 +94,12 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
             break
         first = chunk * call.chunk
         rows = min(call.chunk, call.total - first)
+        tokens = x[first : first + rows]
         if call.made != 0:
-            _make(call, x.reshape(-1), u.reshape(-1), first * hidden, (first + rows) * hidden)
+            _make(call, x.reshape(-1), first * hidden, (first + rows) * hidden, made.reshape(-1))
+            tokens = made
         for r in range(rows):
-            row = source[first + r]
+            row = tokens[r]
             if call.centre != 0:
                 token_eta[r] = _median(row, ordered, halves, call.infinity) if call.centre == 1 else _mean(row)
                 _set(fill, token_eta[r])
@@ -102,7 +107,7 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
             _keys_of_row(call, first + r, row, eta, ones, keys[r * hidden : (r + 1) * hidden])
         _select(call, rows * (hidden // call.m), block, keys, masks, candidates, halves)
         for r in range(rows):
-            row, row_mask = source[first + r], masks[r * hidden : (r + 1) * hidden]
+            row, row_mask = tokens[r], masks[r * hidden : (r + 1) * hidden]
             if call.centre != 0:
                 _set(fill, token_eta[r])
                 _set(eta, to_float(token_eta[r]))
@@ -122,24 +127,27 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
 
 
 @jit
-def _make(call: Any, x: Any, u: Any, begin: int, end: int) -> None:
-    """Make the channels `begin` to `end` of all tokens of their parts, into u, which is pruned in place then."""
-    hidden = call.hidden
-    scales = carray(pointer(call.scale), (u.size // hidden,), np.float32)
-    gains = carray(pointer(call.gain), (u.size if call.gain_step != 0 else hidden,), u.dtype)
+def _make(call: Any, x: Any, begin: int, end: int, made: Any) -> None:
+    """Make the values `begin` to `end` of the stream of all tokens of their parts. No loop reads what it writes, or it would be a slow one."""
+    hidden, first = call.hidden, begin
+    scales = carray(pointer(call.scale), (x.size // hidden,), np.float32)
+    gains = carray(pointer(call.gain), (x.size if call.gain_step != 0 else hidden,), x.dtype)
     wide_gains = carray(pointer(call.wide_gain), (hidden,), np.float32)
     while begin < end:
         row = begin // hidden
         stop, channel = min(end, (row + 1) * hidden), begin - row * hidden
-        made = u[begin:stop]
+        values, out = x[begin:stop], made[begin - first : stop - first]
         scale = scales[row] if call.scale != 0 else np.float32(1)
         if call.wide_gain != 0:
-            _scale_wide(x[begin:stop], scale, wide_gains[channel:], made)
-        elif call.scale != 0:
-            _scale(x[begin:stop], scale, made)
-        if call.gain != 0:
+            _scale_wide(values, scale, wide_gains[channel:], out)
+        elif call.gain == 0:
+            _scale(values, scale, out)
+        else:
             factors = gains[begin:] if call.gain_step != 0 else gains[channel:]
-            _multiply(made if call.scale != 0 else x[begin:stop], factors, made)
+            if call.scale != 0:
+                _scale_and_multiply(values, scale, factors, out)
+            else:
+                _multiply(values, factors, out)
         begin = stop
 
 
@@ -159,6 +167,13 @@ def _scale(x: Any, scale: Any, made: Any) -> None:
 def _multiply(x: Any, gain: Any, made: Any) -> None:
     for i in range(made.size):
         made[i] = from_float(to_float(x[i]) * to_float(gain[i]), made)
+
+
+@jit
+def _scale_and_multiply(x: Any, scale: Any, gain: Any, made: Any) -> None:
+    for i in range(made.size):
+        scaled = to_float(from_float(to_float(x[i]) * scale, made))
+        made[i] = from_float(scaled * to_float(gain[i]), made)
 
 
 @jit
