@@ -14,6 +14,7 @@ from nmsweep.evaluate.logits import decoder, target_logprobs
 from nmsweep.evaluate.packing import PREFIX_SHARE, Cost, batches, cut, pack
 from nmsweep.evaluate.result import Advance
 from nmsweep.evaluate.rows import Group, Ints, Request, Row, one_each, queries
+from nmsweep.evaluate.segments import Segments
 
 MASKED_SLOWDOWN = 4
 """Masked attention in narrow heads does about this many times fewer operations a second than the linear layers."""
@@ -198,10 +199,20 @@ class _Scorer:
                 position_ids=depth,
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **({} if cache else self._segments(rows)),
             ).last_hidden_state
         cells = np.concatenate([row.cells + at * width for at, row in enumerate(rows)])
         targets = np.concatenate([row.targets for row in rows])
         return target_logprobs(self.model, hidden.flatten(0, 1), cells, targets)
+
+    def _segments(self, rows: Sequence[Row]) -> dict[str, Segments]:
+        """What makes attention round as on lm-eval's path, where that hardly depends on the batch: fp32 on a CPU."""
+        model, config = self.model, self.model.config.get_text_config()
+        rounds_alike = (model.dtype, model.device.type, config._attn_implementation) == (torch.float32, "cpu", "sdpa")
+        window = getattr(config, "sliding_window", None) or math.inf
+        if not rounds_alike or max(int(row.depth.max()) for row in rows) >= window:
+            return {}
+        return {"segments": Segments(rows, model.device, model.dtype)}
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -21,6 +21,8 @@ from nmsweep.data.tasks import MINI_FOLDER
 from nmsweep.evaluate import packing, rows, scoring
 from nmsweep.evaluate.lm import NMSweepLM
 from nmsweep.evaluate.rows import Request
+from nmsweep.evaluate.segments import Segments
+from nmsweep.models import attention
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.sparsity.api import sparsification_from_names, sparsify
 from nmsweep.sparsity.install import installed
@@ -75,6 +77,24 @@ def furthest(a: Answers, b: Answers) -> float:
     """The largest difference of two sets of log-likelihoods; the flags have to be equal."""
     assert [flag for _, flag in a] == [flag for _, flag in b]
     return max(abs(x - y) for (x, _), (y, _) in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "by_runs"), [("tiny-llama", True), ("tiny-qwen2", True), ("tiny-gemma3", False)])
+def test_fp32_on_a_cpu_attends_run_by_run_where_no_window_is_shorter(
+    shape: str, by_runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention.register()
+    batches = []
+    attend = Segments.attend
+    monkeypatch.setattr(Segments, "attend", lambda *args: batches.append(1) or attend(*args))
+    asked = requests(n_items=3)
+    for dtype, expected in ((torch.float32, by_runs), (torch.bfloat16, False)):
+        model = tiny(shape, dtype)
+        batches.clear()
+        packed = scored(model, asked)
+        assert bool(batches) == expected
+        if dtype == torch.float32:
+            assert furthest(packed, scored(model, asked, "stock")) < 1e-4
 
 
 def tiny(shape: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:

@@ -1,0 +1,77 @@
+"""Attention of a prefix tree by runs is the attention of each of its sequences alone."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmsweep.evaluate.rows import Request, Row, make_row, one_each, queries
+from nmsweep.evaluate.segments import Segments
+
+HEADS, KEY_HEADS, WIDTH = 4, 2, 8
+
+
+def drawn(seed: int) -> list[Row]:
+    """Rows of sequences that share beginnings in every way, some of them plain."""
+    draw = random.Random(seed)
+    requests: list[Request] = []
+    for _ in range(12):
+        context = [draw.randrange(1, 4) for _ in range(draw.randint(1, 30))]
+        endings = [[draw.randrange(1, 4) for _ in range(draw.randint(1, 6))] for _ in range(draw.randint(1, 4))]
+        requests += [(None, context, ending) for ending in endings]
+    sequences = queries(requests, 10**6)
+    return [make_row(sequences[at : at + 6], 0) for at in range(0, len(sequences), 6)]
+
+
+def values(rows: list[Row], heads: int, dtype: torch.dtype) -> Tensor:
+    """Random [batch, heads, width, d]."""
+    random = torch.Generator().manual_seed(heads)
+    return torch.randn(len(rows), heads, max(map(len, rows)) + 3, WIDTH, generator=random, dtype=torch.float64).to(
+        dtype
+    )
+
+
+def alone(row: Row, place: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The output at one place of a row [heads, d], of its sequence laid out as a plain one."""
+    path = [at for at in range(place + 1) if row.end[at] > place]
+    q, k, v = (x[:, path] for x in (query, key, value))
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0, :, -1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_token_attends_to_its_own_sequence(seed: int) -> None:
+    rows = drawn(seed)
+    assert any(row.branches for row in rows)
+    query, key, value = (values(rows, heads, torch.float64) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    found = Segments(rows, query.device, query.dtype).attend(query, key, value, None)
+    assert found.shape == (len(rows), query.shape[2], HEADS, WIDTH)
+    for at, row in enumerate(rows):
+        for place in range(len(row)):
+            expected = alone(row, place, query[at], key[at], value[at])
+            torch.testing.assert_close(found[at, place], expected, rtol=0, atol=1e-13)
+
+
+def test_the_keys_of_other_branches_and_padding_count_for_nothing() -> None:
+    rows = drawn(1)
+    query, key, value = (values(rows, heads, torch.float32) for heads in (HEADS, HEADS, HEADS))
+    segments = Segments(rows, query.device, query.dtype)
+    before = segments.attend(query, key, value, 0.3)
+    for at, row in enumerate(rows):
+        key[at, :, len(row) :], value[at, :, len(row) :] = 1e6, 1e6
+    after = segments.attend(query, key, value, 0.3)
+    for at, row in enumerate(rows):
+        assert torch.equal(before[at, : len(row)], after[at, : len(row)])
+
+
+def test_rows_without_branches_are_plain_causal_attention() -> None:
+    requests: list[Request] = [(None, [at, *range(9)], [1, 2]) for at in range(3)]
+    (group,) = one_each(queries(requests, 10**6))
+    rows = group.rows
+    assert not any(row.branches for row in rows)
+    query, key, value = (values(rows, HEADS, torch.float32)[:, :, :11] for _ in range(3))
+    found = Segments(rows, query.device, query.dtype).attend(query, key, value, None)
+    n = max(map(len, rows))
+    expected = F.scaled_dot_product_attention(query[:, :, :n], key[:, :, :n], value[:, :, :n], is_causal=True)
+    torch.testing.assert_close(found[:, :n], expected.transpose(1, 2), rtol=0, atol=0)
