@@ -1,8 +1,8 @@
 """Attention of rows that hold a prefix tree, each run of tokens without branches by itself: keys in the order of one plain sequence.
 
-A mask over the whole row gives the same numbers but for the order in which a CPU's kernel adds them up: masked keys between
-those that count move these to other places of its vectors. Here a token's keys stand where they stand when its sequence
-is computed alone, as lm-eval's path does, so the two round alike.
+A mask over the whole row gives the same numbers but for the order in which a kernel adds them up: masked keys between those that
+count move these to other places of its vectors and blocks. Here a token's keys stand where they stand when its sequence is
+computed alone, as lm-eval's path does, so the two round alike: docs/evaluation.md has the figures.
 """
 
 from collections.abc import Sequence
@@ -26,27 +26,26 @@ class Segments:
     """
 
     def __init__(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
-        runs = [(at, start, stop, above) for at, row in enumerate(rows) for start, stop, above in _runs(row)]
+        runs = [(at, *run) for at, row in enumerate(rows) for run in _runs(row)]
         self.root = max(stop for _, start, stop, _ in runs if start == 0)
         below = [run for run in runs if run[1] > 0]
         n_queries = max((stop - start for _, start, stop, _ in below), default=0)
         n_keys = max((len(above) + stop - start for _, start, stop, above in below), default=0)
         queries, keys = np.zeros((len(below), n_queries), np.int64), np.zeros((len(below), n_keys), np.int64)
         sees = np.zeros((len(below), n_queries, n_keys), bool)
+        real = np.zeros((len(below), n_queries), bool)
         for at, (_, start, stop, above) in enumerate(below):
             n, k = stop - start, len(above)
-            queries[at, :n] = np.arange(start, stop)
+            queries[at, :n], real[at, :n] = np.arange(start, stop), True
             keys[at, : k + n] = np.concatenate([above, np.arange(start, stop)])
             sees[at] = np.arange(n_keys) <= k + np.minimum(np.arange(n_queries), n - 1)[:, None]
-        real = np.arange(n_queries) < np.array([stop - start for _, start, stop, _ in below], np.int64)[:, None]
-        of_row = torch.tensor([run[0] for run in below], dtype=torch.int64)
-        self.of_row, self.queries, self.keys = (
-            each.to(device) for each in (of_row[:, None], torch.from_numpy(queries), torch.from_numpy(keys))
-        )
-        self.real = torch.from_numpy(real).to(device)
-        self.mask = (
-            torch.zeros(sees.shape, dtype=dtype).masked_fill_(~torch.from_numpy(sees), -torch.inf)[:, None].to(device)
-        )
+        of_row = np.array([run[0] for run in below], np.int64)[:, None]
+        run, query = np.nonzero(real)
+        self.of_row, self.queries, self.keys = (torch.from_numpy(each).to(device) for each in (of_row, queries, keys))
+        self.answers = tuple(torch.from_numpy(each).to(device) for each in (run, query))
+        self.places = tuple(torch.from_numpy(each).to(device) for each in (of_row[run, 0], queries[run, query]))
+        hidden = torch.from_numpy(~sees)[:, None].to(device)
+        self.mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """What `scaled_dot_product_attention` gives; zeros for padding.
@@ -69,7 +68,7 @@ class Segments:
                 _gathered(x, self.of_row, at) for x, at in ((query, self.queries), (key, self.keys), (value, self.keys))
             )
             below = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, **common).transpose(1, 2)
-            found[self.of_row.expand_as(self.queries)[self.real], self.queries[self.real]] = below[self.real]
+            found[self.places] = below[self.answers]
         return found
 
 

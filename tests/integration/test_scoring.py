@@ -80,7 +80,7 @@ def furthest(a: Answers, b: Answers) -> float:
 
 
 @pytest.mark.parametrize(("shape", "by_runs"), [("tiny-llama", True), ("tiny-qwen2", True), ("tiny-gemma3", False)])
-def test_fp32_on_a_cpu_attends_run_by_run_where_no_window_is_shorter(
+def test_fp32_attends_run_by_run_where_no_window_is_shorter(
     shape: str, by_runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attention.register()
