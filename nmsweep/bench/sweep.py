@@ -43,14 +43,15 @@ def run(n_records: int, rounds: int) -> list[dict[str, Any]]:
 
     Args:
         n_records: cells of the results folder that `status` and `report` are timed on.
-        rounds: repetitions of one process against two, interleaved.
+        rounds: repetitions of every sweep, interleaved.
 
     Returns:
-        one row a measurement; `seconds` of wall time, everything from the command's start to its end included.
+        one row a measurement; `seconds` of wall time, everything from the command's start to its end included. The line goes
+        through the medians of the rounds.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        return [*_scaling(folder), *_workers(folder, rounds), *_commands(folder, n_records)]
+        return [*_scaling(folder, rounds), *_workers(folder, rounds), *_commands(folder, n_records)]
 
 
 def _timed(*words: str) -> float:
@@ -59,22 +60,25 @@ def _timed(*words: str) -> float:
     return time.perf_counter() - started
 
 
-def _scaling(folder: Path) -> list[dict[str, Any]]:
+def _scaling(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """A sweep's time against its number of cells, and the line through it."""
-    rows = []
-    for n_cells in (8, 16, 32, 64):
-        results = folder / f"n{n_cells}"
-        seconds = _timed(*grid(n_cells), f"results_dir={results}")
-        computing = sum(_provenance(cell)["time_s"] for cell in cell_folders(results))
-        rows.append({"what": "sweep", "cells": n_cells, "workers": 1, "seconds": seconds, "measuring_s": computing})
-    cells = np.array([row["cells"] for row in rows], dtype=float)
-    overhead = np.array([row["seconds"] - row["measuring_s"] for row in rows])
-    times = np.array([row["seconds"] for row in rows])
-    per_cell, start = np.polyfit(cells, times, 1)
-    residual = times - (per_cell * cells + start)
+    sizes = (8, 16, 32, 64)
+    seconds, computing = np.zeros((rounds, len(sizes))), np.zeros((rounds, len(sizes)))
+    for turn in range(rounds):
+        for at, n_cells in enumerate(sizes):
+            results = folder / f"n{n_cells}-{turn}"
+            seconds[turn, at] = _timed(*grid(n_cells), f"results_dir={results}")
+            computing[turn, at] = sum(_provenance(cell)["time_s"] for cell in cell_folders(results))
+    times, overhead = np.median(seconds, axis=0), np.median(seconds - computing, axis=0)
+    per_cell, start = np.polyfit(sizes, times, 1)
+    residual = times - (per_cell * np.array(sizes) + start)
+    rows = [
+        {"what": "sweep", "cells": n, "workers": 1, "seconds": time, "measuring_s": measuring}
+        for n, time, measuring in zip(sizes, times, np.median(computing, axis=0), strict=True)
+    ]
     fit = {
         "what": "line through them", "seconds_per_cell": per_cell, "start_s": start,
-        "overhead_per_cell_s": np.polyfit(cells, overhead, 1)[0],
+        "overhead_per_cell_s": np.polyfit(sizes, overhead, 1)[0],
         "r2": 1 - float((residual**2).sum() / ((times - times.mean()) ** 2).sum()),
     }  # fmt: skip
     return [*rows, fit]
@@ -100,7 +104,7 @@ def _workers(folder: Path, rounds: int) -> list[dict[str, Any]]:
 def _commands(folder: Path, n_records: int) -> list[dict[str, Any]]:
     """`status` and `report` on a results folder of many records."""
     results = folder / "many"
-    multiply(folder / "n64", results, n_records)
+    multiply(folder / "n64-0", results, n_records)
     return [
         {"what": f"nmsweep {name}", "cells": n_records, "seconds": _timed(name, f"results_dir={results}")}
         for name in ("status", "report")

@@ -142,7 +142,7 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
 
     def _packed(self, requests: Sequence[Request]) -> list[Group]:
         single = self.why_single_rows is not None
-        key = (len(requests), self.max_length, self.budget.tokens, single)
+        key = (len(requests), self.max_length, self.budget.tokens, single, self.model.dtype)
         plans: Plans = {}  # parts of a rolling request have no texts, and there are many sets of them
         if self._plans is not None and requests and requests[0][0] is not None:
             plans = self._plans

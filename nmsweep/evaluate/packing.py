@@ -22,23 +22,27 @@ class Cost:
     Attributes:
         attention_ratio: length of a context whose attention costs a token as much as all linear layers do.
         pass_tokens: cost of a forward pass beside its tokens.
+        least_prefix: a shorter prefix is not computed apart.
     """
 
     attention_ratio: float
     pass_tokens: float
+    least_prefix: int = 1
 
     def row(self, width: Any, prefix: int = 0) -> Any:
         """One row of `width` tokens after a cached prefix; numbers or arrays of them."""
         return width * (1 + (width + prefix) / self.attention_ratio)
 
     def saved(self, prefix: int, below: float, n: int, max_tokens: int) -> float:
-        """What caching a prefix saves; below 0 if it does not.
+        """What caching a prefix saves; 0 or less if it does not.
 
         Args:
             prefix: its tokens.
             below: tokens of the prefix tree below it, of `n` sequences.
             max_tokens: tokens that a row should not exceed.
         """
+        if prefix < self.least_prefix:
+            return 0.0
         alone = below / n
         cheapest = math.sqrt(prefix * (prefix + self.attention_ratio))  # length below, of rows with the prefix in each
         length = max(min(cheapest, below, max_tokens - prefix), alone)

@@ -23,6 +23,10 @@ PASS_TOKENS = {"cpu": 64, "cuda": 2048}
 """A forward pass takes about as long as this many tokens before it has computed any: a GPU waits for its launches."""
 
 
+LEAST_FP32_PREFIX = 64
+"""A pass over fewer tokens saves next to nothing, and matrix products of few rows round in another way: in fp32 that is seen."""
+
+
 @dataclass
 class Budget:
     """Padded tokens computed at once; halved when memory runs out, never raised again."""
@@ -50,7 +54,8 @@ def cost_of(model: Any) -> Cost:
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     ratio = weights / config.num_hidden_layers / (2 * width) / MASKED_SLOWDOWN
-    return Cost(float(ratio), PASS_TOKENS.get(model.device.type, PASS_TOKENS["cpu"]))
+    least_prefix = LEAST_FP32_PREFIX if model.dtype == torch.float32 else 1
+    return Cost(float(ratio), PASS_TOKENS.get(model.device.type, PASS_TOKENS["cpu"]), least_prefix)
 
 
 def plan(model: Any, requests: Sequence[Request], *, max_length: int, budget: Budget, single_rows: bool) -> list[Group]:

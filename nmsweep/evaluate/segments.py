@@ -2,11 +2,12 @@
 
 A mask over the whole row gives the same numbers but for the order in which a kernel adds them up: masked keys between those that
 count move these to other places of its vectors and blocks. Here a token's keys stand where they stand when its sequence is
-computed alone, as lm-eval's path does, so the two round alike: docs/evaluation.md has the figures.
+computed alone, and end where a causal kernel's block of them ends, as on lm-eval's path: so the two round alike as far as lm-eval's
+path rounds like itself with other batches. docs/evaluation.md has the figures.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmsweep.evaluate.rows import Ints, Row
+
+BLOCK = 16
+"""Keys are padded to a multiple of this: fp32 lanes of the widest vector of a CPU, so that no key falls in a remainder."""
+
+
+class Run(NamedTuple):
+    """Tokens `start` to `stop` of row `row`, each the successor of the one before, and the places of those above them."""
+
+    row: int
+    start: int
+    stop: int
+    above: Ints
+
+    @property
+    def n_keys(self) -> int:
+        return len(self.above) + self.stop - self.start
 
 
 class Segments:
@@ -26,29 +43,16 @@ class Segments:
     """
 
     def __init__(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
-        runs = [(at, *run) for at, row in enumerate(rows) for run in _runs(row)]
-        self.root = max(stop for _, start, stop, _ in runs if start == 0)
-        below = [run for run in runs if run[1] > 0]
-        n_queries = max((stop - start for _, start, stop, _ in below), default=0)
-        n_keys = max((len(above) + stop - start for _, start, stop, above in below), default=0)
-        queries, keys = np.zeros((len(below), n_queries), np.int64), np.zeros((len(below), n_keys), np.int64)
-        sees = np.zeros((len(below), n_queries, n_keys), bool)
-        real = np.zeros((len(below), n_queries), bool)
-        for at, (_, start, stop, above) in enumerate(below):
-            n, k = stop - start, len(above)
-            queries[at, :n], real[at, :n] = np.arange(start, stop), True
-            keys[at, : k + n] = np.concatenate([above, np.arange(start, stop)])
-            sees[at] = np.arange(n_keys) <= k + np.minimum(np.arange(n_queries), n - 1)[:, None]
-        of_row = np.array([run[0] for run in below], np.int64)[:, None]
-        run, query = np.nonzero(real)
-        self.of_row, self.queries, self.keys = (torch.from_numpy(each).to(device) for each in (of_row, queries, keys))
-        self.answers = tuple(torch.from_numpy(each).to(device) for each in (run, query))
-        self.places = tuple(torch.from_numpy(each).to(device) for each in (of_row[run, 0], queries[run, query]))
-        hidden = torch.from_numpy(~sees)[:, None].to(device)
-        self.mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        runs = [run for at, row in enumerate(rows) for run in _runs(at, row)]
+        self.root = _padded(max(run.stop for run in runs if run.start == 0))
+        by_width: dict[int, list[Run]] = {}
+        for run in runs:
+            if run.start > 0:
+                by_width.setdefault(_padded(run.n_keys), []).append(run)
+        self.alike = [_Alike(same, width, device, dtype) for width, same in by_width.items()]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """What `scaled_dot_product_attention` gives; zeros for padding.
+        """What `scaled_dot_product_attention` gives; anything finite for padding.
 
         Args:
             query: [batch, heads, width, d].
@@ -63,25 +67,56 @@ class Segments:
         found = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         root = F.scaled_dot_product_attention(query[:, :, :n], key[:, :, :n], value[:, :, :n], is_causal=True, **common)
         found[:, :n] = root.transpose(1, 2)
-        if len(self.of_row):
-            q, k, v = (
-                _gathered(x, self.of_row, at) for x, at in ((query, self.queries), (key, self.keys), (value, self.keys))
-            )
-            below = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, **common).transpose(1, 2)
-            found[self.places] = below[self.answers]
+        for runs in self.alike:
+            runs.attend(query, key, value, found, common)
         return found
 
 
-def _gathered(x: Tensor, of_row: Tensor, place: Tensor) -> Tensor:
-    """x [batch, heads, width, d] at places [runs, n] of the runs' rows: [runs, heads, n, d]."""
-    return x.transpose(1, 2)[of_row, place].transpose(1, 2).contiguous()
+class _Alike:
+    """Runs that are not a row's first, of about as many keys, which are padded to `width`."""
+
+    def __init__(self, runs: Sequence[Run], width: int, device: torch.device, dtype: torch.dtype) -> None:
+        lengths = np.array([run.stop - run.start for run in runs])
+        n_queries = int(lengths.max())
+        queries, keys = np.zeros((len(runs), n_queries), np.int64), np.zeros((len(runs), width), np.int64)
+        for at, run in enumerate(runs):
+            own = np.arange(run.start, run.stop)
+            queries[at, : len(own)] = own
+            keys[at, : run.n_keys] = np.concatenate([run.above, own])
+        n_above = np.array([len(run.above) for run in runs])[:, None]
+        last = n_above + np.minimum(np.arange(n_queries), lengths[:, None] - 1)  # the last key that a query sees
+        hidden = np.arange(width) > last[:, :, None]
+        run_at, query_at = np.nonzero(np.arange(n_queries) < lengths[:, None])
+        row = np.array([run.row for run in runs])
+
+        def there(x: Ints) -> Tensor:
+            return torch.from_numpy(x).to(device)
+
+        self.row, self.queries, self.keys = there(row[:, None]), there(queries), there(keys)
+        self.answers = (there(run_at), there(query_at))
+        self.places = (there(row[run_at]), there(queries[run_at, query_at]))
+        self.mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)
+        self.mask = self.mask[:, None].to(device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, found: Tensor, common: dict[str, Any]) -> None:
+        """Put the runs' outputs into `found` [batch, width, heads, d]."""
+        q, k, v = self._gathered(query, self.queries), self._gathered(key, self.keys), self._gathered(value, self.keys)
+        below = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, **common).transpose(1, 2)
+        found[self.places] = below[self.answers]
+
+    def _gathered(self, x: Tensor, places: Tensor) -> Tensor:
+        """x [batch, heads, width, d] at places [runs, n] of the runs' rows: [runs, heads, n, d]."""
+        return x.transpose(1, 2)[self.row, places].transpose(1, 2).contiguous()
 
 
-def _runs(row: Row) -> list[tuple[int, int, Ints]]:
-    """Start and end of each run of a row, and the places of the tokens above it, first to last."""
-    starts = np.flatnonzero(np.diff(row.depth, prepend=-2) != 1)
-    stops = [*starts[1:].tolist(), len(row)]
+def _padded(n: int) -> int:
+    return -(-n // BLOCK) * BLOCK
+
+
+def _runs(at: int, row: Row) -> list[Run]:
+    """The runs of a row, first to last."""
+    starts = np.flatnonzero(np.diff(row.depth, prepend=-2) != 1).tolist()
+    stops = [*starts[1:], len(row)]
     return [
-        (start, stop, np.flatnonzero(row.end[:start] > start))
-        for start, stop in zip(starts.tolist(), stops, strict=True)
+        Run(at, start, stop, np.flatnonzero(row.end[:start] > start)) for start, stop in zip(starts, stops, strict=True)
     ]
