@@ -77,7 +77,7 @@ class _Alike:
 
     def __init__(self, runs: Sequence[Run], width: int, device: torch.device, dtype: torch.dtype) -> None:
         lengths = np.array([run.stop - run.start for run in runs])
-        n_queries = int(lengths.max())
+        n_queries = _padded(int(lengths.max()))
         queries, keys = np.zeros((len(runs), n_queries), np.int64), np.zeros((len(runs), width), np.int64)
         for at, run in enumerate(runs):
             own = np.arange(run.start, run.stop)

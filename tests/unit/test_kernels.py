@@ -178,6 +178,22 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             prune(x, n=2, m=4, **wrong)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("name", ["8:16", "16:32", "50%", "median+var"])
+def test_a_gpu_without_words_of_two_numbers_agrees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nmsweep.sparsity.kernels import triton
+
+    def refused(*args: Any) -> None:
+        raise AssertionError("a kernel of words")
+
+    monkeypatch.setattr(triton, "_knows_words", lambda device: False)
+    monkeypatch.setattr(triton, "_launch_packed", refused)
+    monkeypatch.setattr(triton, "packed_median_kernel", None)
+    x = draw(2, 3, 192)
+    agree("triton", x, **arguments(CALLS[name], x))
+    agree("triton", x, **arguments(CALLS[name], x), **parts("scale and gain", x))
+
+
 SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40, -1e-40, 1e-45, 65504.0, 3e38, -3e38]
 
 

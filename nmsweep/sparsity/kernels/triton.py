@@ -9,6 +9,7 @@ so kept channels pass bit for bit. Runs on CPU tensors under TRITON_INTERPRET=1,
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,10 +54,16 @@ SELECT_WARP = 2048
 """Words of a token that one warp holds while the k-th lowest is searched."""
 
 
+@cache
+def _knows_words(device: torch.device) -> bool:
+    """Whether a GPU has the instructions on two 16-bit numbers at once: from compute capability 9.0 on."""
+    return EMULATE.value or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def supports(args: Arguments) -> bool:
-    """Whether this backend can run the call; else the reference does."""
+    """Whether this backend can run the call; else the reference does. Some instructions are NVIDIA's own."""
     if (
-        not (args.x.is_cuda or EMULATE.value)
+        not ((args.x.is_cuda and torch.version.hip is None) or EMULATE.value)
         or args.x.dtype not in _KINDS
         or args.x.numel() // args.m > _LARGEST_STREAM
     ):
@@ -165,8 +172,8 @@ def _select_warps(words: int) -> int:
 
 
 def _in_words(x: Tensor) -> bool:
-    """Whether two neighbours of the contiguous x make a word."""
-    return x.dtype in _NAN_KEYS and x.storage_offset() % 2 == 0
+    """Whether two neighbours of the contiguous x make a word that the GPU can compute with."""
+    return x.dtype in _NAN_KEYS and x.storage_offset() % 2 == 0 and _knows_words(x.device)
 
 
 def _packs(args: Arguments, x: Tensor) -> bool:
