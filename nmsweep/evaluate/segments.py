@@ -2,8 +2,8 @@
 
 A mask over the whole row gives the same numbers but for the order in which a kernel adds them up: masked keys between those that
 count move these to other places of its vectors and blocks. Here a token's keys stand where they stand when its sequence is
-computed alone, and end where a causal kernel's block of them ends, as on lm-eval's path: so the two round alike as far as lm-eval's
-path rounds like itself with other batches. docs/evaluation.md has the figures.
+computed alone. On a CPU they also end where they end there: its causal kernel takes queries in blocks, and gives each the
+keys up to the end of its block. So packed scoring rounds as one of the batch sizes of lm-eval's path does; docs/evaluation.md has the figures.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,20 @@ from torch import Tensor
 
 from nmsweep.evaluate.rows import Ints, Row
 
-BLOCK = 16
-"""Keys are padded to a multiple of this: fp32 lanes of the widest vector of a CPU, so that no key falls in a remainder."""
-
 
 class Run(NamedTuple):
-    """Tokens `start` to `stop` of row `row`, each the successor of the one before, and the places of those above them."""
+    """Tokens `start` to `stop` of row `row`, each the successor of the one before.
+
+    Attributes:
+        above: the places of the tokens above them, first to last.
+        width: keys that a kernel is given, of which `len(above) + stop - start` are there.
+    """
 
     row: int
     start: int
     stop: int
     above: Ints
+    width: int
 
     @property
     def n_keys(self) -> int:
@@ -43,16 +46,15 @@ class Segments:
     """
 
     def __init__(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
-        runs = [run for at, row in enumerate(rows) for run in _runs(at, row)]
-        self.root = _padded(max(run.stop for run in runs if run.start == 0))
+        runs = [run for at, row in enumerate(rows) for run in _runs(at, row, by_block=device.type == "cpu")]
+        widest = max(run.width for run in runs)  # a GPU is given all at once: its kernels end where they like
         by_width: dict[int, list[Run]] = {}
         for run in runs:
-            if run.start > 0:
-                by_width.setdefault(_padded(run.n_keys), []).append(run)
+            by_width.setdefault(run.width if device.type == "cpu" else widest, []).append(run)
         self.alike = [_Alike(same, width, device, dtype) for width, same in by_width.items()]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """What `scaled_dot_product_attention` gives; anything finite for padding.
+        """What `scaled_dot_product_attention` gives; zeros for padding.
 
         Args:
             query: [batch, heads, width, d].
@@ -63,21 +65,18 @@ class Segments:
             [batch, width, heads, d].
         """
         common: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-        n = self.root
         found = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-        root = F.scaled_dot_product_attention(query[:, :, :n], key[:, :, :n], value[:, :, :n], is_causal=True, **common)
-        found[:, :n] = root.transpose(1, 2)
         for runs in self.alike:
             runs.attend(query, key, value, found, common)
         return found
 
 
 class _Alike:
-    """Runs that are not a row's first, of about as many keys, which are padded to `width`."""
+    """Runs that are given `width` keys each."""
 
     def __init__(self, runs: Sequence[Run], width: int, device: torch.device, dtype: torch.dtype) -> None:
         lengths = np.array([run.stop - run.start for run in runs])
-        n_queries = _padded(int(lengths.max()))
+        n_queries = int(lengths.max())
         queries, keys = np.zeros((len(runs), n_queries), np.int64), np.zeros((len(runs), width), np.int64)
         for at, run in enumerate(runs):
             own = np.arange(run.start, run.stop)
@@ -109,14 +108,23 @@ class _Alike:
         return x.transpose(1, 2)[self.row, places].transpose(1, 2).contiguous()
 
 
-def _padded(n: int) -> int:
-    return -(-n // BLOCK) * BLOCK
+def block_of(length: int) -> int:
+    """Queries that torch's causal kernel for CPUs takes at once in a sequence (`cpu_flash_attention`)."""
+    return 256 if length >= 768 else 64 if length >= 192 else 32
 
 
-def _runs(at: int, row: Row) -> list[Run]:
-    """The runs of a row, first to last."""
+def _runs(at: int, row: Row, by_block: bool) -> list[Run]:
+    """The runs of a row, first to last; `by_block` cut where the kernel's blocks of the longest sequence through them end."""
     starts = np.flatnonzero(np.diff(row.depth, prepend=-2) != 1).tolist()
-    stops = [*starts[1:], len(row)]
-    return [
-        Run(at, start, stop, np.flatnonzero(row.end[:start] > start)) for start, stop in zip(starts, stops, strict=True)
-    ]
+    found = []
+    for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
+        above = np.flatnonzero(row.end[:start] > start)
+        longest = int(row.depth[start : row.end[start]].max()) + 1
+        block, first = block_of(longest), len(above)
+        last = first + stop - start
+        cuts = range((first // block + 1) * block, last, block) if by_block else ()
+        for low, high in zip([first, *cuts], [*cuts, last], strict=True):
+            before = np.concatenate([above, np.arange(start, start + low - first)])
+            width = min(-(-high // block) * block, longest) if by_block else high
+            found.append(Run(at, start + low - first, start + high - first, before, width))
+    return found
