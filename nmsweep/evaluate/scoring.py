@@ -217,7 +217,7 @@ class _Scorer:
         in_reach = max(int(row.depth.max()) for row in rows) < window
         if model.dtype != torch.float32 or config._attn_implementation != "sdpa" or not in_reach:
             return {}
-        return {"segments": Segments(rows, model.device, model.dtype)}
+        return {"segments": Segments(rows, model.device, model.dtype, by_block=model.device.type == "cpu")}
 
 
 def out_of_memory(error: RuntimeError) -> bool:

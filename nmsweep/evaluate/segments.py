@@ -3,7 +3,7 @@
 A mask over the whole row gives the same numbers but for the order in which a kernel adds them up: masked keys between those that
 count move these to other places of its vectors and blocks. Here a token's keys stand where they stand when its sequence is
 computed alone. On a CPU they also end where they end there: its causal kernel takes queries in blocks, and gives each the
-keys up to the end of its block. So packed scoring rounds as one of the batch sizes of lm-eval's path does; docs/evaluation.md has the figures.
+keys up to the end of its block. Elsewhere all runs below a row's first are taken at once. So packed scoring rounds as one of the batch sizes of lm-eval's path does; docs/evaluation.md has the figures.
 """
 
 from collections.abc import Sequence
@@ -43,18 +43,21 @@ class Segments:
         rows: of one batch, none below a cached prefix.
         device: of the model.
         dtype: of its attention.
+        by_block: keys end where the CPU's kernel ends them.
     """
 
-    def __init__(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
-        runs = [run for at, row in enumerate(rows) for run in _runs(at, row, by_block=device.type == "cpu")]
-        widest = max(run.width for run in runs)  # a GPU is given all at once: its kernels end where they like
+    def __init__(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype, by_block: bool) -> None:
+        runs = [run for at, row in enumerate(rows) for run in runs_of(at, row, by_block)]
+        self.root = 0 if by_block else max(run.stop for run in runs if run.start == 0)
+        below = [run for run in runs if by_block or run.start > 0]
+        widest = max((run.width for run in below), default=0)
         by_width: dict[int, list[Run]] = {}
-        for run in runs:
-            by_width.setdefault(run.width if device.type == "cpu" else widest, []).append(run)
+        for run in below:
+            by_width.setdefault(run.width if by_block else widest, []).append(run)
         self.alike = [_Alike(same, width, device, dtype) for width, same in by_width.items()]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """What `scaled_dot_product_attention` gives; zeros for padding.
+        """What `scaled_dot_product_attention` gives; anything finite for padding.
 
         Args:
             query: [batch, heads, width, d].
@@ -66,6 +69,11 @@ class Segments:
         """
         common: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
         found = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        if n := self.root:
+            root = F.scaled_dot_product_attention(
+                query[:, :, :n], key[:, :, :n], value[:, :, :n], is_causal=True, **common
+            )
+            found[:, :n] = root.transpose(1, 2)
         for runs in self.alike:
             runs.attend(query, key, value, found, common)
         return found
@@ -113,7 +121,7 @@ def block_of(length: int) -> int:
     return 256 if length >= 768 else 64 if length >= 192 else 32
 
 
-def _runs(at: int, row: Row, by_block: bool) -> list[Run]:
+def runs_of(at: int, row: Row, by_block: bool) -> list[Run]:
     """The runs of a row, first to last; `by_block` cut where the kernel's blocks of the longest sequence through them end."""
     starts = np.flatnonzero(np.diff(row.depth, prepend=-2) != 1).tolist()
     found = []

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmsweep.evaluate.rows import Request, Row, make_row, one_each, queries
-from nmsweep.evaluate.segments import Segments
+from nmsweep.evaluate.segments import Segments, runs_of
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 
@@ -40,12 +40,13 @@ def alone(row: Row, place: int, query: Tensor, key: Tensor, value: Tensor) -> Te
     return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0, :, -1]
 
 
+@pytest.mark.parametrize("by_block", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_each_token_attends_to_its_own_sequence(seed: int) -> None:
+def test_each_token_attends_to_its_own_sequence(seed: int, by_block: bool) -> None:
     rows = drawn(seed)
     assert any(row.branches for row in rows)
     query, key, value = (values(rows, heads, torch.float64) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
-    found = Segments(rows, query.device, query.dtype).attend(query, key, value, None)
+    found = Segments(rows, query.device, query.dtype, by_block).attend(query, key, value, None)
     assert found.shape == (len(rows), query.shape[2], HEADS, WIDTH)
     for at, row in enumerate(rows):
         for place in range(len(row)):
@@ -56,7 +57,7 @@ def test_each_token_attends_to_its_own_sequence(seed: int) -> None:
 def test_the_keys_of_other_branches_and_padding_count_for_nothing() -> None:
     rows = drawn(1)
     query, key, value = (values(rows, heads, torch.float32) for heads in (HEADS, HEADS, HEADS))
-    segments = Segments(rows, query.device, query.dtype)
+    segments = Segments(rows, query.device, query.dtype, by_block=True)
     before = segments.attend(query, key, value, 0.3)
     for at, row in enumerate(rows):
         key[at, :, len(row) :], value[at, :, len(row) :] = 1e6, 1e6
@@ -71,7 +72,25 @@ def test_rows_without_branches_are_plain_causal_attention() -> None:
     rows = group.rows
     assert not any(row.branches for row in rows)
     query, key, value = (values(rows, HEADS, torch.float32)[:, :, :11] for _ in range(3))
-    found = Segments(rows, query.device, query.dtype).attend(query, key, value, None)
+    found = Segments(rows, query.device, query.dtype, by_block=False).attend(query, key, value, None)
     n = max(map(len, rows))
     expected = F.scaled_dot_product_attention(query[:, :, :n], key[:, :, :n], value[:, :, :n], is_causal=True)
     torch.testing.assert_close(found[:, :n], expected.transpose(1, 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("length", [5, 32, 33, 90, 191, 230, 800])
+def test_by_block_a_run_ends_with_the_block_or_the_sequence(length: int) -> None:
+    tokens = [3] * length
+    requests: list[Request] = [(None, [*tokens, 1], [1]), (None, [*tokens[: length // 2], 2, 2], [1])]
+    row = make_row(queries(requests, 10**6), 0)
+    covered = []
+    for run in runs_of(0, row, by_block=True):
+        first, last = len(run.above), run.n_keys - 1
+        longest = max(int(row.depth[at]) + 1 for at in range(run.start, row.end[run.start]))
+        block = 32 if longest < 192 else 64 if longest < 768 else 256
+        assert row.depth[run.start : run.stop].tolist() == [*range(first, last + 1)]
+        assert first // block == last // block
+        assert run.width == min((last // block + 1) * block, longest)
+        assert all(row.end[at] > run.start for at in run.above)
+        covered += range(run.start, run.stop)
+    assert covered == [*range(len(row))]
