@@ -63,9 +63,12 @@ def run_plan(words: list[str], plan: "Plan", pending: Sequence[int]) -> int:
     """Run some cells of a plan that is stored, through the launcher that the words name; the exit code."""
     from nmsweep.disk.interrupt import interruptible
     from nmsweep.sweep.launching import Launch
+    from nmsweep.sweep.leftovers import remove_abandoned
 
     with interruptible():
-        return hand_to_hydra(words, Launch(plan, tuple(pending), secrets.token_hex(6)))
+        code = hand_to_hydra(words, Launch(plan, tuple(pending), secrets.token_hex(6)))
+        remove_abandoned(plan.results_dir)  # of workers that were killed
+        return code
 
 
 def silence_libraries() -> None:

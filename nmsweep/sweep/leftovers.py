@@ -53,8 +53,16 @@ def temporary_files(results_dir: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(results_dir: Path) -> int:
-    """Remove the temporary files whose process is gone; how many there were."""
+    """Remove the temporary files and claims whose process is known to be gone; how many there were.
+
+    Nobody gets a claim by that: who makes one looks again afterwards whether another is there.
+    """
     found = [path for path in temporary_files(results_dir) if is_abandoned(path)]
+    found += [
+        claim.place
+        for claim, _ in all_claims(results_dir)
+        if claim.owner is not None and claim.owner.is_alive() is False
+    ]
     for path in found:
         _remove(path)
     return len(found)

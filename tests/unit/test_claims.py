@@ -14,6 +14,7 @@ from nmsweep.disk import claims
 from nmsweep.disk.claims import LEASE_S, claimed, find, is_void, take
 from nmsweep.disk.owner import Owner, me, parse_owner, server_time, temporary_name
 from nmsweep.errors import Busy
+from nmsweep.sweep.leftovers import remove_abandoned
 
 ELSEWHERE = Owner("othernode", "0" * 8, 4242, 17)
 
@@ -126,3 +127,13 @@ def test_a_hostile_or_torn_claim_ends_with_its_lease(tmp_path: Path) -> None:
 def test_temporary_names_say_whose_they_are_and_fit_a_folder() -> None:
     assert parse_owner(temporary_name()) == me()
     assert len(temporary_name()) < 100
+
+
+def test_what_a_killed_process_held_is_cleared_and_what_others_hold_stays(tmp_path: Path) -> None:
+    dead = claim_of(tmp_path, dead_process())
+    with claimed(tmp_path, "mine"):
+        assert remove_abandoned(tmp_path) == 1
+        assert not dead.exists()
+        elsewhere = claim_of(tmp_path, ELSEWHERE, age_s=2 * LEASE_S)  # its node alone knows whether it lives
+        assert remove_abandoned(tmp_path) == 0
+        assert sorted(place.name for place in elsewhere.parent.iterdir()) == ["cell.0", "mine.0"]
