@@ -6,44 +6,59 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nmsweep.application import planned, run_plan
-from nmsweep.damage import damage
+from nmsweep.compose import prepare
 from nmsweep.errors import InputError
 from nmsweep.record import cell_index
 from nmsweep.sweep.estimate import duration, measured
 from nmsweep.sweep.leftovers import leftovers, remove
-from nmsweep.sweep.plan import Plan, load, plan_ids, store
+from nmsweep.sweep.plan import Plan, PlannedCell, load, plan_ids, store
+from nmsweep.sweep.planning import missing
 from nmsweep.sweep.status import read_status, show_status
 from nmsweep.words import key_values
 
 
 def plan(words: Sequence[str]) -> int:
     """Show the cells of a command, what exists and how long the rest takes; run and write nothing."""
-    parser = argparse.ArgumentParser("nmsweep plan", add_help=False, exit_on_error=False)
-    parser.add_argument("--multirun", "-m", action="store_true")
-    parser.add_argument("--config-dir", "-cd", type=Path)
-    try:
-        options, overrides = parser.parse_known_args(list(words))
-    except argparse.ArgumentError as error:
-        raise InputError(f"plan: {error}; it takes the words of the command that would run the cells") from error
+    options, overrides = _options("plan", words)
     made = planned(words, overrides, options.multirun, options.config_dir)
     _show_plan(made)
     return 0
 
 
+def _options(subcommand: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command that runs cells, and its other words.
+
+    Raises:
+        InputError: an option without its value, or a config folder that is none.
+    """
+    parser = argparse.ArgumentParser(f"nmsweep {subcommand}", add_help=False, exit_on_error=False)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    try:
+        options, rest = parser.parse_known_args(list(words))
+    except argparse.ArgumentError as error:
+        raise InputError(f"{subcommand}: {error}; it takes the words of the command that runs the cells") from error
+    if options.config_dir and not options.config_dir.is_dir():
+        raise InputError(
+            f"--config-dir: {options.config_dir} is no folder; name one with criterion/, model/, hydra/, …"
+        )
+    return options, rest
+
+
 def _show_plan(made: Plan) -> None:
     known = cell_index(made.results_dir)
     throughput = measured(known.values())
+    to_run = set(missing(made))
     total, unknown = 0.0, set()
-    for cell in made.cells:
-        exists = cell.cell_id in known and not damage(known[cell.cell_id])
-        seconds = throughput.seconds(cell)
+    for at, cell in enumerate(made.cells):
+        exists, seconds = at not in to_run, throughput.seconds(cell)
         if not exists and seconds is None:
             unknown.add(str(cell.config["model"]["name"]))
         total += 0.0 if exists else seconds or 0.0
         state = "exists" if exists else "to run" if seconds is None else f"to run, about {duration(seconds)}"
         print(f"{cell.name}  {state}{' (baseline)' if cell.baseline else ''}")
-    n_done = sum(cell.cell_id in known for cell in made.cells)
-    print(f"{len(made.cells)} cells, {n_done} exist in {made.results_dir}, {len(made.cells) - n_done} to run")
+    n_done = len(made.cells) - len(to_run)
+    print(f"{len(made.cells)} cells, {n_done} exist in {made.results_dir}, {len(to_run)} to run")
     if unknown:
         print(
             f"time: unknown for {', '.join(sorted(unknown))}: no finished cell with these tasks is in {made.results_dir}"
@@ -81,8 +96,9 @@ def retry(words: Sequence[str]) -> int:
 
     Only the cells come from the stored plan, not the command: whoever can write to a results folder can write a plan.
     """
-    own = [word for word in words if word.startswith(("hydra/", "hydra.", "cluster.", "+hydra."))]
-    given = key_values([word for word in words if word not in own], ["results_dir", "plan", "trust"])
+    options, rest = _options("retry", words)
+    own = [word for word in rest if word.startswith(("hydra/", "hydra.", "cluster.", "+hydra."))]
+    given = key_values([word for word in rest if word not in own], ["results_dir", "plan", "trust"])
     found = _stored(given)
     pending = [found.cells.index(cell) for cell, _ in read_status(found).failed]
     if not pending:
@@ -92,17 +108,34 @@ def retry(words: Sequence[str]) -> int:
         raise InputError(f"plan {found.plan_id}: {why}; if it is yours, add trust=true")
     print(f"nmsweep: {len(pending)} failed cells to run again", file=sys.stderr)
     store(found)
-    return run_plan(["--multirun", f"results_dir={found.results_dir}", *own], found, pending)
+    prepare(options.config_dir)
+    folder = ["--config-dir", str(options.config_dir)] if options.config_dir else []
+    return run_plan(["--multirun", *folder, f"results_dir={found.results_dir}", *own], found, pending)
 
 
 def _foreign_code(found: Plan) -> str:
-    """Why a stored plan runs code that is not nmsweep's; empty if it does not."""
+    """Why a stored plan runs code that is not nmsweep's, or sends results away; empty if it does not."""
     for cell in found.cells:
         if packages := cell.config.get("plugins"):
             return f"it runs code of {', '.join(map(str, packages))}"
         if cell.config["model"].get("trust_remote_code"):
             return f"it runs code that model {cell.config['model']['name']} brings along"
+        if folder := cell.config["eval"].get("include_path"):
+            return f"it runs code that the tasks in {folder} may name (eval.include_path)"
+        if (place := _logged_to(cell)) is not None:
+            return f"it sends results to {place}"
     return ""
+
+
+def _logged_to(cell: PlannedCell) -> str | None:
+    """Where a cell of a stored plan is reported to, as the plan says; None if nowhere, or where this user's environment says."""
+    loggers = cell.config.get("loggers") or {}
+    mlflow, wandb = loggers.get("mlflow") or {}, loggers.get("wandb") or {}
+    if mlflow.get("enabled") and mlflow.get("tracking_uri"):
+        return str(mlflow["tracking_uri"])
+    if wandb.get("enabled") and wandb.get("entity"):
+        return f"{wandb['entity']} of Weights & Biases"
+    return None
 
 
 def gc(words: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from chaos.kill import chaos
 from processes import Run, run
 
 from nmsweep.disk.owner import Owner, temporary_name
-from nmsweep.record import cell_folders, failure_of
+from nmsweep.record import cell_folders, failure_folder, failure_of, write_failure
 from nmsweep.report.load import read_results
 from nmsweep.sweep.plan import indices_text, load, parse_indices, plan_ids
 
@@ -138,6 +139,41 @@ def test_status_tells_done_failed_and_missing_and_retry_runs_the_failed(
     assert "5 cells: 5 done, 0 running, 0 failed, 0 missing" in nmsweep("status", f"results_dir={results}")[1]
     assert {folder: folder.stat().st_ino for folder in kept} == kept
     assert not list((results / "failed").iterdir())
+
+
+def fail(cell: Path) -> None:
+    """Make a finished cell a failed one."""
+    shutil.rmtree(cell)
+    write_failure(failure_folder(cell.parent.parent, cell.name), {}, {"error": "boom"})
+
+
+def test_retry_in_a_process_of_its_own_takes_a_launcher_of_the_users(nmsweep: Call, results: Path) -> None:
+    assert nmsweep(*TINY, "pattern=2:4,8:16", f"results_dir={results}")[0] == 0
+    own = results.parent / "own"
+    (own / "hydra" / "launcher").mkdir(parents=True)
+    (own / "hydra" / "launcher" / "mine.yaml").write_text("_target_: hydra_plugins.nmsweep_cluster.JoblibJobs\n")
+    for words in ((), ("--config-dir", str(own), "hydra/launcher=mine", "cluster.workers=1")):
+        fail(cell_folders(results)[0])
+        again = run(["retry", *words, f"results_dir={results}"], results.parent / "log")
+        assert "1 failed cells to run again" in again.said
+        assert len(cell_folders(results)) == 3
+    code, _, err = nmsweep("retry", "--config-dir", str(own / "none"), f"results_dir={results}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is no folder" in err
+
+
+def test_a_plan_counts_what_would_run(nmsweep: Call, results: Path) -> None:
+    words = command(results, "pattern=2:4,8:16")
+    assert nmsweep(*words)[0] == 0
+    assert "3 cells, 3 exist" in nmsweep("plan", *words)[1]
+    os.truncate(cell_folders(results)[0] / "samples.parquet", 10)
+    out = nmsweep("plan", *words)[1]
+    assert "3 cells, 2 exist" in out
+    assert "1 to run" in out
+    out = nmsweep("plan", *words, "force=true")[1]
+    assert "3 cells, 0 exist" in out
+    assert "3 to run" in out
+    assert "  exists" not in out
 
 
 def test_status_of_a_killed_sweep_names_what_is_missing_and_the_time_left(nmsweep: Call, results: Path) -> None:
