@@ -33,6 +33,8 @@ _DTYPES = {
 }
 _SCOPE = re.compile(r"all|prefill|decode|skip_first:\d+|skip_first:\d+(\.\d+)?%")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_CLASS = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
+"""A dotted path; no part begins with an underscore, as that of a module that runs when it is imported may."""
 
 
 def _reported(parse: Callable[[Any], Any]) -> BeforeValidator:
@@ -265,7 +267,8 @@ def to_plain(cfg: RunConfig) -> dict[str, Any]:
 
 
 def from_plain(plain: Mapping[str, Any]) -> RunConfig:
-    """Read back what `to_plain` gave; a `_target_` outside nmsweep and the cell's plugins is refused here too.
+    """Read back what `to_plain` gave; a `_target_` outside nmsweep and the cell's plugins, and names that are no names, are
+    refused here too.
 
     Raises:
         InputError: it is no config, or not one of this version.
@@ -275,7 +278,8 @@ def from_plain(plain: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise InputError(*map(_describe, error.errors())) from None
     methods = [*cfg.mitigations, *([cfg.criterion] if cfg.criterion else [])]
-    if errors := [text for m in methods for text in _target_errors(m.name, {"_target_": m.target}, cfg.plugins)]:
+    errors = [text for m in methods for text in _target_errors(m.name, {"_target_": m.target}, cfg.plugins)]
+    if errors := [*errors, *_name_errors(cfg.tasks, cfg.model)]:
         raise InputError(*errors)
     return cfg
 
@@ -322,10 +326,7 @@ def parse_run(raw: Mapping[str, Any]) -> RunConfig:
         errors.append(
             f"tasks: nothing to measure; name a preset ({', '.join(presets)}) or tasks, such as tasks=arc_easy+boolq"
         )
-    errors += [f"tasks: {task!r} is no task name" for task in fields["tasks"] if not _SAFE_NAME.fullmatch(task)]
-    model = fields.get("model")
-    if not isinstance(model, Mapping) or not _SAFE_NAME.fullmatch(str(model.get("name", ""))):
-        errors.append(f"model: {model!r} has no usable name; letters, digits, '.', '_', '+' and '-' are allowed")
+    errors += _name_errors(fields["tasks"], fields.get("model"))
     try:
         cfg = RunConfig.model_validate(fields)
     except ValidationError as error:
@@ -335,6 +336,14 @@ def parse_run(raw: Mapping[str, Any]) -> RunConfig:
     if errors:
         raise InputError(*errors)
     return _normalised(cfg)
+
+
+def _name_errors(tasks: Iterable[str], model: Any) -> list[str]:
+    """Tasks and a model whose names cannot become parts of a path."""
+    errors = [f"tasks: {task!r} is no task name" for task in tasks if not _SAFE_NAME.fullmatch(task)]
+    if not isinstance(model, Mapping) or not _SAFE_NAME.fullmatch(str(model.get("name", ""))):
+        errors.append(f"model: {model!r} has no usable name; letters, digits, '.', '_', '+' and '-' are allowed")
+    return errors
 
 
 def expand_tasks(value: Any, presets: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
@@ -392,7 +401,7 @@ def _policy_errors(cfg: RunConfig) -> list[str]:
 
 def _target_errors(where: str, node: Mapping[str, Any], plugins: tuple[str, ...]) -> list[str]:
     target = node.get("_target_")
-    if not isinstance(target, str):
+    if not isinstance(target, str) or not _CLASS.fullmatch(target):
         return [f"{where}: _target_ is {target!r}; name the class, such as nmsweep.sparsity.criteria.act.Act"]
     package = target.split(".")[0]
     if package != "nmsweep" and package not in plugins:

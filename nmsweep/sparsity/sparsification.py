@@ -81,20 +81,23 @@ def build(method: Method) -> Any:
     """Make a criterion or mitigation from its YAML file.
 
     Raises:
-        InputError: its class does not exist or refuses its parameters.
+        InputError: its class does not exist, is no method, or refuses its parameters.
     """
     module_name, _, class_name = method.target.rpartition(".")
     try:
-        made = getattr(importlib.import_module(module_name), class_name)(**method.params)
+        found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"{method.name}: _target_ {method.target} cannot be imported: {error}; correct its YAML file"
         ) from error
+    if not (
+        isinstance(found, type) and issubclass(found, Criterion | Mitigation)
+    ):  # before it is called: it may be anything
+        raise InputError(f"{method.name}: {method.target} is neither a Criterion nor a Mitigation; derive it from one")
+    try:
+        return found(**method.params)
     except (TypeError, ValueError) as error:
         raise InputError(f"{method.name}: {error}; parameters given: {dict(method.params)}") from error
-    if not isinstance(made, Criterion | Mitigation):
-        raise InputError(f"{method.name}: {method.target} is neither a Criterion nor a Mitigation; derive it from one")
-    return made
 
 
 def build_sparsification(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nmsweep.config import short_hash
 from nmsweep.data.lines import LONGEST_BYTES
 from nmsweep.data.tasks import find_task
 from nmsweep.errors import DataError, InputError
+from nmsweep.record import failure_folder, write_failure
 from nmsweep.sweep.launching import Batch
 from nmsweep.sweep.plan import load, plan_ids
 
@@ -44,6 +46,17 @@ def forged(results: Path, change: Callable[[dict[str, Any]], None]) -> str:
     return new
 
 
+def merge(into: dict[str, Any], change: dict[str, Any]) -> None:
+    """Set keys of a config, those of nodes one by one."""
+    for key, value in change.items():
+        whole = key == "criterion" or not isinstance(value, dict)
+        into[key] = value if whole else {**into[key], **value}
+
+
+def wheel_of(requirement: str) -> dict[str, Any]:
+    return {"source": "wheel", "gguf_sha256": "0" * 64, "wheels": [{"requirement": requirement, "sha256": "0" * 64}]}
+
+
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", ".hidden", "a/b", ""])
 def test_names_in_a_plan_do_not_become_paths(nmsweep: Call, results: Path, name: str) -> None:
     assert nmsweep(*TINY, "pattern=2:4", f"results_dir={results}")[0] == 0
@@ -52,22 +65,54 @@ def test_names_in_a_plan_do_not_become_paths(nmsweep: Call, results: Path, name:
         load(results, new)
 
 
+def forged_failure(results: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A forged plan whose cell has failed, so that `nmsweep retry` runs it."""
+    (cell,) = load(results, forged(results, change)).cells
+    shutil.rmtree(results / "cells" / cell.name)
+    write_failure(failure_folder(results, cell.name), {}, {"error": "boom"})
+
+
+def criterion(target: str, **params: Any) -> dict[str, Any]:
+    return {"criterion": {"name": "x", "target": target, "params": params}}
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("criterion", {"name": "x", "target": "os.system", "params": {}}), ("plugins", ["os"])]
+    ("change", "why"),
+    [
+        (criterion("os.system"), "allowed: nmsweep and what"),
+        (criterion("nmsweep.__main__.main"), "name the class"),
+        (criterion("nmsweep.run.run"), "neither a Criterion nor a Mitigation"),
+        ({"plugins": ["os"]}, "it runs code of os; if it is yours, add trust=true"),
+        ({"eval": {"include_path": "/tmp/tasks"}}, "tasks in /tmp/tasks may name"),
+        ({"model": {"trust_remote_code": True}}, "brings along"),
+        ({"loggers": {"mlflow": {"enabled": True, "tracking_uri": "http://evil"}}}, "sends results to http://evil"),
+        ({"model": {"name": "../outside"}}, "has no usable name"),
+        ({"tasks": ["../outside"]}, "'../outside' is no task name"),
+        ({"model": wheel_of("-r/tmp/options==1")}, "NAME==VERSION"),
+        ({"model": wheel_of("evil @ file:///tmp/evil-1.tar.gz#==1")}, "NAME==VERSION"),
+    ],
 )
-def test_a_plan_cannot_name_foreign_code(nmsweep: Call, results: Path, key: str, value: Any) -> None:
+def test_a_plan_names_no_foreign_code_and_no_place(
+    nmsweep: Call, results: Path, change: dict[str, Any], why: str
+) -> None:
     assert nmsweep(*TINY, "pattern=2:4", f"results_dir={results}")[0] == 0
-    new = forged(results, lambda content: content["common"].update({key: value}))
-    plan = load(results, new)
-    failed = results / "failed" / plan.cells[0].name
-    failed.parent.mkdir(exist_ok=True)
-    (results / "cells" / plan.cells[0].name).rename(failed)
-    provenance = json.loads((failed / "provenance.json").read_text())
-    (failed / "provenance.json").write_text(json.dumps({**provenance, "error": "boom"}))
+    forged_failure(results, lambda content: merge(content["common"], change))
     code, _, err = nmsweep("retry", f"results_dir={results}")
     assert code in (1, 2)
-    assert "os" in err
-    assert "allowed: nmsweep and what" in err or "add trust=true" in err
+    assert why in err
+
+
+def test_what_a_plan_names_is_not_called_before_it_is_known_to_be_a_method(
+    nmsweep: Call, results: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    assert nmsweep(*TINY, "pattern=2:4", f"results_dir={results}")[0] == 0
+    target = "nmsweep.disk.storage.write_text"
+    forged_failure(results, lambda content: merge(content["common"], criterion(target, place=str(trace), text="x")))
+    code, _, err = nmsweep("retry", f"results_dir={results}")
+    assert code == 1
+    assert "neither a Criterion nor a Mitigation" in err
+    assert not list(tmp_path.glob("trace*"))
 
 
 @pytest.mark.parametrize("word", ["x", "../../a:b:0:0:1", "0" * 20 + ":" + "0" * 12 + ":0;1:0:1"])
