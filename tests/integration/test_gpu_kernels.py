@@ -20,6 +20,8 @@ CALLS: list[dict[str, Any]] = [
     {"n": 32, "m": 64}, {"n": 40, "m": 96}, {"kept": 480}, {"n": 8, "m": 16, "weight": True}, {"n": 8, "m": 16, "eta": "median"},
     {"n": 2, "m": 4, "eta": "mean"}, {"n": 8, "m": 16, "var": True}, {"n": 16, "m": 32, "eta": "median", "var": True},
     {"kept": 480, "eta": "median", "var": True, "weight": True}, {"n": 3, "m": 6, "eta": "vector", "var": True},
+    {"kept": 480, "weight": True}, {"kept": 333, "eta": "mean"}, {"kept": 480, "var": True}, {"kept": 479, "eta": "vector", "weight": "odd"},
+    {"n": 8, "m": 16, "weight": "odd"}, {"n": 2, "m": 4, "weight": "odd", "var": True},
 ]  # fmt: skip
 
 
@@ -29,7 +31,18 @@ def rows(dtype: torch.dtype) -> Tensor:
     x[0, 1] = torch.randint(-2, 3, (960,), device="cuda").to(dtype)
     x[1, 0, ::7], x[1, 1, ::5], x[1, 2, 3] = float("nan"), float("inf"), float("-inf")
     x[2, 0], x[2, 1, ::3] = 0.0, -0.0
+    smallest = {torch.bfloat16: 9.2e-41, torch.float16: 6e-8, torch.float32: 1.4e-45}[dtype]
+    x[2, 2] = (torch.randint(-30, 30, (960,), device="cuda").double() * smallest).to(dtype)  # denormals
     return x
+
+
+def weights(call: dict[str, Any]) -> Tensor:
+    """[3, 960] fp32; the odd ones hold zeros, denormals, infinities and NaN."""
+    made = torch.rand(3, 960, device="cuda")
+    if call["weight"] == "odd":
+        for at, value in enumerate([0.0, 1e-42, 1e-30, 3e38, float("inf"), float("nan")]):
+            made[:, at::41] = value
+    return made
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
@@ -38,7 +51,7 @@ def test_masks_on_the_gpu_are_those_of_the_reference(call: dict[str, Any], dtype
     x = rows(dtype)
     made = dict(call)
     if "weight" in call:
-        made["weight"] = torch.rand(3, 960, device="cuda")
+        made["weight"] = weights(call)
     if call.get("eta") == "vector":
         made["eta"] = torch.randn(960, device="cuda")
     counts = torch.zeros(2, dtype=torch.int64, device="cuda")
@@ -49,6 +62,27 @@ def test_masks_on_the_gpu_are_those_of_the_reference(call: dict[str, Any], dtype
     torch.testing.assert_close(u, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     torch.testing.assert_close(prune(x, counts=counts, **made), u, rtol=0, atol=0, equal_nan=True)
     assert counts.tolist() == [int(mask.sum()), mask.numel()]
+
+
+def test_a_single_group_is_pruned() -> None:
+    for m in (16, 64):
+        x = torch.randn(1, m, device="cuda").bfloat16()
+        for more in ({}, {"weight": torch.rand(m, device="cuda")}):
+            call: dict[str, Any] = {"n": m // 2, "m": m, **more}
+            torch.testing.assert_close(prune(x, **call), prune(x, backend="reference", **call), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hidden", [2, 7, 96, 960, 4097, 14336, 28672, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_token_without_groups_is_exact_whatever_its_length(hidden: int, dtype: torch.dtype) -> None:
+    x = torch.randn(16, hidden, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    x[1], x[2, ::2], x[3] = x[1].round(), 0.0, 1.0
+    weight = torch.rand(hidden, device="cuda")
+    for kept in {1, hidden // 2, hidden - 1}:
+        for more in ({"weight": weight}, {"weight": torch.ones_like(weight)}, {"weight": weight, "eta": "median"}):
+            call: dict[str, Any] = {"kept": kept, **more}
+            _, mask = prune(x.to(dtype), return_mask=True, **call)
+            assert torch.equal(mask, prune(x.to(dtype), backend="reference", return_mask=True, **call)[1])
 
 
 @pytest.mark.parametrize("hidden", [64, 4096, 14336, 28672])
@@ -98,40 +132,50 @@ def model() -> Any:
     return load_model(ModelSpec(name="t", source="tiny", shape="tiny-llama"), dtype="bfloat16", device="cuda").model
 
 
-METHODS = [("act", "none"), ("act", "shift+var"), ("wina", "none"), ("clact", "none")]
+METHODS: list[dict[str, str]] = [
+    {"criterion": "act"}, {"mitigation": "shift+var"}, {"criterion": "wina"}, {"criterion": "clact"}, {"criterion": "random"},
+    {"scope": "skip_first:3"}, {"scope": "decode"}, {"pattern": "50%", "criterion": "wina"},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("criterion", "mitigation"), METHODS)
-def test_the_sparse_layers_never_wait_for_the_gpu(model: Any, criterion: str, mitigation: str) -> None:
-    with sparsify(model, pattern="8:16", criterion=criterion, mitigation=mitigation) as sparse, torch.inference_mode():
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_sparse_layers_never_wait_for_the_gpu(model: Any, method: dict[str, str]) -> None:
+    with sparsify(model, **{"pattern": "8:16", **method}) as sparse, torch.inference_mode():
         inputs = {
             name: torch.randn(2, 32, layer.in_features, device="cuda").bfloat16()
             for name, layer in sparse.layers.items()
         }
-        for name, layer in sparse.layers.items():
-            layer(inputs[name])
-        torch.cuda.set_sync_debug_mode(
-            "error"
-        )  # the model around them waits by itself, when it makes its attention mask
-        try:
+        hidden = torch.randn(2, 32, model.config.hidden_size, device="cuda").bfloat16()
+
+        def run() -> None:
             for name, layer in sparse.layers.items():
                 layer(inputs[name])
+            for module in sparse.joined:  # norms and MLPs
+                module(hidden)
+
+        run()
+        torch.cuda.set_sync_debug_mode("error")  # the model around them waits by itself, for its attention mask
+        try:
+            run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("criterion", "mitigation"), METHODS)
-def test_a_cuda_graph_replays_the_kernels(criterion: str, mitigation: str, model: Any) -> None:
-    with sparsify(model, pattern="8:16", criterion=criterion, mitigation=mitigation) as sparse, torch.inference_mode():
-        layer = next(layer for name, layer in sparse.layers.items() if name.endswith("o_proj"))
-        x = torch.randn(2, 32, layer.in_features, device="cuda", dtype=torch.bfloat16)
-        layer(x)
+@pytest.mark.parametrize("part", ["o_proj", "mlp"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_cuda_graph_replays_the_kernels(method: dict[str, str], part: str, model: Any) -> None:
+    with sparsify(model, **{"pattern": "8:16", **method}), torch.inference_mode():
+        block = model.model.layers[0]
+        module = block.mlp if part == "mlp" else block.self_attn.o_proj
+        width = model.config.hidden_size if part == "mlp" else module.in_features
+        x = torch.randn(2, 32, width, device="cuda", dtype=torch.bfloat16)
+        module(x)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = layer(x)
+            y = module(x)
         x.copy_(torch.randn_like(x))
         graph.replay()
-        torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
+        torch.testing.assert_close(y, module(x), rtol=0, atol=0)
 
 
 def test_peak_memory_stays_near_dense(model: Any) -> None:

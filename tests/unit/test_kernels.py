@@ -74,7 +74,10 @@ CALLS: dict[str, dict[str, Any]] = {
     "var": {"n": 2, "m": 4, "var": True},
     "median+var": {"n": 8, "m": 16, "eta": "median", "var": True},
     "vector+var+weight": {"n": 3, "m": 6, "eta": "vector", "var": True, "weight": "hidden"},
+    "50%+weight": {"kept": 96, "weight": "batch"},
+    "50%+median": {"kept": 95, "eta": "median"},
     "50%+mean+var": {"kept": 100, "eta": "mean", "var": True},
+    "50%+vector+var+weight": {"kept": 96, "eta": "vector", "var": True, "weight": "token"},
 }
 
 

@@ -31,7 +31,7 @@ _LARGEST_M = 64
 _LARGEST_STREAM = 2**31 - 2**16  # groups that a 32-bit number can count, with room for the last program
 _LARGEST_ROW = 65536  # channels of a token that one program can hold
 _PIECE_BYTES = 16  # the widest load of a thread
-_THRESHOLD_GROUP = 8  # shape of the tile where no groups exist: consecutive channels of a thread
+_CENTRE_GROUP = 8  # consecutive channels of a thread of centre_kernel
 
 _NAN_KEYS = {torch.bfloat16: 0x7F817F81, torch.float16: 0x7C017C01}
 
@@ -47,8 +47,11 @@ SCALED_CONFIG = (2048, 4)
 MAKE_BLOCK = 2048
 """Channels of a token that one program of make_kernel makes."""
 
-ROW_WARP = 1024
-"""Channels of a token that one warp of row_kernel or centre_kernel holds."""
+CENTRE_WARP = 1024
+"""Channels of a token that one warp of centre_kernel holds."""
+
+ROW_PAIRS = 1024
+"""Pairs of channels of a token that one warp of row_kernel holds."""
 
 SELECT_WARP = 2048
 """Words of a token that one warp holds while the k-th lowest is searched."""
@@ -159,10 +162,10 @@ def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
             num_warps=_select_warps(words),
         )  # fmt: skip
     else:
-        rows = triton.next_power_of_2(triton.cdiv(hidden, _THRESHOLD_GROUP))
+        rows = triton.next_power_of_2(triton.cdiv(hidden, _CENTRE_GROUP))
         centre_kernel[(n_rows,)](
-            x.view(_PATTERNS[x.dtype]), eta, hidden, KIND=_KINDS[x.dtype], STAT=_STATS[args.stat], P=_THRESHOLD_GROUP, G=rows,
-            num_warps=min(16, max(4, rows * _THRESHOLD_GROUP // ROW_WARP)), enable_fp_fusion=False,
+            x.view(_PATTERNS[x.dtype]), eta, hidden, KIND=_KINDS[x.dtype], STAT=_STATS[args.stat], P=_CENTRE_GROUP, G=rows,
+            num_warps=min(16, max(4, rows * _CENTRE_GROUP // CENTRE_WARP)), enable_fp_fusion=False,
         )  # fmt: skip
     return eta, 3
 
@@ -219,6 +222,9 @@ def _launch_scaled(common: dict[str, Any], n_rows: int, hidden: int, nu: Tensor 
 
 
 def _launch_row(common: dict[str, Any], n_rows: int, hidden: int, var: bool, nu: Tensor | None) -> None:
-    groups = triton.next_power_of_2(triton.cdiv(hidden, _THRESHOLD_GROUP))
-    warps = min(32, max(4, groups * _THRESHOLD_GROUP // ROW_WARP))
-    row_kernel[(n_rows,)](**common, nu_ptr=nu, hidden=hidden, P=_THRESHOLD_GROUP, G=groups, VAR=var, num_warps=warps)
+    names = ("x_ptr", "u_ptr", "weight_ptr", "eta_ptr", "mask_ptr", "counts_ptr", "rows_per_weight", "N", "KIND", "ETA")
+    pairs = triton.next_power_of_2(triton.cdiv(hidden, 2))
+    row_kernel[(n_rows,)](
+        **{name: common[name] for name in names}, nu_ptr=nu, hidden=hidden, VAR=var, T=pairs,
+        num_warps=min(32, max(1, pairs // ROW_PAIRS)), enable_fp_fusion=False,
+    )  # fmt: skip

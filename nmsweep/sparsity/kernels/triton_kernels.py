@@ -7,9 +7,10 @@ ETA says what η is: 0 none, 1 a scalar, 2 [hidden], 3 [token].
 import triton
 import triton.language as tl
 
-from .triton_network import keep_of_groups, keep_of_row, load, store
-from .triton_numbers import from_float, magnitude, score, to_float, total, variance_ratio
+from .triton_network import keep_of_groups, load, sign, store
+from .triton_numbers import from_float, magnitude, ratio_of_sums, score, to_float
 from .triton_parts import load_patterns
+from .triton_select import kth_lowest_of_keys
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def chosen(kept, x, fill):
     return (x & kept) | (fill & ~kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_weight", "n_groups"])
 def flat_kernel(
     x_ptr,
     u_ptr,
@@ -115,6 +116,48 @@ def flat_kernel(
 
 
 @triton.jit
+def _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
+    """Bit patterns, z, keys (−1 beyond the token) and fills of some channels [T] of a token."""
+    inside = channel < hidden
+    x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
+    if ETA == 0:
+        eta = 0.0
+        fill = tl.zeros_like(x)
+    else:
+        if ETA == 2:
+            eta = tl.load(eta_ptr + channel, mask=inside, other=0.0)
+        else:
+            eta = tl.load(eta_ptr + (row if ETA == 3 else 0))
+        fill = from_float(eta, KIND) + tl.zeros_like(x)
+    z = to_float(x, KIND) - eta
+    weight = 1.0
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + weight_row * hidden + channel, mask=inside, other=0.0)
+    key = tl.where(inside, score(z, weight, weight_ptr is None and ETA == 0), -1)
+    return x, z, key, fill
+
+
+@triton.jit
+def _sums(z, kept, first, inside):
+    """What ν needs of some channels: sums of z less the first, their squares, sums of what is kept, their squares."""
+    shifted = tl.where(inside, z.to(tl.float64) - first.to(tl.float64), 0.0)
+    sparse = (z.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True).to(tl.float64)
+    return tl.sum(shifted), tl.sum(shifted * shifted), tl.sum(sparse), tl.sum(sparse * sparse)
+
+
+@triton.jit
+def _write_channels(u_ptr, mask_ptr, row, channel, hidden, x, z, kept, fill, nu, VAR: tl.constexpr, KIND: tl.constexpr):
+    """Write u, and the mask if asked, of some channels of a token."""
+    inside = channel < hidden
+    if VAR:
+        rescaled = from_float(to_float(x, KIND) + (nu - 1.0) * z, KIND)
+        x = tl.where(nu == 1.0, x, tl.where(z == 0.0, x, rescaled)).to(x.dtype)
+    tl.store(u_ptr + row * hidden + channel, chosen(kept, x, fill), mask=inside)
+    if mask_ptr is not None:
+        tl.store(mask_ptr + row * hidden + channel, (kept & 1).to(tl.int8), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows_per_weight", "N"])
 def row_kernel(
     x_ptr,
     u_ptr,
@@ -125,53 +168,47 @@ def row_kernel(
     nu_ptr,
     rows_per_weight,
     hidden,
-    N: tl.constexpr,
-    M: tl.constexpr,
+    N,
     KIND: tl.constexpr,
     ETA: tl.constexpr,
-    PIECE: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
     VAR: tl.constexpr,
+    T: tl.constexpr,
 ):
-    """One token a program, without groups: a tile [G, P] of which the N highest are kept."""
+    """One token a program, without groups: of its channels, at most 2·T, the N highest are kept.
+
+    Channel i is looked at together with channel i + T, as two halves of a word.
+    """
     row = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, G)[:, None] * P + tl.arange(0, P)[None, :]
-    inside = channel < hidden
-    x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
-    if ETA == 0:
-        eta = 0.0
-        fill = 0
-    elif ETA == 2:
-        eta = tl.load(eta_ptr + channel, mask=inside, other=0.0)
-        fill = from_float(eta, KIND)
-    else:
-        eta = tl.load(eta_ptr + (row if ETA == 3 else 0))
-        fill = from_float(eta, KIND)
-    z = to_float(x, KIND) - eta
-    if ETA == 0 and weight_ptr is None and KIND < 2:
-        key = magnitude(x, KIND)
-    else:
-        weight = 1.0
-        if weight_ptr is not None:
-            weight = tl.load(weight_ptr + row // rows_per_weight * hidden + channel, mask=inside, other=0.0)
-        key = score(z, weight, weight_ptr is None and ETA == 0)
-    kept = keep_of_row(key, inside, N, key.dtype.primitive_bitwidth - 1)
-    value = x
+    low, high = tl.arange(0, T), tl.arange(0, T) + T
+    weight_row = row // rows_per_weight
+    x_low, z_low, low_key, low_fill = _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, low, hidden, ETA, KIND)
+    x_high, z_high, high_key, high_fill = _channels(
+        x_ptr, weight_ptr, eta_ptr, row, weight_row, high, hidden, ETA, KIND
+    )
+    threshold = kth_lowest_of_keys(low_key, high_key, hidden - N)
+    low_kept, high_kept = sign(threshold - low_key), sign(threshold - high_key)
+    room = N + tl.sum(low_kept) + tl.sum(high_kept)
+    low_equal, high_equal = (low_key == threshold).to(tl.int32), (high_key == threshold).to(tl.int32)
+    n_low = tl.sum(low_equal)
+    if n_low + tl.sum(high_equal) > room:  # of equals, those of lower channels
+        low_equal = tl.where(tl.cumsum(low_equal, axis=0) <= room, low_equal, 0)
+        high_equal = tl.where(tl.cumsum(high_equal, axis=0) <= room - n_low, high_equal, 0)
+    low_kept, high_kept = low_kept - low_equal, high_kept - high_equal
+    nu = 1.0
     if VAR:
         first = to_float(tl.load(x_ptr + row * hidden), KIND)
         if ETA == 3:
             first -= tl.load(eta_ptr + row)
         elif ETA > 0:
             first -= tl.load(eta_ptr)
-        nu = variance_ratio(z, first, kept, inside, hidden)
+        a, b, c, d = _sums(z_low, low_kept, first, low < hidden)
+        e, f, g, h = _sums(z_high, high_kept, first, high < hidden)
+        nu = ratio_of_sums(a + e, b + f, c + g, d + h, hidden)
         if nu_ptr is not None:
             tl.store(nu_ptr + row, nu)
-        rescaled = from_float(to_float(x, KIND) + (nu - 1.0) * z, KIND)
-        value = tl.where(nu == 1.0, x, tl.where(z == 0.0, x, rescaled))
-    tl.store(u_ptr + row * hidden + channel, tl.where(kept, value, fill).to(x.dtype), mask=inside)
-    if mask_ptr is not None:
-        tl.store(mask_ptr + row * hidden + channel, kept.to(tl.int8), mask=inside)
+    _write_channels(u_ptr, mask_ptr, row, low, hidden, x_low, z_low, low_kept, low_fill, nu, VAR, KIND)
+    _write_channels(u_ptr, mask_ptr, row, high, hidden, x_high, z_high, high_kept, high_fill, nu, VAR, KIND)
     if counts_ptr is not None:
-        tl.atomic_add(counts_ptr, total(kept.to(tl.int32)).to(tl.int64), sem="relaxed")
+        n_kept = -(tl.sum(low_kept) + tl.sum(high_kept))
+        tl.atomic_add(counts_ptr, n_kept.to(tl.int64), sem="relaxed")
         tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")

@@ -8,7 +8,7 @@ one minimum and one maximum, nothing else; LLVM drops the comparators that do no
 import triton
 import triton.language as tl
 
-from .triton_numbers import EMULATE, total
+from .triton_numbers import EMULATE
 
 
 @triton.jit
@@ -142,20 +142,3 @@ def keep_of_groups(key, N: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
         room = N + tl.sum(above, axis=1)[:, None]
         kept = above | (equal & ~sign(room + running_sum(equal, P)))
     return kept
-
-
-@triton.jit
-def keep_of_row(key, inside, N, BITS: tl.constexpr):
-    """Mask of the N highest keys of the whole tile, lower channels first: the N-th highest is found bit by bit from the top."""
-    key = tl.where(inside, key.to(tl.int32), -1)
-    threshold = tl.full((), 0, tl.int32)
-    for step in range(BITS):
-        candidate = threshold | (1 << (BITS - 1 - step))
-        threshold = tl.where(total((key >= candidate).to(tl.int32)) >= N, candidate, threshold)
-    above = key > threshold
-    equal = (key == threshold).to(tl.int32)
-    room = N - total(above.to(tl.int32))
-    of_group = tl.sum(equal, axis=1)
-    before = tl.cumsum(of_group, axis=0) - of_group
-    order = before[:, None] + tl.cumsum(equal, axis=1)
-    return above | ((equal > 0) & (order <= room))

@@ -99,14 +99,6 @@ def mean(pattern, inside, size, KIND: tl.constexpr):
 
 
 @triton.jit
-def variance_ratio(z, first, kept, inside, size):
-    """ν of one token of which at least one channel is pruned; `first` is any one z, so that a constant row has variance 0."""
-    shifted = tl.where(inside, z.to(tl.float64) - first.to(tl.float64), 0.0)
-    sparse = tl.where(kept, z, 0.0).to(tl.float64)
-    return ratio_of_sums(total(shifted), total(shifted * shifted), total(sparse), total(sparse * sparse), size)
-
-
-@triton.jit
 def ratio_of_sums(dense, dense_squares, sparse, sparse_squares, size):
     """ν from sums over one token. A pruned channel puts a 0 among the sparse ones, so their variance is 0 only if all are."""
     n = size.to(tl.float64)

@@ -105,7 +105,7 @@ def _spread(top):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_groups"])
 def packed_kernel(
     x_ptr,
     u_ptr,
@@ -151,7 +151,7 @@ def packed_kernel(
             tl.atomic_add(counts_ptr + 1, n_groups.to(tl.int64) * M, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def packed_row_kernel(
     x_ptr,
     u_ptr,

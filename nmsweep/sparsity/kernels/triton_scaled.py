@@ -41,7 +41,7 @@ def rescale(
         store(u_ptr, base, valid, rescaled, M, P, PIECE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_weight"])
 def scaled_kernel(
     x_ptr,
     u_ptr,

@@ -1,8 +1,9 @@
-"""Which of the 16-bit numbers of a token is the k-th lowest, on CUDA: two numbers to a register.
+"""Which number of a token is the k-th lowest, on CUDA: two 16-bit numbers to a register.
 
 It is found bit by bit from the top, each time counting the numbers below a candidate. They are compared as floats, two at once: these
 order as their bits do, ±0 being one number, and a NaN is below nothing. Where a half holds, it is all ones, so the sum of the words,
-which is one instruction for two of them, counts both halves.
+which is one instruction for two of them, counts both halves. Keys of 31 bits are found in three parts of fewer bits, each among the
+keys that share the parts before.
 """
 
 # triton's compiler reads no annotations of the future
@@ -72,12 +73,47 @@ def kth_lowest(x, k, SIGNED: tl.constexpr, KIND: tl.constexpr):
     INFINITY: tl.constexpr = 0x7F80 if KIND == 0 else 0x7C00
     ZERO: tl.constexpr = 0x8000 if SIGNED else 0  # where +0 is in the order of the numbers
     BITS: tl.constexpr = 16 if SIGNED else 15
+    return _pattern(_search(x, k, BITS, ZERO, ZERO + INFINITY, KIND), ZERO)
+
+
+@triton.jit
+def _search(x, k, BITS: tl.constexpr, ZERO: tl.constexpr, LAST: tl.constexpr, KIND: tl.constexpr):
+    """Place of the k-th lowest half of words [T] in the order of the numbers, of BITS bits and at most LAST."""
     found = tl.full((), 0, tl.int32)
     for step in range(BITS):
         candidate = found | ((1 << (BITS - 1)) >> step)
         n_below = _count(_below(x, tl.zeros_like(x) + _pattern(candidate, ZERO) * 0x10001, KIND))
-        found = tl.where((n_below <= k) & (candidate <= ZERO + INFINITY), candidate, found)
-    return _pattern(found, ZERO)
+        found = tl.where((n_below <= k) & (candidate <= LAST), candidate, found)
+    return found
+
+
+@triton.jit
+def kth_lowest_of_keys(a, b, k):
+    """The k-th lowest (from 0) of the keys in a [T] and b [T], int32 from 0 to 0x7F800001; −1 is no key."""
+    found = tl.full((), 0, tl.int32)
+    found, k = _next_bits(a, b, found, k, 17, 14)
+    found, k = _next_bits(a, b, found, k, 8, 9)
+    found, _ = _next_bits(a, b, found, k, 0, 8)
+    return found
+
+
+@triton.jit
+def _next_bits(a, b, found, k, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """BITS more bits, from SHIFT on, of the k-th lowest of those keys whose higher bits are those of `found`; and k among what is left.
+
+    As patterns of float16, of which every NVIDIA GPU compares two at once.
+    """
+    words = _part(a, found, SHIFT, BITS) | (_part(b, found, SHIFT, BITS) << 16)
+    value = _search(words, k, BITS, 0, 0x7C00, 1)
+    n_below = _count(_below(words, tl.zeros_like(words) + value * 0x10001, 1))
+    return found | (value << SHIFT), k - n_below
+
+
+@triton.jit
+def _part(key, found, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """BITS bits of keys, from SHIFT on; a NaN in place of those of other keys than `found` begins."""
+    ours = (key >> (SHIFT + BITS)) == (found >> (SHIFT + BITS))
+    return tl.where(ours, (key >> SHIFT) & ((1 << BITS) - 1), 0x7FFF)
 
 
 @triton.jit
