@@ -1,15 +1,19 @@
-"""The prune joined to what makes the tensor: a norm's last step, or silu(gate) · up. The same bits, and the dense tensor is never written.
+"""The prune joined to what makes the tensor: a norm's last step, or silu(gate) · up. The same bits; where the prune reads the tensor
+once (no median, mean or ν) the dense one is never written.
 
 A norm is replaced where all that reads its output is pruned the same way; an MLP's product where the down projection is pruned. Whether
 the parts give the module's own bits is tried on a few tokens, once for each kind of module, dtype and device; where they do not,
-or another part of the model's code is not what is known here, nothing is joined and the layers prune what they are given.
+or another part of the model's code is not what is known here, nothing is joined and the layers prune what they are given. So they do
+in passes that somebody watches: a hook of a norm, of its readers or of the module around them is shown the dense tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.modules.module as every_module
 from torch import Tensor, nn
 
 from nmsweep.sparsity.kernels.reference import make
@@ -64,13 +68,15 @@ def joined(model: nn.Module, layers: Mapping[str, SparseLinear]) -> dict[nn.Modu
             if norm and shared:
                 x = _probe(norm.module.weight.shape[0], norm.module.weight)
                 shared.prepare_parts(x, *norm.parts(x))
-                found[norm.module] = _norm_forward(norm, shared)
+                around = block.get_submodule(readers[0].partition(".")[0])
+                watched = [norm.module, around, *(layers[f"{path}.{reader}"] for reader in readers)]
+                found[norm.module] = partial(_norm_forward, norm, shared, watched)
         shared = _shared([layers.get(f"{path}.mlp.down_proj")])
         mlp = getattr(block, "mlp", None)
         if mlp is not None and shared and _is_product(mlp):
             x = _probe(mlp.down_proj.in_features, mlp.down_proj.weight)
             shared.prepare_parts(x, None, x)
-            found[mlp] = _product_forward(mlp, shared)
+            found[mlp] = partial(_product_forward, mlp, shared)
     return found
 
 
@@ -86,22 +92,28 @@ def replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def _norm_forward(norm: Norm, shared: SharedInput) -> Forward:
-    dense = norm.module.forward
+def _norm_forward(norm: Norm, shared: SharedInput, watched: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The norm's pruned output; the dense one where the layers have to see it."""
+    if x.dtype == norm.module.weight.dtype and shared.takes_parts(x) and not _hooked(watched):
+        return shared.made(x, *norm.parts(x))
+    y: Tensor = type(norm.module).forward(norm.module, x)
+    return y
 
-    def forward(x: Tensor) -> Tensor:
-        return shared.made(x, *norm.parts(x)) if shared.takes_parts(x) else dense(x)
 
-    return forward
+def _product_forward(mlp: Any, shared: SharedInput, x: Tensor) -> Tensor:
+    """The MLP's output; what the down projection reads is pruned as it is made."""
+    gate, up = mlp.act_fn(mlp.gate_proj(x)), mlp.up_proj(x)
+    alike = gate.dtype == up.dtype == mlp.down_proj.weight.dtype
+    joins = alike and shared.takes_parts(gate) and not _hooked([mlp.down_proj])
+    y: Tensor = mlp.down_proj(shared.made(gate, None, up) if joins else gate * up)
+    return y
 
 
-def _product_forward(mlp: Any, shared: SharedInput) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        gate, up = mlp.act_fn(mlp.gate_proj(x)), mlp.up_proj(x)
-        y: Tensor = mlp.down_proj(shared.made(gate, None, up) if shared.takes_parts(gate) else gate * up)
-        return y
-
-    return forward
+def _hooked(modules: Sequence[nn.Module]) -> bool:
+    """Whether something is called with what the modules are given, or with what a norm gives."""
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _shared(readers: Sequence[SparseLinear | None]) -> SharedInput | None:
@@ -112,8 +124,8 @@ def _shared(readers: Sequence[SparseLinear | None]) -> SharedInput | None:
     return inputs[0] if inputs[0].n_readers == len(readers) and inputs[0].can_take_parts else None
 
 
-_tried: dict[tuple[type, torch.dtype, str], Any] = {}
-"""What was found out about a kind of module."""
+_tried: dict[tuple[Any, torch.dtype, str], Any] = {}
+"""What was found out about a kind of module, by the function that it runs."""
 
 
 def _norm(module: Any) -> Norm | None:
@@ -121,12 +133,13 @@ def _norm(module: Any) -> Norm | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES or "forward" in module.__dict__:
         return None
-    key = (type(module), weight.dtype, weight.device.type)
+    runs = type(module).forward
+    key = (runs, weight.dtype, weight.device.type)
     if key not in _tried:
         x = _probe(weight.shape[0], weight)
         candidates = [Norm(module, name == "eps") for name in ("variance_epsilon", "eps") if hasattr(module, name)]
         with torch.no_grad():
-            same = [each.plus_one for each in candidates if torch.equal(make(x, *each.parts(x)), module(x))]
+            same = [each.plus_one for each in candidates if torch.equal(make(x, *each.parts(x)), runs(module, x))]
         _tried[key] = same[0] if same else None
     return None if _tried[key] is None else Norm(module, _tried[key])
 
@@ -139,13 +152,14 @@ def _is_product(mlp: Any) -> bool:
     weight = mlp.down_proj.weight
     if weight.dtype not in _DTYPES:
         return False
-    key = (type(mlp), weight.dtype, weight.device.type)
+    runs = type(mlp).forward
+    key = (runs, weight.dtype, weight.device.type)
     if key not in _tried:
         shared: SharedInput = mlp.down_proj.shared
         x = _probe(mlp.gate_proj.in_features, weight)
         with torch.no_grad(), shared.view.as_dense():
             product = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-            _tried[key] = torch.equal(mlp.down_proj(product), mlp(x))
+            _tried[key] = torch.equal(mlp.down_proj(product), runs(mlp, x))
     return bool(_tried[key])
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,14 +125,14 @@ class Surgery:
         self.sparsification = sparsification
         self.linears = linears
         self.view = TokenView(Scope.parse(scope))
+        self.view.needs_past |= sparsification.criterion.dynamic
         self.layers: dict[str, SparseLinear] = {}
         self.kept_weights: dict[str, int] = {}
         self._weights = {name: linear.weight for name, linear in linears.items()}
         watched = dict.fromkeys((model, model.get_decoder()))  # type: ignore[operator]
-        self._hooks = [
-            module.register_forward_pre_hook(_watch_tokens(self.view), with_kwargs=True) for module in watched
-        ]
-        self._hooks.append(model.register_forward_hook(_forget_tokens(self.view), always_call=True))
+        before, after = partial(_watch_tokens, self.view), partial(_forget_pass, self.view, self.layers)
+        self._hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in watched]
+        self._hooks += [module.register_forward_hook(after, always_call=True) for module in watched]
 
     def put(self, group: Sequence[str], state: Mapping[str, State]) -> None:
         """Make the layers of one input sparse.
@@ -253,29 +254,25 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _watch_tokens(view: TokenView) -> Any:
-    """A hook that tells the layers which tokens are padding, where they stand, and how many are in the cache already.
+def _watch_tokens(view: TokenView, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the layers which tokens are padding, where they stand, and how many are in the cache already: a hook before a pass.
 
     It watches the decoder, which evaluation calls by itself, and the whole model, because some models hand their decoder a
     ready attention mask from which padding can no longer be read.
     """
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask, cache, position = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        padding = view.tokens.padding if isinstance(mask, dict) else None
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            rows = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
-            padding = (mask == 0)[:, -rows.shape[1] :]
-        view.tokens = Tokens(padding, past, position)
-
-    return before
+    mask, cache, position = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
+    past = cache.get_seq_length() if cache is not None and view.needs_past else 0
+    padding = view.tokens.padding if isinstance(mask, dict) else None
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        rows = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
+        padding = (mask == 0)[:, -rows.shape[1] :]
+    view.tokens = Tokens(padding, int(past), position)
 
 
-def _forget_tokens(view: TokenView) -> Any:
-    """A hook after the whole model's pass: what it knew is of no other pass."""
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        view.tokens = Tokens()
-
-    return after
+def _forget_pass(
+    view: TokenView, layers: Mapping[str, SparseLinear], module: nn.Module, args: tuple[Any, ...], output: Any
+) -> None:
+    """Let go of what was known of a pass, and of its tensors where it ended early: a hook after it."""
+    view.tokens = Tokens()
+    for layer in layers.values():
+        layer.shared.forget()

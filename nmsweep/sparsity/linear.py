@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmsweep.pattern import Pattern
-from nmsweep.sparsity.kernels import prune
+from nmsweep.sparsity.kernels import add_counts, prune
 from nmsweep.sparsity.kernels.reference import centre, keep, variance_ratio
 from nmsweep.sparsity.method import Memory, Slots, Tokens, as_tensor
 from nmsweep.sparsity.scope import Scope
@@ -37,6 +37,7 @@ class TokenView:
         fade: the share of the pruned part that is still there, 1 to 0 in the course of a `decay` schedule.
         pattern: takes the place of the layers' own in the course of a `step` schedule.
         joins: whether norms and products may hand the prune their parts (`fusion`) instead of a tensor.
+        needs_past: whether anything depends on how many tokens are in the cache; a cache on a GPU has to be waited for.
     """
 
     def __init__(self, scope: Scope | None = None) -> None:
@@ -46,6 +47,7 @@ class TokenView:
         self.fade = 0.0
         self.pattern: Pattern | None = None
         self.joins = True
+        self.needs_past = self.scope.kind != "all"
 
     @contextmanager
     def as_dense(self, dense: bool = True) -> Iterator[None]:
@@ -82,13 +84,14 @@ class SharedInput:
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # kept, total: never read during a forward pass
         self.memory: dict[str, Tensor] = {}
         self._x: Tensor | None = None
+        self._version = 0
         self._pruned: Pruned | None = None
         self._reads = 0
 
     def __call__(self, x: Tensor) -> Pruned:
         """Prune x [batch, seq, in]."""
-        if self._x is not x or self._pruned is None:
-            self._x, self._pruned, self._reads = x, self._prune(x), 0
+        if self._x is not x or self._version != _version(x) or self._pruned is None:
+            self._x, self._version, self._pruned, self._reads = x, _version(x), self._prune(x), 0
         pruned = self._pruned
         self._reads += 1
         if self._reads == self.n_readers:
@@ -116,14 +119,17 @@ class SharedInput:
         u = prune(
             x, **share, weight=slots.weight, eta=slots.eta, var=slots.nu, scale=scale, gain=gain, counts=self.counts
         )
-        self._x, self._pruned, self._reads = u, Pruned(u, None, None), 0
+        self._x, self._version, self._pruned, self._reads = u, _version(u), Pruned(u, None, None), 0
         return u
 
     def prepare(self, width: int, dtype: torch.dtype) -> None:
         """Compile what a pass over inputs [batch, seq, width] needs, so that no measured pass waits for a compiler."""
         token = torch.zeros(1, 1, width, dtype=dtype, device=self.counts.device)
-        counts = torch.zeros_like(self.counts)
-        pruned(token, self.slots, self.view.pattern or self.slots.pattern, Tokens(), {}, counts)
+        pattern = self.view.pattern or self.slots.pattern
+        if self.view.scope.kind == "all" and self.slots.residual is None:
+            pruned(token, self.slots, pattern, Tokens(), {}, torch.zeros_like(self.counts))
+        else:
+            pruned(token, self.slots, pattern, Tokens(), {})
 
     def prepare_parts(self, x: Tensor, scale: Tensor | None, gain: Tensor | None) -> None:
         """Compile what a pass over such parts needs."""
@@ -152,9 +158,10 @@ class SharedInput:
             return Pruned(pruned(x, slots, pattern, view.tokens, self.memory, self.counts)[0], None, None)
         u, mask = pruned(x, slots, pattern, view.tokens, self.memory)
         if scope is not True:
-            inside = torch.as_tensor(scope, device=x.device).expand(x.shape[:-1])
+            inside = scope if isinstance(scope, Tensor) else x.new_full((), scope, dtype=torch.bool)
+            inside = inside.expand(x.shape[:-1])
             u, mask = torch.where(inside[..., None], u, x), mask | ~inside[..., None]
-        self.counts += torch.stack([mask.sum(), mask.new_tensor(mask.numel(), dtype=torch.int64)])
+        add_counts(mask, self.counts)
         removed = torch.where(mask, 0.0, centred(x, slots)) if slots.residual is not None or view.fade else None
         if view.fade:
             assert removed is not None
@@ -162,8 +169,19 @@ class SharedInput:
         return Pruned(u, None if slots.residual is None else removed, None if scope is True else inside)
 
 
+def _version(x: Tensor) -> int:
+    """Changes when x is written to; tensors of inference mode do not say."""
+    return 0 if x.is_inference() else x._version
+
+
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
+
+
 class SparseLinear(nn.Module):
-    """A dense layer that sees its pruned input.
+    """A dense layer that sees its pruned input. Hooks of the dense layer are hooks of this one.
 
     Args:
         dense: the layer it stands in for; its weight and bias are used as they are, never copied.
@@ -178,6 +196,8 @@ class SparseLinear(nn.Module):
         self.shared = shared
         self.slots = slots
         self.drops_bias = drops_bias
+        for name in _HOOKS:
+            setattr(self, name, getattr(dense, name))
 
     @property
     def weight(self) -> Tensor:
@@ -257,7 +277,7 @@ def pruned(
     if slots.threshold is not None or slots.priority is not None:
         mask = _keep(score(x, slots, tokens, memory), slots, pattern)
         if counts is not None:
-            counts += torch.stack([mask.sum(), mask.new_tensor(mask.numel(), dtype=torch.int64)])
+            add_counts(mask, counts)
         return _fill(x, mask, slots), mask
     weight = slots.weight
     if slots.dynamic is not None:

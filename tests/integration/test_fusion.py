@@ -1,5 +1,6 @@
 """The prune joined to norms and products: the same bits as without, and left out wherever something else is met."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -135,3 +136,106 @@ def test_the_model_is_itself_again_after_an_error() -> None:
         raise RuntimeError("stop")
     with torch.inference_mode():
         assert torch.equal(model(IDS).logits, before)
+
+
+def hooked(model: Any, where: str) -> Any:
+    """Register a hook that doubles what it is shown."""
+    block = model.model.layers[0]
+    if where == "norm":
+        return block.input_layernorm.register_forward_hook(lambda module, args, out: 2 * out)
+    if where == "attention":
+        double = {"hidden_states": 2}
+        return block.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (
+                args,
+                {k: double.get(k, 1) * v if k in double else v for k, v in kwargs.items()},
+            ),
+            with_kwargs=True,
+        )
+    layer = block.mlp.down_proj if where == "down" else block.self_attn.k_proj
+    return layer.register_forward_pre_hook(lambda module, args: (2 * args[0] + 0.5,))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["hooked dense", "hooked sparse"])
+@pytest.mark.parametrize("where", ["norm", "attention", "down", "k"])
+def test_hooks_are_shown_the_dense_tensor_and_what_they_make_is_pruned(where: str, before: bool) -> None:
+    model = tiny("tiny-llama", "float32")
+    handle = hooked(model, where) if before else None
+    with sparsify(model, pattern="2:4") as sparse, torch.inference_mode():
+        handle = handle or hooked(model, where)
+        found = outputs(model, sparse, True)
+        expected = outputs(model, sparse, False)
+        assert torch.equal(found[0], expected[0])
+        assert found[1] == expected[1]
+        handle.remove()
+        assert not torch.equal(outputs(model, sparse, True)[0], expected[0])
+
+
+def test_a_hook_of_a_target_layer_runs_and_stays() -> None:
+    model = tiny("tiny-llama", "float32")
+    down = model.model.layers[1].mlp.down_proj
+    handle = down.register_forward_hook(lambda module, args, out: 3 * out)
+    with torch.inference_mode():
+        dense = model(IDS).logits
+        with sparsify(model, pattern="4:4"):
+            assert torch.equal(model(IDS).logits, dense)
+        assert torch.equal(model(IDS).logits, dense)
+        handle.remove()
+        assert not torch.equal(model(IDS).logits, dense)
+
+
+def test_norms_in_another_dtype_than_their_input_are_not_joined() -> None:
+    model = tiny("tiny-llama")
+    for block in model.model.layers:
+        block.input_layernorm.float()
+        block.post_attention_layernorm.float()
+    with sparsify(model, pattern="2:4") as sparse, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(outputs(model, sparse, True)[0], outputs(model, sparse, False)[0])
+
+
+def test_another_forward_of_the_same_class_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("tiny-llama", "float32")
+    norms = type(model.model.layers[0].input_layernorm)
+    with sparsify(model, pattern="2:4") as sparse:
+        assert model.model.layers[0].input_layernorm in sparse.joined
+    dense = norms.forward
+    monkeypatch.setattr(norms, "forward", lambda self, x: 2 * dense(self, x))
+    with sparsify(model, pattern="2:4") as sparse, torch.inference_mode():
+        assert model.model.layers[0].input_layernorm not in sparse.joined
+        assert torch.equal(outputs(model, sparse, True)[0], outputs(model, sparse, False)[0])
+
+
+def test_a_copy_of_a_sparse_model_computes_with_its_own_weights() -> None:
+    model = tiny("tiny-llama", "float32")
+    with sparsify(model, pattern="2:4", scope="skip_first:3"), torch.inference_mode():
+        expected = model(IDS).logits
+        copy = deepcopy(model)
+        assert torch.equal(copy(IDS).logits, expected)
+        for block in copy.model.layers:
+            block.input_layernorm.weight.zero_()
+        assert not torch.equal(copy(IDS).logits, expected)
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_nothing_of_a_pass_that_ended_early_is_kept() -> None:
+    model = tiny("tiny-llama", "float32")
+    handle = model.model.layers[0].self_attn.k_proj.register_forward_hook(_stop)
+    with sparsify(model, pattern="2:4") as sparse, torch.inference_mode():
+        with pytest.raises(RuntimeError, match="stop"):
+            model(IDS)
+        assert all(layer.shared._pruned is None for layer in sparse.layers.values())
+    handle.remove()
+
+
+def _stop(*_: Any) -> None:
+    raise RuntimeError("stop")
+
+
+def test_an_input_that_was_written_to_is_pruned_again() -> None:
+    model = tiny("tiny-llama", "float32")
+    with sparsify(model, pattern="2:4"), torch.no_grad():
+        q_proj = model.model.layers[0].self_attn.q_proj
+        x = torch.randn(1, 5, 64)
+        first = q_proj(x)
+        x.mul_(2)
+        torch.testing.assert_close(q_proj(x), 2 * first)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nmsweep.errors import InputError
 from nmsweep.sparsity.kernels.norms import channel_squares
+from nmsweep.sparsity.kernels.reference import in_float64
 from nmsweep.sparsity.method import Criterion, Memory, Tokens, as_tensor
 
 
@@ -38,5 +39,6 @@ class Clact(Criterion):
 
 def squares(z: Tensor, tokens: Tokens) -> Tensor:
     """z² in float64, 0 for padding: [batch, seq, in]."""
-    squared = z.double().square()
-    return squared if tokens.padding is None else squared.masked_fill(tokens.padding[..., None].to(z.device), 0.0)
+    squared = in_float64(z).square()
+    padding = tokens.padding
+    return squared if padding is None else squared.masked_fill(padding[..., None].to(squared.device), 0.0)

@@ -1,4 +1,4 @@
-"""The fused primitive *centre, score, keep, rescale*: one call makes the sparse input of a linear layer (docs/METHODS.md §1).
+"""The fused primitive *centre, score, keep, rescale*: one call makes the sparse input of a linear layer (the formula in `sparsity/linear.py`).
 
 `prune` picks the backend by device: Triton on CUDA, numba on CPU, plain torch for the rest. All make the same mask from the same input.
 """
@@ -15,7 +15,7 @@ from .dispatch import BACKENDS, add_counts, run
 from .operator import prune_op
 from .reference import make
 
-__all__ = ["BACKENDS", "prune"]
+__all__ = ["BACKENDS", "add_counts", "prune"]
 
 
 @overload

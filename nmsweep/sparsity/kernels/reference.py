@@ -1,4 +1,4 @@
-"""The fused primitive in plain torch: the formula of docs/METHODS.md §1 line by line, on any device. The oracle of the other backends.
+"""The fused primitive in plain torch: the formula of `sparsity/linear.py` line by line, on any device. The oracle of the other backends.
 
 For one token `x` [hidden], computed in fp32 (float64 for float64 `x`); `fl` is one rounding to that type::
 
@@ -83,12 +83,12 @@ def token_mean(x: Tensor) -> Tensor:
     hidden = x.shape[-1]
     if x.dtype == torch.float64:
         return tree_sum(x) / hidden + 0.0
-    wide = x.double()
+    wide = in_float64(x)
     peak = wide.abs().amax(dim=-1, keepdim=True)
     power = (peak.view(torch.int64) & _EXPONENT_BITS).view(torch.float64)  # the power of two at or below the peak
     magic = power * (3 * 2**16)  # adding it leaves multiples of 2⁻³⁵·power
     on_grid = torch.where(peak.isfinite(), (wide + magic) - magic, wide)
-    return (on_grid.sum(dim=-1, keepdim=True) / hidden).float().to(x.dtype) + 0.0
+    return (on_grid.sum(dim=-1, keepdim=True) / hidden).float().to(x) + 0.0
 
 
 def keep(score: Tensor, n: int, m: int) -> Tensor:
@@ -102,14 +102,22 @@ def variance_ratio(z: Tensor, mask: Tensor) -> Tensor:
     """ν = √(Var z / Var k⊙z) over channels, 1 if either variance is 0: [*, 1], dtype of z."""
     dense, sparse = _variance(z), _variance(torch.where(mask, z, 0.0))
     nu = (dense / sparse).sqrt()
-    return torch.where((dense == 0) | (sparse == 0), 1.0, nu).to(z.dtype)
+    return torch.where((dense == 0) | (sparse == 0), 1.0, nu).to(z)
 
 
 def _variance(z: Tensor) -> Tensor:
     """Variance over channels (times hidden), float64 [*, 1]; exactly 0 for a constant row."""
-    z = z.double()
+    z = in_float64(z)
     z = z - z[..., :1]
     return tree_sum((z - tree_sum(z) / z.shape[-1]).square())
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """x in float64; on the CPU where its device has none."""
+    lacks = x.device.type == "mps" or (
+        x.device.type == "xpu" and not torch.xpu.get_device_properties(x.device).has_fp64
+    )
+    return (x.cpu() if lacks else x).double()
 
 
 def tree_sum(x: Tensor) -> Tensor:
