@@ -98,6 +98,11 @@ class Settings:
             raise InputError(f"bench: device={given}, but there is no CUDA device here; pass device=cpu")
         if not chosen.startswith("cuda") and chosen != "cpu":
             raise InputError(f"bench: device={given}; allowed: auto, cpu, cuda, cuda:N")
+        if chosen.startswith("cuda:"):
+            number = chosen.partition(":")[2]
+            if not number.isdigit() or int(number) >= torch.cuda.device_count():
+                raise InputError(f"bench: device={given}; GPUs here: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+            torch.cuda.set_device(int(number))  # events, memory and the name are those of the current one
         return chosen
 
     @property
