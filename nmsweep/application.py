@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nmsweep.disk.owner import temporary_name
 from nmsweep.errors import InputError, NmsweepError
 
 if TYPE_CHECKING:  # torch comes with them
@@ -42,11 +43,13 @@ def run_cells(words: list[str], overrides: list[str], multirun: bool, config_dir
     plan = planned(words, overrides, multirun, config_dir)
     if errors := unwritable(plan.results_dir):
         raise InputError(*errors)
-    from nmsweep.sweep.leftovers import remove_abandoned
+    from nmsweep.sweep.leftovers import remove_abandoned, restore
     from nmsweep.sweep.plan import store
     from nmsweep.sweep.planning import missing
 
+    restore(plan.results_dir)
     pending = missing(plan)
+    store(plan)
     n_cells, n_missing = len(plan.cells), len(pending)
     if not pending:
         what, them = (f"all {n_cells} cells exist", "them") if n_cells > 1 else ("this cell exists", "it")
@@ -55,7 +58,6 @@ def run_cells(words: list[str], overrides: list[str], multirun: bool, config_dir
     if n_cells > 1:
         print(f"nmsweep: {n_cells} cells, {n_cells - n_missing} exist already, {n_missing} to run", file=sys.stderr)
     remove_abandoned(plan.results_dir)
-    store(plan)
     return run_plan(words, plan, pending)
 
 
@@ -79,20 +81,25 @@ def silence_libraries() -> None:
 
 
 def unwritable(results_dir: Path) -> list[str]:
-    """Try to write where the results will lie, and leave no trace of it."""
-    made = [folder for folder in (results_dir, *results_dir.parents) if not folder.exists()]
+    """Try to write where the results will lie, or in the folder that theirs will be made in; no trace of it is left.
+
+    No folder is made: it could not be taken away again without the risk that another command has begun to use it.
+    """
     try:
-        results_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=results_dir, prefix=".tmp_"):
-            pass
+        there = next(folder for folder in (results_dir, *results_dir.parents) if _is_there(folder))
+        with tempfile.NamedTemporaryFile(dir=there, prefix=f"{temporary_name()}_"):
+            return []
     except OSError as error:
         why = f"{results_dir} cannot be written ({error.strerror})"
         return [f"results_dir: {why}; pass results_dir=DIR with a folder of yours"]
-    finally:
-        for folder in made:
-            if folder.is_dir():
-                folder.rmdir()
-    return []
+
+
+def _is_there(place: Path) -> bool:
+    try:
+        place.lstat()
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def hand_to_hydra(words: list[str], task: "Launch | None" = None) -> int:

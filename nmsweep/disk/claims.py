@@ -1,10 +1,12 @@
 """Who computes what: a lease on a name, held by one process of all that share a results folder.
 
-A claim is a file ``<name>.<generation>`` under ``.claims/``, made with O_EXCL, so that one process alone can make it. Its
-holder touches it while it works. A claim is void when its process is known to be gone, or when it has not been touched for
-the length of the lease by the file server's own clock: the clocks of the nodes are never compared. A void claim is taken
-over by making the next generation, which again one process alone can do; nothing is removed on the way, so there is no
-moment at which two may believe that they have it. Locks of the file system (flock, lockf) play no part.
+A claim is a file ``<name>.<generation>`` under ``.claims/``. It is written beside its place and linked there, which one
+process alone can do, so that it never lies there half-written. Its holder touches it while it works. A claim is void when its
+process is known to be gone, or when the process that wants it has itself seen it untouched for the length of the lease, by a
+clock that only runs forward: no clock of another node is read, nor are the times of files, which some file systems (Lustre)
+take from the node that writes. A void claim is taken over by making the next generation, which again one process alone can
+do; nothing is removed on the way, so there is no moment at which two may believe that they have it. Locks of the file system
+(flock, lockf) play no part.
 
 Should a stopped process go on after its claim was taken over, the same cell is computed twice and, records being renamed
 whole into their place, one of two equal records stays.
@@ -18,8 +20,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
-from nmsweep.disk.owner import Owner, me, parse_owner, server_time
+from nmsweep.disk.owner import Owner, me, parse_owner, temporary_name
+from nmsweep.disk.storage import taking
 from nmsweep.errors import Busy
 
 LEASE_S = 120.0
@@ -33,13 +37,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim as its file says it."""
+    """A claim as its file says it.
+
+    Attributes:
+        name: what is claimed.
+        generation: how often it was taken over.
+        place: its file.
+        owner: who has it; None where the file does not say.
+        note: what it is, for people.
+        touched: when its holder last gave a sign of life, in seconds by whatever clock the file system uses.
+    """
 
     name: str
     generation: int
     place: Path
     owner: Owner | None
+    note: str
     touched: float
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its process is known to be gone."""
+        return self.owner is not None and self.owner.is_alive() is False
 
 
 @dataclass
@@ -94,9 +113,10 @@ def claimed(results_dir: Path, name: str, note: str = "") -> Iterator[None]:
 
     Raises:
         Busy: another process holds it.
-        OSError: the folder cannot be written.
+        StorageError: the folder cannot be written.
     """
-    place = take(results_dir, name, note)
+    with taking(results_dir):
+        place = take(results_dir, name, note)
     if place is None:
         found = find(results_dir, name)
         by = found.owner.shown if found and found.owner else "another process"
@@ -118,12 +138,8 @@ def take(results_dir: Path, name: str, note: str = "") -> Path | None:
         return None
     generation = 0 if known is None else known.generation + 1
     place = folder / f"{name}.{generation}"
-    try:
-        handle = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
+    if not _make(place, json.dumps({"owner": str(me()), "note": note})):
         return None
-    with os.fdopen(handle, "w") as file:
-        json.dump({"owner": str(me()), "note": note}, file)
     for other in _all(results_dir, name):  # a process that looked before this file was there may have made another
         if other.generation > generation or (other.generation < generation and not is_void(other)):
             place.unlink(missing_ok=True)
@@ -131,30 +147,70 @@ def take(results_dir: Path, name: str, note: str = "") -> Path | None:
     return place
 
 
+def _make(place: Path, text: str) -> bool:
+    """Make a file that was not there, whole from its first moment; whether it was this process that made it."""
+    temporary = place.with_name(temporary_name())
+    try:
+        temporary.write_text(text)
+        os.link(temporary, place)
+        return True
+    except FileExistsError:
+        return temporary.stat().st_nlink == 2  # NFS repeats a request whose answer was lost, and finds what it made
+    except OSError:  # no hard links here (FAT, some FUSE), or no room: then this says so
+        return _make_exclusively(place, text)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make_exclusively(place: Path, text: str) -> bool:
+    """The same where there are no hard links: killed between the two steps, it leaves a claim that ends with its lease."""
+    try:
+        handle = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    return True
+
+
 def find(results_dir: Path, name: str) -> Claim | None:
     """The claim in force on a name, void or not: the one of the highest generation."""
     return max(_all(results_dir, name), key=lambda claim: claim.generation, default=None)
 
 
-def all_claims(results_dir: Path) -> list[tuple[Claim, str]]:
-    """Every claim in a results folder with its note."""
-    found = []
-    for place in _files(results_dir):
-        if claim := _read(place):
-            found.append((claim, _note(place)))
-    return found
+def all_claims(results_dir: Path) -> list[Claim]:
+    """Every claim in a results folder."""
+    return [claim for place in _files(results_dir) if (claim := _read(place))]
 
 
-def is_void(claim: Claim, now: float | None = None) -> bool:
-    """Whether a claim's process is gone, or has not touched it for the length of the lease.
+_seen: dict[Path, tuple[float, float]] = {}
+"""Of each claim that this process looked at: the touch that it saw last, and since when (seconds, monotonic)."""
+
+
+def is_void(claim: Claim) -> bool:
+    """Whether a claim's process is gone, or has not touched it for the length of the lease while this process looked on."""
+    if claim.is_orphan:
+        return True
+    touched, since = _seen.setdefault(claim.place, (claim.touched, monotonic()))
+    if touched != claim.touched:
+        _seen[claim.place] = (claim.touched, monotonic())
+        return False
+    return monotonic() - since > LEASE_S
+
+
+def looks_void(claim: Claim, now: float, silent_s: float = LEASE_S) -> bool:
+    """Whether a claim seems to be nobody's, at one look; for what people are shown, not for taking it over.
 
     Args:
         claim: a claim.
-        now: the file server's time in seconds; it is asked by default.
+        now: the file server's time in seconds.
+        silent_s: seconds without a touch that are taken for a sign.
     """
-    if claim.owner is not None and claim.owner.is_alive() is False:
-        return True
-    return (server_time(claim.place.parent) if now is None else now) - claim.touched > LEASE_S
+    return claim.is_orphan or now - claim.touched > silent_s
 
 
 def _release(results_dir: Path, place: Path) -> None:
@@ -189,17 +245,17 @@ def _all(results_dir: Path, name: str) -> list[Claim]:
 def _read(place: Path) -> Claim | None:
     """A claim; None if it was released meanwhile. The file is opened: network file systems ask the server only then."""
     try:
-        with place.open() as file:
-            owner, touched = parse_owner(file.read(4096)), os.fstat(file.fileno()).st_mtime
+        with place.open(errors="replace") as file:
+            text, touched = file.read(4096), os.fstat(file.fileno()).st_mtime
     except OSError:
         return None
     name, _, generation = place.name.rpartition(".")
-    return Claim(name, int(generation), place, owner, touched)
+    return Claim(name, int(generation), place, parse_owner(text), _note(text), touched)
 
 
-def _note(place: Path) -> str:
+def _note(text: str) -> str:
     try:
-        stored = json.loads(place.read_text())
-    except (OSError, ValueError):
+        stored = json.loads(text)
+    except ValueError:
         return ""
     return str(stored.get("note", "")) if isinstance(stored, dict) else ""

@@ -9,11 +9,17 @@ import hashlib
 import os
 import re
 import socket
-import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+UNFINISHED = ".tmp_"
+"""How the name of a file or folder begins that is being written."""
+
+REPLACED = ".old_"
+"""How the name of a folder begins that keeps what is being replaced."""
 
 STALE_S = 24 * 3600.0
 """Age in seconds after which the temporary file of a process on another machine counts as abandoned."""
@@ -43,7 +49,7 @@ class Owner:
         if self.machine != _machine():
             return None
         started = _started(self.pid)
-        return started is not None and started == self.started
+        return started in (_UNKNOWN, self.started)
 
 
 def me() -> Owner:
@@ -54,7 +60,7 @@ def me() -> Owner:
 @cache
 def _owner(pid: int) -> Owner:
     host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
-    return Owner(host, _machine(), pid, _started(pid) or 0)
+    return Owner(host, _machine(), pid, _started(pid) or _UNKNOWN)
 
 
 @cache
@@ -66,24 +72,26 @@ def _machine() -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 
 
+_UNKNOWN = 0
+
+
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since boot (0 where /proc cannot tell); None if it is gone."""
+    """When a process started, in ticks since boot; `_UNKNOWN` where /proc does not tell; None if it is gone."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    except (OSError, ValueError):  # it ended while it was looked at
-        return None
-    else:
-        return None if state in "ZX" else int(fields[18])
+    except (OSError, ValueError):  # gone, of another user under hidepid, or there is no /proc
+        return _UNKNOWN if _runs(pid) else None
+    return None if state in "ZX" else int(fields[18])
+
+
+def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return 0
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def parse_owner(text: str) -> Owner | None:
@@ -92,25 +100,43 @@ def parse_owner(text: str) -> Owner | None:
     return found and Owner(found["host"], found["machine"], int(found["pid"]), int(found["started"]))
 
 
-def temporary_name() -> str:
-    """A new name for an unfinished file or folder of this process."""
-    return f".tmp_{me()}_{uuid.uuid4().hex[:8]}"
+def temporary_name(prefix: str = UNFINISHED) -> str:
+    """A new name for an unfinished file or folder of this process, or for what it replaces."""
+    return f"{prefix}{me()}_{uuid.uuid4().hex[:8]}"
 
 
-def is_abandoned(path: Path, now: float | None = None) -> bool:
+def is_abandoned(path: Path, now: Callable[[], float]) -> bool:
     """Whether a temporary file's process is gone: by its name, or by its age where it was another machine's.
 
     Args:
-        path: its name begins with ``.tmp_``.
-        now: the file server's time in seconds, from `server_time`; this machine's by default.
+        path: has a name from `temporary_name`.
+        now: tells the file server's time in seconds, as `server_clock` does; asked only where age decides.
     """
     owner = parse_owner(path.name)
     if owner is not None and (alive := owner.is_alive()) is not None:
         return not alive
     try:
-        return (time.time() if now is None else now) - path.stat().st_mtime > STALE_S
+        return now() - path.lstat().st_mtime > STALE_S
     except FileNotFoundError:
         return False
+
+
+def server_clock(folder: Path, otherwise: float = float("-inf")) -> Callable[[], float]:
+    """Tells `server_time`, asked for once and when it is needed.
+
+    Args:
+        folder: on the server.
+        otherwise: what it tells where the folder takes no file: by default a time at which nothing is old.
+    """
+
+    @cache
+    def now() -> float:
+        try:
+            return server_time(folder)
+        except OSError:
+            return otherwise
+
+    return now
 
 
 def server_time(folder: Path) -> float:

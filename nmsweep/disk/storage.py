@@ -4,11 +4,11 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nmsweep.disk.interrupt import uninterrupted
-from nmsweep.disk.owner import temporary_name
+from nmsweep.disk.owner import REPLACED, temporary_name
 from nmsweep.errors import StorageError
 
 _FULL_OR_GONE = {
@@ -24,7 +24,7 @@ _FULL_OR_GONE = {
 
 
 @contextmanager
-def _storage(place: Path) -> Iterator[None]:
+def taking(place: Path) -> Iterator[None]:
     """Tell a results folder that takes no more from other errors.
 
     Raises:
@@ -51,7 +51,7 @@ def whole_folder(place: Path) -> Iterator[Path]:
     Raises:
         StorageError: the folder cannot be written.
     """
-    with uninterrupted(), _storage(place):
+    with uninterrupted(), taking(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.parent / temporary_name()
         temporary.mkdir()
@@ -65,19 +65,44 @@ def whole_folder(place: Path) -> Iterator[Path]:
 
 
 def _take_place(temporary: Path, place: Path) -> None:
-    if place.exists():
-        old = place.parent / temporary_name()
-        os.rename(place, old)
-        try:
-            os.rename(temporary, place)
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-    else:
+    with _moved_aside(place):
         try:
             os.rename(temporary, place)
         except OSError:
             if not place.exists():  # somebody else was first: theirs is as good as ours
                 raise
+
+
+@contextmanager
+def _moved_aside(place: Path) -> Iterator[None]:
+    """Keep what is at a place beside it until the block has put something there; killed in between, `put_back` finds it."""
+    if not place.exists():
+        yield
+        return
+    aside = place.parent / temporary_name(REPLACED)
+    aside.mkdir()
+    try:
+        with suppress(FileNotFoundError):  # another process has moved it
+            os.rename(place, aside / place.name)
+        yield
+    finally:
+        put_back(aside)
+
+
+def put_back(aside: Path) -> None:
+    """Give what was being replaced its place again where nothing took it, then remove the folder that kept it.
+
+    Args:
+        aside: that folder; its name begins with ``.old_``.
+    """
+    for old in [*aside.iterdir()] if aside.is_dir() else []:
+        place = aside.parent / old.name
+        try:
+            os.rename(old, place)
+        except OSError:
+            if not place.exists():  # the disk takes nothing now; the next run tries again
+                return
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _flush_to_disk(file: Path) -> None:
@@ -92,11 +117,12 @@ def whole_file(place: Path) -> Iterator[Path]:
     Raises:
         StorageError: the folder cannot be written.
     """
-    with uninterrupted(), _storage(place):
+    with uninterrupted(), taking(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_name(temporary_name())
         try:
             yield temporary
+            _flush_to_disk(temporary)  # or a crash of the machine may leave the name without the content
             os.replace(temporary, place)
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,13 +1,16 @@
-"""What an interrupted run leaves in a results folder: found, named, removed when its process is gone."""
+"""What an interrupted run leaves in a results folder: found, named, removed when its process is gone.
 
-import os
+Nothing outside the folder is touched: where a link stands in the place of one of its folders, what that leads to is left alone.
+"""
+
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nmsweep.disk.claims import all_claims, claims_folder, is_void
-from nmsweep.disk.owner import is_abandoned, server_time
+from nmsweep.disk.claims import all_claims, claims_folder, looks_void
+from nmsweep.disk.owner import REPLACED, STALE_S, UNFINISHED, is_abandoned, server_clock
+from nmsweep.disk.storage import put_back
 from nmsweep.sweep.plan import plans_folder
 
 RUNS_KEPT_S = 7 * 24 * 3600.0
@@ -24,32 +27,49 @@ class Leftover:
     @property
     def n_bytes(self) -> int:
         """Its size, folders with all that is in them; what vanishes meanwhile counts nothing."""
-        files = [self.path] if self.path.is_file() else [p for p in self.path.rglob("*") if p.is_file()]
+        files = self.path.rglob("*") if self.path.is_dir() and not self.path.is_symlink() else [self.path]
         return sum(_size(file) for file in files)
 
 
 def _size(file: Path) -> int:
     try:
-        return file.stat().st_size
+        return 0 if file.is_dir() else file.lstat().st_size
     except OSError:
         return 0
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; nothing where there is none or a link in its place."""
+    if folder.is_symlink():
+        return []
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def temporary_files(results_dir: Path) -> Iterator[Path]:
-    """Every unfinished file or folder, whoever makes it."""
-    places = [results_dir, *(results_dir / name for name in ("cells", "failed", "items", "report", ".calibration"))]
+    """Every file or folder that is being written or replaced, whoever does it."""
+    names = ("cells", "failed", "items", "recipes", "report", ".calibration")
     parts = results_dir / ".parts"
-    places += [
-        plans_folder(results_dir),
-        claims_folder(results_dir),
-        parts,
-        *(parts.iterdir() if parts.is_dir() else ()),
-    ]
-    for place in places:
-        try:
-            yield from [Path(entry.path) for entry in os.scandir(place) if entry.name.startswith(".tmp_")]
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+    places = [*(results_dir / name for name in names), plans_folder(results_dir), claims_folder(results_dir), parts]
+    found = [*results_dir.iterdir()] if results_dir.is_dir() else []  # it may be a link itself
+    for place in [*places, *_entries(parts)]:
+        found += _entries(place)
+    yield from (path for path in found if path.name.startswith((UNFINISHED, REPLACED)))
+
+
+def abandoned(results_dir: Path) -> list[Path]:
+    """The temporary files whose process is gone."""
+    now = server_clock(results_dir)
+    return [path for path in temporary_files(results_dir) if is_abandoned(path, now)]
+
+
+def restore(results_dir: Path) -> None:
+    """Put back the records that a process was replacing when it was killed."""
+    for path in abandoned(results_dir):
+        if path.name.startswith(REPLACED):
+            _remove(path)
 
 
 def remove_abandoned(results_dir: Path) -> int:
@@ -57,12 +77,8 @@ def remove_abandoned(results_dir: Path) -> int:
 
     Nobody gets a claim by that: who makes one looks again afterwards whether another is there.
     """
-    found = [path for path in temporary_files(results_dir) if is_abandoned(path)]
-    found += [
-        claim.place
-        for claim, _ in all_claims(results_dir)
-        if claim.owner is not None and claim.owner.is_alive() is False
-    ]
+    orphans = [] if claims_folder(results_dir).is_symlink() else [c for c in all_claims(results_dir) if c.is_orphan]
+    found = [*abandoned(results_dir), *(claim.place for claim in orphans)]
     for path in found:
         _remove(path)
     return len(found)
@@ -72,23 +88,15 @@ def leftovers(results_dir: Path) -> list[Leftover]:
     """Everything that `nmsweep gc` may remove; nothing that a living process or a later run has a use for."""
     if not results_dir.is_dir():
         return []
-    now = server_time(results_dir)
-    found = [
-        Leftover(path, "unfinished, its process is gone")
-        for path in temporary_files(results_dir)
-        if is_abandoned(path, now)
-    ]
-    found += [
-        Leftover(claim.place, "claim of a process that is gone")
-        for claim, _ in all_claims(results_dir)
-        if is_void(claim)
-    ]
-    for name, what in (("quarantine", "damaged record, computed again since or to be"),):
-        folder = results_dir / name
-        found += [Leftover(path, what) for path in sorted(folder.iterdir())] if folder.is_dir() else []
-    runs = results_dir / ".runs"
-    for run in sorted(runs.iterdir()) if runs.is_dir() else ():
-        if now - run.stat().st_mtime > RUNS_KEPT_S:
+    now = server_clock(results_dir)
+    found = [Leftover(path, "unfinished, its process is gone") for path in abandoned(results_dir)]
+    if not claims_folder(results_dir).is_symlink():
+        void = [claim for claim in all_claims(results_dir) if looks_void(claim, now(), STALE_S)]
+        found += [Leftover(claim.place, "claim of a process that is gone") for claim in void]
+    aside = _entries(results_dir / "quarantine")
+    found += [Leftover(path, "damaged, computed again since or to be") for path in aside]
+    for run in _entries(results_dir / ".runs"):
+        if now() - run.lstat().st_mtime > RUNS_KEPT_S:
             found.append(Leftover(run, "Hydra's folder of a run, older than a week"))
     return found
 
@@ -100,7 +108,9 @@ def remove(found: list[Leftover]) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+    elif path.name.startswith(REPLACED):
+        put_back(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -100,17 +100,25 @@ def plans_folder(results_dir: Path) -> Path:
 
 
 def store(plan: Plan) -> Path:
-    """Keep a plan; one that is kept already counts as the latest again.
+    """Keep a plan; one that is kept already and whole counts as the latest again.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     place = plans_folder(plan.results_dir) / f"{plan.plan_id}.json"
-    if place.exists():
+    text = json.dumps(plan.content(), sort_keys=True) + "\n"
+    if _reads(place, text):
         os.utime(place)
     else:
-        write_text(place, json.dumps(plan.content(), sort_keys=True) + "\n")
+        write_text(place, text)
     return place
+
+
+def _reads(file: Path, text: str) -> bool:
+    try:
+        return file.read_bytes() == text.encode()
+    except OSError:
+        return False
 
 
 def load(results_dir: Path, plan_id: str) -> Plan:

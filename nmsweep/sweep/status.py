@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nmsweep.damage import damage
-from nmsweep.disk.claims import all_claims, is_void
-from nmsweep.disk.owner import server_time
+from nmsweep.disk.claims import all_claims, claims_folder, looks_void
+from nmsweep.disk.owner import server_clock
 from nmsweep.record import cell_index, failure_folder, failure_of
 from nmsweep.sweep.estimate import duration, measured
 from nmsweep.sweep.plan import Plan, PlannedCell
@@ -40,8 +40,8 @@ def read_status(plan: Plan) -> Status:
     damaged = [cell for cell in done if damage(known[cell.cell_id])]
     open_cells = [cell for cell in plan.cells if cell.cell_id not in known]
     holders = _holders(plan)
-    running = [(cell, holders[cell.part_id]) for cell in open_cells if cell.part_id in holders]
-    rest = [cell for cell in open_cells if cell.part_id not in holders]
+    running = [(cell, holders[cell.name]) for cell in open_cells if cell.name in holders]
+    rest = [cell for cell in open_cells if cell.name not in holders]
     reasons = {cell.cell_id: failure_of(failure_folder(plan.results_dir, cell.name)) for cell in rest}
     failed = [(cell, reason) for cell in rest if (reason := reasons[cell.cell_id]) is not None]
     missing = [cell for cell in rest if reasons[cell.cell_id] is None]
@@ -53,15 +53,10 @@ def read_status(plan: Plan) -> Status:
 
 
 def _holders(plan: Plan) -> dict[str, str]:
-    """Who computes what at the moment, by claimed name."""
-    claims = all_claims(plan.results_dir)
-    if not claims:
-        return {}
-    try:
-        now = server_time(claims[0][0].place.parent)
-    except OSError:  # a folder that cannot be written can still be looked at
-        now = time.time()
-    return {c.name: c.owner.shown if c.owner else "a process" for c, _ in claims if not is_void(c, now)}
+    """Who computes what at the moment, by the names of cells."""
+    now = server_clock(claims_folder(plan.results_dir), otherwise=time.time())  # one that is read-only can be looked at
+    held = [claim for claim in all_claims(plan.results_dir) if not looks_void(claim, now())]
+    return {claim.note: claim.owner.shown if claim.owner else "a process" for claim in held}
 
 
 def show_status(plan: Plan, limit: int = 20) -> Status:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from nmsweep.config import short_hash
 from nmsweep.data.lines import LONGEST_BYTES
 from nmsweep.data.tasks import find_task
+from nmsweep.disk.owner import Owner
 from nmsweep.errors import DataError, InputError
 from nmsweep.record import failure_folder, write_failure
 from nmsweep.sweep.launching import Batch
@@ -113,6 +115,29 @@ def test_what_a_plan_names_is_not_called_before_it_is_known_to_be_a_method(
     assert code == 1
     assert "neither a Criterion nor a Mitigation" in err
     assert not list(tmp_path.glob("trace*"))
+
+
+@pytest.mark.parametrize("inside", ["quarantine", ".runs", "cells", ".parts", ".parts/x", ".claims", ".calibration"])
+def test_gc_removes_nothing_behind_a_link(nmsweep: Call, results: Path, tmp_path: Path, inside: str) -> None:
+    outside = tmp_path / "outside"
+    gone = f"{Owner('vm', '0' * 8, 1, 1)}_abcdef01"
+    for name in ("thesis.1", f".tmp_{gone}", f".old_{gone}"):
+        (outside / name).mkdir(parents=True) if inside != ".claims" else outside.mkdir(exist_ok=True)
+        place = outside / name / "text" if inside != ".claims" else outside / name
+        place.write_text("mine")
+        for path in (place, outside / name):
+            os.utime(path, (0, 0))
+    link = results / inside
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside)
+    link_to_one = results / f".tmp_{gone}"
+    link_to_one.symlink_to(outside)
+    os.utime(link_to_one, (0, 0), follow_symlinks=False)
+    code, out, _ = nmsweep("gc", "remove", f"results_dir={results}")
+    assert code == 0
+    assert "1 removed" in out
+    assert not link_to_one.is_symlink()
+    assert len(list(outside.iterdir())) == 3
 
 
 @pytest.mark.parametrize("word", ["x", "../../a:b:0:0:1", "0" * 20 + ":" + "0" * 12 + ":0;1:0:1"])

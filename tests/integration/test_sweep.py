@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from chaos.kill import chaos
 from processes import Run, run
 
+from nmsweep.application import unwritable
 from nmsweep.disk.owner import Owner, temporary_name
 from nmsweep.record import cell_folders, failure_folder, failure_of, write_failure
 from nmsweep.report.load import read_results
@@ -239,6 +241,38 @@ def test_a_plan_that_was_changed_is_refused(nmsweep: Call, results: Path) -> Non
         code, _, err = nmsweep(subcommand, f"results_dir={results}")
         assert code == 2
         assert "its content is not what its name says" in err
+
+
+@pytest.mark.parametrize("harm", ["{", "", None])
+def test_a_damaged_plan_is_written_again_by_its_command(nmsweep: Call, results: Path, harm: str | None) -> None:
+    words = command(results, "pattern=2:4", "baseline=false")
+    assert nmsweep(*words)[0] == 0
+    (plan_id,) = plan_ids(results)
+    file = results / ".plans" / f"{plan_id}.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"mini_science", b"mini_sciense") if harm is None else harm.encode())
+    assert nmsweep("status", f"results_dir={results}")[0] == 2
+    assert nmsweep(*words)[0] == 0
+    assert file.read_bytes() == whole
+    assert nmsweep("status", f"results_dir={results}")[0] == 0
+
+
+def test_commands_that_start_together_on_a_new_folder_can_all_write_there(tmp_path: Path) -> None:
+    def start(number: int) -> list[str]:
+        errors = unwritable(tmp_path / str(number // 8) / "results")
+        (tmp_path / str(number // 8) / "results" / ".plans").mkdir(parents=True, exist_ok=True)
+        return errors
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(start, range(400))) == [[]] * 400
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place, why in (("file/results", "Not a directory"), ("link", "No such file"), ("x" * 300, "too long")):
+        (message,) = unwritable(tmp_path / place)
+        assert why in message
 
 
 def test_indices_are_one_word_and_come_back() -> None:

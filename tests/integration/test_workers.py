@@ -32,7 +32,7 @@ def other(results: Path, process: Run) -> Owner:
     """The worker beside the process that was started, when it is at a cell and another one is there."""
     stop = time.monotonic() + 120
     while time.monotonic() < stop:
-        for claim, _ in all_claims(results) if cell_folders(results) else ():
+        for claim in all_claims(results) if cell_folders(results) else ():
             if claim.owner and claim.owner.pid != process.pid:
                 return claim.owner
         time.sleep(0.002)

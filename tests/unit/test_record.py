@@ -1,11 +1,13 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from nmsweep.disk.storage import whole_folder, write_text
+from nmsweep.disk.storage import put_back, whole_folder, write_text
 from nmsweep.errors import InputError, StorageError
 from nmsweep.record import (
     LAYER_COLUMNS,
@@ -22,6 +24,7 @@ from nmsweep.record import (
     write_cell,
     write_failure,
 )  # fmt: skip
+from nmsweep.sweep.leftovers import leftovers, remove_abandoned, restore
 
 METRICS = [Metric("boolq", "acc", 0.5, 0.1, 4), Metric("wikitext2", "perplexity", 12.25, None, 3)]
 LAYERS = [LayerCount("model.layers.0.q", 8, 4, 100, 50, 0.25)]
@@ -89,6 +92,71 @@ def test_a_full_disk_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.Mon
         write_text(file, "new")
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["tidy.csv"]
+
+
+def test_what_is_replaced_survives_a_kill_between_the_two_renames(tmp_path: Path) -> None:
+    """The child is killed when the old folder has gone aside and the new one has not come."""
+    place = tmp_path / "cells" / "one"
+    code = f"""
+import os
+from pathlib import Path
+from nmsweep.disk import storage
+place, rename = Path({str(place)!r}), os.rename
+def killed(source, target):
+    if Path(target) == place and place.parent.glob(".old_*"):
+        os._exit(9)
+    rename(source, target)
+for text in ("old", "new"):
+    if text == "new":
+        storage.os.rename = killed
+    with storage.whole_folder(place) as folder:
+        (folder / text).write_text(text)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert not place.exists()
+    assert {leftover.path.name[:5] for leftover in leftovers(tmp_path)} == {".old_", ".tmp_"}
+    restore(tmp_path)
+    assert [file.name for file in place.iterdir()] == ["old"]
+    assert remove_abandoned(tmp_path) == 1
+    assert [folder.name for folder in place.parent.iterdir()] == ["one"]
+
+
+def test_what_was_replaced_meanwhile_is_not_put_back(tmp_path: Path) -> None:
+    aside = tmp_path / ".old_x"
+    for folder, text in ((aside / "one", "old"), (tmp_path / "one", "new")):
+        folder.mkdir(parents=True)
+        (folder / text).touch()
+    put_back(aside)
+    assert [file.name for file in (tmp_path / "one").iterdir()] == ["new"]
+    assert not aside.exists()
+
+
+def test_a_write_that_cannot_take_its_place_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, rename = tmp_path / "one", os.rename
+    with whole_folder(place) as folder:
+        (folder / "old").touch()
+
+    def full(source: Path, target: Path) -> None:
+        if target == place and source.name.startswith(".tmp_"):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(StorageError), whole_folder(place) as folder:
+        (folder / "new").touch()
+    assert [file.name for file in place.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: steps.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *places: (steps.append("replace"), replace(*places)))
+    write_text(tmp_path / "plan.json", "{}")
+    assert steps == ["fsync", "replace"]
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "metrics.csv", "layers.csv", "samples.parquet", "provenance.json"])
