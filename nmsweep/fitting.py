@@ -1,25 +1,32 @@
 """What a cell knows before it is measured: its windows of calibration text, a pattern for each layer, the calibrated state."""
 
-import os
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from nmsweep.calibrate.fit import fit
 from nmsweep.calibrate.search import search
-from nmsweep.calibrate.store import Calibrated, calibrate
+from nmsweep.calibrate.store import Calibrated, calibrate, read_state, state_file
 from nmsweep.calibrate.text import windows
 from nmsweep.cell import Cell
+from nmsweep.damage import put_aside
 from nmsweep.data.tasks import read_text
 from nmsweep.disk.claims import claimed
+from nmsweep.disk.storage import write_text
+from nmsweep.errors import InputError
 from nmsweep.evaluate.perplexity import adds_bos
 from nmsweep.models import LoadedModel
 from nmsweep.recipe import Recipe, read_recipe
 from nmsweep.record import cell_folder
 from nmsweep.session import Session
+from nmsweep.sparsity.sparsification import Sparsification
+
+Kept = TypeVar("Kept")
 
 
 def calibration_windows(cell: Cell, loaded: LoadedModel, n_samples: int) -> Tensor:
@@ -45,18 +52,42 @@ def allocated(cell: Cell, loaded: LoadedModel, session: Session) -> Cell:
     if cfg.policy != "greedy" or made is None:
         return cell
     file = recipe_file(cell)
-    with (
-        nullcontext() if file.is_file() else claimed(cfg.results_dir, f"allocation-{cell.calibration_id}", "allocation")
-    ):
-        if not file.is_file():
-            session.display.stage("allocation", cfg.calibration.n_samples or 32)
-            recipe = search(
-                loaded.model, calibration_windows(cell, loaded, 32), made, cfg.allocation, cfg.targets,
-                scope=cfg.scope, settings=cfg.calibration, seed=cfg.seed, step=session.display.step,
-            )  # fmt: skip
-            _write(file, cell, recipe)
-            session.display.say(f"    recipe: {file}")
-    return replace(cell, sparsification=replace(made, patterns=read_recipe(file).layers))
+    recipe = _kept(file, read_recipe)
+    if recipe is None:
+        with claimed(cfg.results_dir, f"allocation-{cell.calibration_id}", "allocation"):
+            aside = partial(put_aside, file, cfg.results_dir, say=session.display.say)
+            recipe = _kept(file, read_recipe, aside) or _searched(cell, made, loaded, session)
+    return replace(cell, sparsification=replace(made, patterns=recipe.layers))
+
+
+def _kept(file: Path, read: Callable[[Path], Kept], aside: Callable[[str], None] = lambda why: None) -> Kept | None:
+    """What a file holds; None where there is none or it is damaged.
+
+    Args:
+        file: a recipe or a calibrated state.
+        read: raises an InputError where it is damaged.
+        aside: told why it is damaged, by who has the claim to make it anew.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return read(file)
+    except InputError as error:
+        aside(str(error))
+        return None
+
+
+def _searched(cell: Cell, made: Sparsification, loaded: LoadedModel, session: Session) -> Recipe:
+    """A pattern for each layer, found and kept as a recipe."""
+    cfg = cell.cfg
+    session.display.stage("allocation", cfg.calibration.n_samples or 32)
+    recipe = search(
+        loaded.model, calibration_windows(cell, loaded, 32), made, cfg.allocation, cfg.targets,
+        scope=cfg.scope, settings=cfg.calibration, seed=cfg.seed, step=session.display.step,
+    )  # fmt: skip
+    _write(recipe_file(cell), cell, recipe)
+    session.display.say(f"    recipe: {recipe_file(cell)}")
+    return read_recipe(recipe_file(cell))
 
 
 def recipe_file(cell: Cell) -> Path:
@@ -83,18 +114,17 @@ def calibration(cell: Cell, loaded: LoadedModel, session: Session) -> Calibrated
         )  # fmt: skip
 
     session.display.stage("calibration", loaded.model.config.get_text_config().num_hidden_layers)
-    folder = cfg.results_dir / ".calibration"
-    exists = (folder / f"{cell.calibration_id}.safetensors").is_file()
-    with nullcontext() if exists else claimed(cfg.results_dir, f"calibration-{cell.calibration_id}", "calibration"):
-        return calibrate(folder, cell.calibration_id, make)
+    folder, key = cfg.results_dir / ".calibration", cell.calibration_id
+    file, read = state_file(folder, key), partial(read_state, key=key)
+    if (kept := _kept(file, read)) is not None:
+        return kept
+    with claimed(cfg.results_dir, f"calibration-{key}", "calibration"):
+        kept = _kept(file, read, partial(put_aside, file, cfg.results_dir, say=session.display.say))
+        return calibrate(folder, key, make) if kept is None else kept
 
 
 def _write(file: Path, cell: Cell, recipe: Recipe) -> None:
-    """Whole or not at all."""
     cfg = cell.cfg
     what = {"model": cfg.model_name, "criterion": cfg.criterion and cfg.criterion.name, "mitigation": cfg.mitigation}
     full = replace(recipe, made={**what, "targets": "+".join(cfg.targets), **recipe.made})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".tmp-{file.name}-{os.getpid()}")
-    temporary.write_text(full.text())
-    os.replace(temporary, file)
+    write_text(file, full.text())

@@ -52,7 +52,7 @@ def read_recipe(file: Path) -> Recipe:
         raise InputError(f"policy: {str(file)!r} is no file; allowed: none, greedy, or the YAML file of a recipe")
     try:
         node = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: is not YAML: {' '.join(str(error).split())}") from error
     if (
         not isinstance(node, dict)

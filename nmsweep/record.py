@@ -175,23 +175,29 @@ def read_cell(folder: Path) -> CellRecord:
         InputError: a file is missing or unreadable, or a later version wrote it; the message names it.
     """
     try:
-        record = CellRecord(
+        provenance = json.loads((folder / "provenance.json").read_text())
+        if is_newer(provenance):
+            raise InputError(
+                f"record {folder}: its schema is {provenance['schema']}; this version reads up to {SCHEMA}; update nmsweep"
+            )
+        return CellRecord(
             folder=folder,
             config=yaml.safe_load((folder / "config.yaml").read_text()),
             metrics=read_metrics(folder / "metrics.csv"),
             layers=pd.read_csv(folder / "layers.csv"),
             samples=pd.read_parquet(folder / "samples.parquet"),
-            provenance=json.loads((folder / "provenance.json").read_text()),
+            provenance=provenance,
         )
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise InputError(
             f"record {folder}: {type(error).__name__}: {error}; remove the folder and run its cell again"
         ) from error
-    if record.provenance.get("schema", 0) > SCHEMA:
-        raise InputError(
-            f"record {folder}: its schema is {record.provenance['schema']}; this version reads up to {SCHEMA}; update nmsweep"
-        )
-    return record
+
+
+def is_newer(provenance: Mapping[str, Any]) -> bool:
+    """Whether a later version wrote a record, whose files may be others than this version knows."""
+    schema = provenance.get("schema", 0)
+    return isinstance(schema, int) and schema > SCHEMA
 
 
 _NUMBERS = {
@@ -228,18 +234,22 @@ class Parts:
     """
 
     def __init__(self, results_dir: Path, part_id: str) -> None:
+        self.results_dir = results_dir
         self.folder = results_dir / ".parts" / part_id
 
     def read(self, task: str, identity: Mapping[str, Any]) -> Part | None:
-        """The task's part, or None if there is none of this identity."""
+        """The task's part, or None if there is none of this identity.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError, AttributeError: it is damaged.
+        """
         place = self.folder / task
-        try:
-            stored = json.loads((place / "part.json").read_text())
-            samples = pd.read_parquet(place / "samples.parquet")
-        except (OSError, ValueError):
+        if not place.exists():
             return None
+        stored = json.loads((place / "part.json").read_text())
         if stored["identity"] != json.loads(json.dumps(identity)):
             return None
+        samples = pd.read_parquet(place / "samples.parquet")
         return Part(
             task,
             stored["identity"],

@@ -12,7 +12,7 @@ import pandas as pd
 from nmsweep.calibrate.store import Calibrated
 from nmsweep.cell import Cell, device_kind, identify, task_identity
 from nmsweep.config import RunConfig
-from nmsweep.damage import damage, quarantine
+from nmsweep.damage import damage, put_aside, sound_part, table_damage
 from nmsweep.data.tasks import TaskSource
 from nmsweep.disk.claims import claimed
 from nmsweep.evaluate import harness, perplexity
@@ -25,7 +25,17 @@ from nmsweep.fitting import allocated, calibration
 from nmsweep.loggers import log_cell
 from nmsweep.models import LoadedModel
 from nmsweep.provenance import device_name, environment, peak_memory_bytes
-from nmsweep.record import CellRecord, LayerCount, Part, Parts, clear_failure, find_cell, read_cell, write_cell
+from nmsweep.record import (
+    CellRecord,
+    LayerCount,
+    Part,
+    Parts,
+    clear_failure,
+    find_cell,
+    items_file,
+    read_cell,
+    write_cell,
+)
 from nmsweep.session import Session
 from nmsweep.sparsity.install import Installed, installed
 
@@ -49,10 +59,8 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         NmsweepError: the cell cannot be computed; what was finished of it is kept.
     """
     cell = identify(cfg)  # what is left out was said when the sweep was planned
-    if kept := finished(cell, session):
-        return kept
     with claimed(cfg.results_dir, cell.part_id, cell.folder.name):
-        if kept := finished(cell, session):  # its last holder may have written it just before
+        if kept := finished(cell, session):  # not before it is ours: others may be writing it or putting it aside
             return kept
         session.display.cell(cell.folder.name)
         log.info("cell begins: %s", cell.folder.name)
@@ -85,8 +93,7 @@ def finished(cell: Cell, session: Session) -> CellRecord | None:
     if folder is None:
         return None
     if what := damage(folder, deep=True):
-        aside = quarantine(folder, cfg.results_dir)
-        session.display.say(f"    record {folder.name} is damaged ({what}): put aside as {aside}, computed again")
+        put_aside(folder, cfg.results_dir, what, session.display.say)
         return None
     record = read_cell(folder)
     return None if cfg.force and record.provenance.get("launch") != session.launch else record
@@ -104,7 +111,7 @@ def measure(
 ) -> Part:
     """Measure one task, unless an earlier run of this cell has; keep it on disk at once."""
     identity = task_identity(source, cell.cfg)
-    if kept := parts.read(source.task, identity):
+    if kept := sound_part(parts, source.task, identity, session.display.say):
         return kept
     session.display.stage(source.task)
     if layers:
@@ -120,7 +127,7 @@ def measure(
         SCORES: scores_sha256(result.samples),
     }
     if source.kind == "harness":
-        keep_items(cell.cfg.results_dir, source, identity["data"], prompting(cell, source))
+        keep_sound_items(cell, source, identity["data"], session)
     part = Part(source.task, identity, result.metrics, layers.counts() if layers else [], result.samples, provenance)
     parts.write(part)
     return part
@@ -147,6 +154,15 @@ def _evaluate(
         prompting=prompting(cell, source), batch_tokens=cfg.eval.batch_tokens, advance=advance,
         scoring=cfg.eval.scoring, across_tokens=cell.across_tokens,
     )  # fmt: skip
+
+
+def keep_sound_items(cell: Cell, source: TaskSource, data: str, session: Session) -> None:
+    """Keep a task's items as text; a file of them that cannot be read is put aside first."""
+    results_dir = cell.cfg.results_dir
+    file = items_file(results_dir, source.task, data)
+    if what := table_damage(file):
+        put_aside(file, results_dir, what, session.display.say)
+    keep_items(results_dir, source, data, prompting(cell, source))
 
 
 def prompting(cell: Cell, source: TaskSource) -> Prompting:

@@ -49,12 +49,16 @@ def calibrate(folder: Path, key: str, make: Callable[[], Calibrated]) -> Calibra
     Raises:
         InputError: the file is damaged.
     """
-    file = folder / f"{key}.safetensors"
+    file = state_file(folder, key)
     if file.is_file():
-        return _read(file, key)
+        return read_state(file, key)
     made = make()
     _write(file, made)
     return Calibrated(made.state, made.losses, key)
+
+
+def state_file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.safetensors"
 
 
 def _write(file: Path, made: Calibrated) -> None:
@@ -73,7 +77,12 @@ def _write(file: Path, made: Calibrated) -> None:
         save_file(tensors, temporary, metadata=metadata)
 
 
-def _read(file: Path, key: str) -> Calibrated:
+def read_state(file: Path, key: str) -> Calibrated:
+    """Read a state.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata()
@@ -84,6 +93,4 @@ def _read(file: Path, key: str) -> Calibrated:
             state.setdefault(layer, {})[entry] = tensors[name]
         return Calibrated(state, [Loss(**loss) for loss in json.loads(metadata["losses"])], key)
     except Exception as error:  # the library raises its own kinds beside OSError; each means that the file is no state
-        raise InputError(
-            f"calibration {file}: {type(error).__name__}: {error}; remove the file and run again"
-        ) from error
+        raise InputError(f"calibrated state {file.name}: {type(error).__name__}: {error}") from error

@@ -14,8 +14,12 @@ import pytest
 import torch
 from processes import Run, run
 
+from nmsweep.damage import damage
+from nmsweep.disk.claims import take
 from nmsweep.record import SCHEMA, cell_folders
 from nmsweep.report.load import read_results
+from nmsweep.sweep.plan import load, plan_ids
+from nmsweep.sweep.work import attempt
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "eval.limit=4", "eval.seqlen=32", "tasks=mini_science", "baseline=false")
@@ -214,29 +218,92 @@ def test_a_results_folder_deleted_under_a_sweep_is_made_again(tmp_path: Path) ->
     assert not list(results.rglob(".tmp*"))
 
 
-@pytest.mark.parametrize("harm", ["truncate", "delete", "flip", "empty json"])
+def flip(file: Path) -> None:
+    """Change a byte in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "truncate": lambda folder: os.truncate(folder / "samples.parquet", 100),
+    "delete": lambda folder: (folder / "metrics.csv").unlink(),
+    "flip": lambda folder: flip(folder / "metrics.csv"),
+    "empty json": lambda folder: (folder / "provenance.json").write_text(""),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_corrupt_record_is_put_aside_named_and_computed_again(nmsweep: Call, results: Path, harm: str) -> None:
     words = (*TINY, "pattern=2:4", f"results_dir={results}")
     assert nmsweep(*words)[0] == 0
     (folder,) = cell_folders(results)
     before = (folder / "metrics.csv").read_bytes()
-    if harm == "truncate":
-        os.truncate(folder / "samples.parquet", 100)
-    elif harm == "delete":
-        (folder / "metrics.csv").unlink()
-    elif harm == "flip":
-        (folder / "metrics.csv").write_bytes(before[:-5] + b"9" + before[-4:])
-    else:
-        (folder / "provenance.json").write_text("")
+    HARMS[harm](folder)
     code, _, err = nmsweep(*words)
     assert code == 0
-    if harm == "flip":  # of the right size: found by who reads it, not by who counts it
-        assert "this cell exists" in err
-        return
-    assert f"record {folder.name} is damaged" in err
+    assert f"cells/{folder.name} is damaged" in err
     assert "put aside as" in err
     assert len(list((results / "quarantine").iterdir())) == 1
     assert (folder / "metrics.csv").read_bytes() == before
+
+
+def test_samples_that_changed_are_found_by_who_reads_them(nmsweep: Call, results: Path) -> None:
+    words = (*TINY, "pattern=2:4", f"results_dir={results}")
+    assert nmsweep(*words)[0] == 0
+    (folder,) = cell_folders(results)
+    flip(folder / "samples.parquet")
+    assert "this cell exists" in nmsweep(*words)[2]
+    assert damage(folder, deep=True) == "samples.parquet is not what was written"
+
+
+def test_a_corrupt_record_that_another_process_has_claimed_is_left_to_it(nmsweep: Call, results: Path) -> None:
+    assert nmsweep(*TINY, "pattern=2:4", f"results_dir={results}")[0] == 0
+    (folder,) = cell_folders(results)
+    (folder / "metrics.csv").unlink()
+    plan = load(results, plan_ids(results)[0])
+    (cell,) = plan.cells
+    place = take(results, cell.part_id, cell.name)
+    assert place is not None
+    assert attempt(cell, plan.config(cell)).status == "busy"
+    assert not (results / "quarantine").exists()
+    assert cell_folders(results) == [folder]
+
+
+CALIBRATED = (*TINY, "pattern=2:4", "calibration.n_samples=2", "calibration.seqlen=32")
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern", "content"),
+    [
+        (TINY, ".parts/*/mini_science/part.json", b"{}"),
+        (TINY, ".parts/*/mini_science/part.json", b"[1]"),
+        (TINY, ".parts/*/mini_science/samples.parquet", b"PAR1"),
+        (TINY, "items/*.parquet", b"PAR1 torn"),
+        ((*CALIBRATED, "mitigation=shift_static"), ".calibration/*.safetensors", b"torn"),
+        ((*CALIBRATED, "mitigation=shift_static"), ".calibration/*.safetensors", b"\x02\0\0\0\0\0\0\0{}"),
+        ((*CALIBRATED, "policy=greedy", "allocation.patterns=1:4+3:4"), "recipes/*.yaml", b"\xff torn"),
+        ((*CALIBRATED, "policy=greedy", "allocation.patterns=1:4+3:4"), "recipes/*.yaml", b"pattern: 2:4"),
+    ],
+)
+def test_what_cells_share_is_made_again_when_it_is_damaged(
+    nmsweep: Call, results: Path, words: tuple[str, ...], pattern: str, content: bytes
+) -> None:
+    words = (*words, f"results_dir={results}")
+    assert nmsweep(*words)[0] == 0
+    (folder,) = cell_folders(results)
+    before = (folder / "metrics.csv").read_bytes()
+    shutil.rmtree(folder)
+    if not pattern.startswith(".parts"):
+        shutil.rmtree(results / ".parts")
+    (file,) = results.glob(pattern)
+    file.write_bytes(content)
+    code, _, err = nmsweep(*words)
+    assert code == 0, err
+    assert "is damaged" in err
+    assert "put aside as" in err
+    assert (folder / "metrics.csv").read_bytes() == before
+    assert len(list((results / "quarantine").iterdir())) == 1
 
 
 def test_records_of_several_versions_share_a_folder(nmsweep: Call, results: Path) -> None:
@@ -247,9 +314,16 @@ def test_records_of_several_versions_share_a_folder(nmsweep: Call, results: Path
         provenance = json.loads((folder / "provenance.json").read_text()) | change
         if folder == old:  # before there were digests
             del provenance["files"]
+        else:  # nobody knows what a later version will write
+            provenance["files"] = [{"name": "metrics.csv", "size": 1}]
+            (folder / "layers.csv").unlink()
         (folder / "provenance.json").write_text(json.dumps(provenance))
     code, _, err = nmsweep("-m", *TINY, "pattern=2:4,8:16,4:8", f"results_dir={results}")
     assert code == 0
     assert "all 3 cells exist" in err
+    code, _, err = nmsweep("-m", *TINY, "pattern=2:4,8:16,4:8", "force=true", f"results_dir={results}")
+    assert code == 1
+    assert "update nmsweep" in err
+    assert not (new / "layers.csv").exists()
     assert not (results / "quarantine").exists()
     assert len(tidy(results).splitlines()) >= len(text.splitlines()) - 2  # a report may leave out what it cannot read
