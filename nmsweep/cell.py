@@ -12,7 +12,7 @@ from nmsweep.calibrate.text import check_disjoint, find_source
 from nmsweep.config import CELL_SCHEMA, Method, RunConfig, short_hash
 from nmsweep.data.examples import check_examples
 from nmsweep.data.extras import missing_extras
-from nmsweep.data.tasks import TaskSource, find_task
+from nmsweep.data.tasks import TaskSource, find_task, task_names
 from nmsweep.errors import DataError, InputError
 from nmsweep.models import ModelSpec, check_model, fingerprint, skeleton, target_linears
 from nmsweep.recipe import read_recipe
@@ -103,15 +103,16 @@ def identify(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> 
 
 
 def task_sources(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> list[TaskSource]:
-    """The cell's tasks with their data.
+    """The cell's tasks with their data, sorted by name, each once: a tag may name it again.
 
     Raises:
         InputError: a task that does not exist, or whose data is missing from the mirror; all of them together.
     """
-    sources, errors = [], []
-    for task in cfg.tasks:
+    sources: dict[str, TaskSource] = {}
+    errors = []
+    for task in sorted({one for name in cfg.tasks for one in task_names(name, cfg.eval.include_path)}):
         try:
-            sources.append(find_task(task, cfg.data.mirror, cfg.eval.include_path))
+            sources[task] = find_task(task, cfg.data.mirror, cfg.eval.include_path)
         except DataError as error:
             if cfg.eval.skip_missing and "data.mirror" in str(error):
                 say(f"    {task} is left out: {cfg.data.mirror} has no data for it (eval.skip_missing=true)")
@@ -121,7 +122,7 @@ def task_sources(cfg: RunConfig, say: Callable[[str], None] = lambda text: None)
         errors.append(f"tasks: none of {', '.join(cfg.tasks)} has data in {cfg.data.mirror}; nothing would be measured")
     if errors:
         raise InputError(*errors)
-    return sources
+    return list(sources.values())
 
 
 def task_identity(source: TaskSource, cfg: RunConfig) -> dict[str, str]:

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from nmsweep.data.hub import hub_rows, hub_size, unreachable
-from nmsweep.data.tasks import TaskSource, file_sha256, find_task
+from nmsweep.data.tasks import TaskSource, file_sha256, find_task, task_names
 from nmsweep.disk.storage import whole_file, write_text
 from nmsweep.errors import DataError
 
@@ -64,7 +64,7 @@ def needs(tasks: Iterable[str], mirror: Path, num_fewshot: int | None, include_p
     """
     digests = _manifest(mirror)
     found = []
-    for task in tasks:
+    for task in sorted({one for name in tasks for one in task_names(name, include_path)}):
         for leaf in find_task(task, None, include_path).leaves:
             if leaf.files:
                 continue

@@ -5,7 +5,6 @@ YAML says how an item becomes a request; only where the items are read from is e
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from nmsweep.data.groups import KNOWN_GROUPS, find_group, group_config, member_names
+from nmsweep.data.groups import Member, expanded, group_file, members
 from nmsweep.data.hub import hub_fingerprint, hub_rows
 from nmsweep.data.lines import check_lines
+from nmsweep.data.yamls import find_config, harness_folder, is_shipped, read_config, task_files, with_includes
 from nmsweep.errors import DataError, nearest
 
 MINI_FOLDER = Path(__file__).parent / "mini"
@@ -31,21 +31,6 @@ MINI_TASKS = {
 
 TEXT_TASKS = ("mini_prose", "wikitext2")
 """Tasks that are one text, measured by its perplexity."""
-
-_YAML_FILES = {
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "boolq": "super_glue/boolq/default.yaml",
-    "gsm8k": "gsm8k/gsm8k.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "ifeval": "ifeval/ifeval.yaml",
-    "lambada_openai": "lambada/lambada_openai.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "rte": "glue/rte/default.yaml",
-    "winogrande": "winogrande/default.yaml",
-}
-"""Files of common tasks below lm_eval/tasks, so that they are found without a look at the others."""
 
 _WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
@@ -79,10 +64,15 @@ class TaskSource:
 
     @property
     def version(self) -> str:
-        """The harness's version of the task, with the harness's own; ``1`` for a text."""
-        if self.kind == "text" or self.task in MINI_TASKS:
+        """The harness's version of the task, with the harness's own; ``1`` for a text.
+
+        A YAML of the user's may change without a new version: its definition is part of it.
+        """
+        if self.yaml_file is None or self.task in MINI_TASKS:
             return "1"
         own = f"{(self.config.get('metadata') or {}).get('version', 0)}/{version('lm_eval')}"
+        if not is_shipped(self.yaml_file):
+            own += f"/{self.definition()[:12]}"
         if self.members:
             return f"{own}/{_digest(f'{member.task} {member.version}' for member in self.members)[:12]}"
         return own
@@ -114,12 +104,17 @@ class TaskSource:
         return _digest(f"{split} {file_sha256(file)}" for split, file in sorted(self.files.items()))
 
     def definition(self) -> str:
-        """sha256 of what says how an item becomes a request: the YAML, and the code in its folder."""
+        """sha256 of what says how an item becomes a request: the YAML, and the code in its folder; not where the items lie."""
         assert self.yaml_file is not None
-        folder = self.yaml_file.parent
-        parts = [repr(sorted(self.config.items(), key=str)).replace(str(folder), "")]
-        parts += [file_sha256(file) for file in sorted(folder.glob("*.py"))]
-        return _digest(parts)
+        config = dict(self.config)
+        if files := _named_files(config):
+            config["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": sorted(files)}
+        text = repr(sorted(config.items(), key=str))
+        folders = dict.fromkeys(file.parent for file in with_includes(self.yaml_file))
+        for folder in folders:
+            text = text.replace(str(folder), "")
+        code = [file_sha256(file) for folder in folders for file in sorted(folder.glob("*.py"))]
+        return _digest([text, *code])
 
     def num_fewshot(self, asked: int | None) -> int:
         """Examples before each item: as asked, else the task's own number."""
@@ -145,6 +140,15 @@ def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def task_names(name: str, include_path: Path | None = None) -> list[str]:
+    """The tasks that a name stands for: itself, or those of a tag or of a group that has no number of its own.
+
+    Raises:
+        DataError: a group whose tasks have no names.
+    """
+    return [name] if name in (*TEXT_TASKS, *MINI_TASKS) else expanded(name, include_path)
+
+
 def find_task(task: str, mirror: Path | None, include_path: Path | None = None) -> TaskSource:
     """Find a task by name.
 
@@ -163,22 +167,43 @@ def find_task(task: str, mirror: Path | None, include_path: Path | None = None) 
         return TaskSource(task, "text", {}, None, files, "test")
     if task in MINI_TASKS:
         base, name = MINI_TASKS[task]
-        config, file = harness_config(base)
+        config, file = _harness_config(base)
         return _mini(task, config, file, name)
-    if group := _group_file(task, include_path):
-        return _group(task, group, mirror)
-    config, file = harness_config(task, include_path)
+    if group := group_file(task, include_path):
+        return _group(task, group, mirror, include_path)
+    config, file = _harness_config(task, include_path)
     files = _own_files(config) or (_mirror_splits(mirror, task, config) if mirror else {})
     return TaskSource(task, "harness", config, file, files, _split(config))
 
 
-def _own_files(config: Mapping[str, Any]) -> dict[str, Path]:
-    """The local JSON files that a task's YAML names itself; a mirror does not replace them."""
+def _harness_config(task: str, include_path: Path | None = None) -> tuple[dict[str, Any], Path]:
+    """The YAML of a task, and its file.
+
+    Raises:
+        DataError: there is no such task, or it is none that a YAML describes.
+    """
+    found = find_config(task, include_path)
+    if found is None:
+        own = task_files(include_path) if include_path else {}
+        known = [*own, *task_files(harness_folder()), *MINI_TASKS, *TEXT_TASKS]
+        raise DataError(f"tasks: {task!r} is no task of the harness; {nearest(task, known)}")
+    if "class" in found[0]:
+        raise DataError(f"tasks: {task} is a program of the harness, which nmsweep does not run; leave it out")
+    return found
+
+
+def _named_files(config: Mapping[str, Any]) -> dict[str, Path]:
+    """The local JSON files that a task's YAML names itself, by split."""
     named = (config.get("dataset_kwargs") or {}).get("data_files") if config.get("dataset_path") == "json" else None
     named = {"train": named} if isinstance(named, str) else named
     if not isinstance(named, Mapping) or not all(isinstance(file, str) for file in named.values()):
         return {}
-    files = {str(split): Path(file) for split, file in named.items()}
+    return {str(split): Path(file) for split, file in named.items()}
+
+
+def _own_files(config: Mapping[str, Any]) -> dict[str, Path]:
+    """`_named_files`, which have to be there; a mirror does not replace them."""
+    files = _named_files(config)
     if lost := [str(file) for file in files.values() if not file.is_file()]:
         raise DataError(
             f"task {config.get('task')}: its YAML names {', '.join(lost)}, which does not exist; correct data_files"
@@ -186,33 +211,33 @@ def _own_files(config: Mapping[str, Any]) -> dict[str, Path]:
     return files
 
 
-def _group_file(task: str, include_path: Path | None) -> Path | None:
-    """The YAML of a group of that name, unless it is a task."""
-    import lm_eval.tasks
-
-    shipped = Path(lm_eval.tasks.__file__).parent
-    if include_path is None and task in KNOWN_GROUPS:
-        return find_group(task, shipped)
-    try:
-        harness_config(task, include_path)
-    except DataError:
-        own = find_group(task, include_path) if include_path else None
-        return own or find_group(task, shipped)
-    return None
-
-
-def _group(task: str, file: Path, mirror: Path | None) -> TaskSource:
+def _group(task: str, file: Path, mirror: Path | None, include_path: Path | None) -> TaskSource:
     """A group with its tasks; one message if the mirror lacks some of them."""
-    members, missing = [], []
-    names = member_names(file)
-    for name in names:
+    found, missing = [], []
+    named = members(file, include_path)
+    for name, member in named.items():
         try:
-            members.append(find_task(name, mirror, file.parent))
+            found.append(_member(task, name, member, mirror))
         except DataError as error:
             missing.append(str(error))
-    if missing:
-        raise DataError(f"task {task}: {len(missing)} of its {len(names)} tasks cannot be had; the first: {missing[0]}")
-    return TaskSource(task, "harness", group_config(file), file, {}, "", tuple(members))
+    if missing or not named:
+        first = missing[0] if missing else "it names none"
+        raise DataError(f"task {task}: {len(missing)} of its {len(named)} tasks cannot be had; the first: {first}")
+    return TaskSource(task, "harness", read_config(file), file, {}, "", tuple(found))
+
+
+def _member(group: str, name: str, member: Member, mirror: Path | None) -> TaskSource:
+    """A task of a group.
+
+    Raises:
+        DataError: it cannot be had, or is another one in the group than by itself.
+    """
+    found = find_task(name, mirror, None if member.folder == harness_folder() else member.folder)
+    if other := sorted(key for key, value in member.changes.items() if found.config.get(key) != value):
+        raise DataError(
+            f"task {group}: it sets {', '.join(other)} of {name} anew, which nmsweep does not follow; name tasks of it instead"
+        )
+    return found
 
 
 def _split(config: Mapping[str, Any]) -> str:
@@ -243,43 +268,6 @@ def _mirror_splits(mirror: Path, task: str, config: Mapping[str, Any]) -> dict[s
     for file in files.values():
         check_lines(file)
     return files
-
-
-@cache
-def harness_config(task: str, include_path: Path | None = None) -> tuple[dict[str, Any], Path]:
-    """The YAML of a task, functions unresolved, and its file.
-
-    Raises:
-        DataError: the harness has no such task, or it is a group of tasks.
-    """
-    import lm_eval.tasks
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    own: dict[str, Path] = _harness_files(include_path) if include_path else {}
-    if task in own:
-        return dict(load_yaml(own[task], resolve_func=False, recursive=True)), own[task]
-    if task in _YAML_FILES:
-        file = Path(lm_eval.tasks.__file__).parent / _YAML_FILES[task]
-        return dict(load_yaml(file, resolve_func=False, recursive=True)), file
-    files = _harness_files(Path(lm_eval.tasks.__file__).parent)
-    if task not in files:
-        raise DataError(
-            f"tasks: {task!r} is no task of the harness; {nearest(task, [*own, *files, *MINI_TASKS, *TEXT_TASKS])}"
-        )
-    return dict(load_yaml(files[task], resolve_func=False, recursive=True)), files[task]
-
-
-_TASK_LINE = re.compile(rb"^[\"']?task[\"']?:[ \t]*[\"']?([A-Za-z0-9_.+-]+)[\"']?[ \t]*$", re.MULTILINE)
-
-
-@cache
-def _harness_files(folder: Path) -> dict[str, Path]:
-    """Every task's YAML by name, read off its `task:` line: the harness's own index parses 14,000 files for it."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*.yaml")):
-        if hit := _TASK_LINE.search(file.read_bytes()):
-            found.setdefault(hit[1].decode(), file)
-    return found
 
 
 @cache

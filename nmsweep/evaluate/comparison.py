@@ -14,6 +14,9 @@ from nmsweep.evaluate.statistics import Pairs, bootstrap_means, holm, interval, 
 METRIC_PREFIX = "metric_"
 """Columns of samples.parquet that hold one item's value of a metric."""
 
+WEIGHT_PREFIX = "weight_"
+"""Columns that hold one item's weight in a metric of a group, where its subtasks count alike whatever their size."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -116,6 +119,7 @@ def metric_pairs(task: str, dense: pd.DataFrame, sparse: pd.DataFrame) -> list[P
             column.removeprefix(METRIC_PREFIX),
             dense[column].to_numpy(np.float64),
             sparse[column].to_numpy(np.float64),
+            _subtasks(dense, column.removeprefix(METRIC_PREFIX)),
         )
         for column in sorted(set(dense.columns) & set(sparse.columns))
         if column.startswith(METRIC_PREFIX) and "perplexity" not in column and dense[column].notna().all()
@@ -123,10 +127,17 @@ def metric_pairs(task: str, dense: pd.DataFrame, sparse: pd.DataFrame) -> list[P
     ]
 
 
+def _subtasks(samples: pd.DataFrame, metric: str) -> NDArray[np.str_] | None:
+    """Each item's subtask where these count alike whatever their size; None where items do."""
+    if not _has(samples, f"{WEIGHT_PREFIX}{metric}"):
+        return None
+    return samples["subtask"].to_numpy(np.str_)
+
+
 def compare_metric(pairs: Pairs, seed: int, dense: pd.DataFrame, sparse: pd.DataFrame) -> Comparison:
     """One metric that is a mean over items."""
     means = bootstrap_means(pairs, seed)
-    own_dense, own_sparse = float(pairs.dense.mean()), float(pairs.sparse.mean())
+    own_dense, own_sparse = pairs.means
     drop, relative = interval(means[:, 0] - means[:, 1]), interval(relative_drops(means))
     more: dict[str, float] = {}
     if pairs.is_binary:

@@ -177,12 +177,12 @@ def _malformed(source: TaskSource, why: object) -> DataError:
     )
 
 
-_kept: dict[tuple[str, str, int], KeptTask] = {}  # between the cells of a process
+_kept: dict[tuple[str, str, str, int], KeptTask] = {}  # between the cells of a process
 
 
 def kept_task(source: TaskSource, num_fewshot: int) -> KeptTask:
-    """`KeptTask`, once for each task, content and number of examples."""
-    key = (source.task, source.content(), num_fewshot)
+    """`KeptTask`, once for each task, definition, content and number of examples."""
+    key = (source.task, source.definition(), source.content(), num_fewshot)
     if key not in _kept:
         _kept[key] = KeptTask(source, num_fewshot)
     return _kept[key]

@@ -35,15 +35,36 @@ class Pairs:
 
     Attributes:
         dense, sparse: [n], each item's value in the dense and in the sparse cell; higher is better, the metric is the mean.
+        subtask: [n], what each item belongs to, where the metric is the mean over subtasks of their means; None where it is
+            that over items.
     """
 
     task: str
     metric: str
     dense: Floats
     sparse: Floats
+    subtask: NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
         return len(self.dense)
+
+    @property
+    def parts(self) -> "list[Pairs]":
+        """What counts alike: the subtasks, or all items together."""
+        if self.subtask is None:
+            return [self]
+        return [
+            Pairs(
+                f"{self.task}/{name}", self.metric, self.dense[self.subtask == name], self.sparse[self.subtask == name]
+            )
+            for name in np.unique(self.subtask)
+        ]
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """The metric in the dense and in the sparse cell."""
+        dense, sparse = np.mean([[part.dense.mean(), part.sparse.mean()] for part in self.parts], axis=0)
+        return float(dense), float(sparse)
 
     @property
     def is_binary(self) -> bool:
@@ -72,7 +93,7 @@ def average(pairs: Sequence[Pairs], seed: int = 0) -> Average:
         seed: of the bootstrap.
     """
     means = np.stack([bootstrap_means(one, seed) for one in pairs])  # [tasks, resamples, 2]
-    own = np.array([[one.dense.mean(), one.sparse.mean()] for one in pairs])
+    own = np.array([one.means for one in pairs])
     drop = interval((means[..., 0] - means[..., 1]).mean(axis=0))
     relative = interval(relative_drops(means).mean(axis=0))
     return Average(
@@ -90,8 +111,12 @@ def bootstrap_means(pairs: Pairs, seed: int = 0, n_resamples: int = N_RESAMPLES)
     """Means of the dense and the sparse values of resampled items, [n_resamples, 2].
 
     A resample of items is a multinomial draw of how often each distinct pair of values comes up, so right-or-wrong
-    metrics cost four numbers a resample however many items there are. Tasks have streams of their own.
+    metrics cost four numbers a resample however many items there are. Tasks have streams of their own; subtasks that count
+    alike are resampled each by itself.
     """
+    if pairs.subtask is not None:
+        means: Floats = np.mean([bootstrap_means(part, seed, n_resamples) for part in pairs.parts], axis=0)
+        return means
     values, counts = np.unique(np.stack([pairs.dense, pairs.sparse], axis=1), axis=0, return_counts=True)
     draw = np.random.default_rng([seed, zlib.crc32(pairs.task.encode())])
     n = len(pairs)

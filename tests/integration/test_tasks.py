@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from nmsweep.data import extras
 from nmsweep.data.tasks import MINI_FOLDER, find_task
 from nmsweep.evaluate import harness
+from nmsweep.evaluate.comparison import compare
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.record import cell_folders, read_cell
@@ -218,6 +221,107 @@ def test_a_group_is_one_task_of_a_cell(nmsweep: Call, results: Path, science: Pa
     assert record.metrics["value"].item() == record.samples["metric_acc"].mean()
     (items,) = (results / "items").iterdir()
     assert pd.read_parquet(items)["doc_hash"].tolist() == record.samples["doc_hash"].tolist()
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change keys of a YAML; None takes one away."""
+    config = {**yaml.safe_load(file.read_text()), **changes}
+    file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}, sort_keys=False))
+
+
+def test_an_edited_yaml_of_ones_own_makes_another_cell(nmsweep: Call, results: Path, science: Path) -> None:
+    words = (*TINY, "tasks=own_sky", f"eval.include_path={science}", f"results_dir={results}", "pattern=dense")
+    for prompt in ("Question: {{question}}\nAnswer:", "{{question}} Answer:"):
+        edit(science / "sky.yaml", doc_to_text=prompt)
+        code, _, err = nmsweep(*words)
+        assert code == 0, err
+    first, second = (read_cell(folder).samples["loglikelihoods"].tolist() for folder in cell_folders(results))
+    assert [list(values) for values in first] != [list(values) for values in second]
+
+
+def test_what_a_yaml_includes_and_its_code_are_part_of_it(science: Path) -> None:
+    (science / "_base").write_text("description: One.\n")
+    (science / "utils.py").write_text("def process_docs(docs):\n    return docs\n")
+    edit(science / "sky.yaml", include="_base")
+    found = [find_task("own_sky", None, science).version]
+    (science / "_base").write_text("description: Another.\n")
+    found.append(find_task("own_sky", None, science).version)
+    (science / "utils.py").write_text("def process_docs(docs):\n    return docs.select(range(5))\n")
+    found.append(find_task("own_sky", None, science).version)
+    assert len(set(found)) == 3
+
+
+def test_where_ones_own_task_lies_changes_nothing(science: Path, tmp_path: Path) -> None:
+    here = find_task("own_science", None, science)
+    shutil.copytree(science.parent / "data", tmp_path / "elsewhere" / "data")
+    shutil.copytree(science, tmp_path / "elsewhere" / "yamls")
+    for file in (tmp_path / "elsewhere" / "yamls").iterdir():
+        file.write_text(file.read_text().replace(str(science.parent), str(tmp_path / "elsewhere")))
+    there = find_task("own_science", None, tmp_path / "elsewhere" / "yamls")
+    assert (there.version, there.content()) == (here.version, here.content())
+
+
+def test_the_version_of_a_shipped_task_is_the_harnesss() -> None:
+    assert find_task("arc_easy", None).version == f"1.0/{version('lm_eval')}"
+    assert find_task("mmlu", None).version.startswith(f"2/{version('lm_eval')}/")
+
+
+def test_a_yaml_that_cannot_be_read_is_named(nmsweep: Call, results: Path, science: Path) -> None:
+    (science / "sky.yaml").write_text("task: own_sky\ndoc_to_text: [\n")
+    code, _, err = nmsweep(*TINY, "tasks=own_sky", f"eval.include_path={science}", f"results_dir={results}")
+    assert code == 2
+    assert "sky.yaml is no task YAML" in err
+
+
+def test_a_tag_stands_for_its_tasks(nmsweep: Call, results: Path, mirror: Path) -> None:
+    words = (*TINY, f"data.mirror={mirror}", f"results_dir={results}", "pattern=dense", "eval.limit=3")
+    code, _, err = nmsweep(*words, "tasks=ai2_arc")
+    assert code == 0, err
+    (record,) = map(read_cell, cell_folders(results))
+    assert set(record.metrics["task"]) == {"arc_easy", "arc_challenge"}
+    assert nmsweep(*words, "tasks=ai2_arc+arc_easy+arc_challenge")[0] == 0
+    assert len(cell_folders(results)) == 1
+
+
+def test_a_group_without_a_number_of_its_own_stands_for_its_tasks(nmsweep: Call, results: Path, science: Path) -> None:
+    edit(science / "_group.yaml", aggregate_metric_list=None)
+    words = (*TINY, "tasks=own_science", f"eval.include_path={science}", f"results_dir={results}", "pattern=dense")
+    code, _, err = nmsweep(*words, "eval.limit=3")
+    assert code == 0, err
+    (record,) = map(read_cell, cell_folders(results))
+    assert set(record.metrics["task"]) == {"own_earth", "own_sky"}
+
+
+def test_a_group_that_changes_its_tasks_is_refused(nmsweep: Call, results: Path, science: Path) -> None:
+    edit(science / "_group.yaml", task=[{"task": "own_sky", "num_fewshot": 3}, "own_earth"])
+    code, _, err = nmsweep(*TINY, "tasks=own_science", f"eval.include_path={science}", f"results_dir={results}")
+    assert code == 2
+    assert "it sets num_fewshot of own_sky anew" in err
+
+
+def test_a_metric_that_no_task_of_a_group_has_is_refused(nmsweep: Call, results: Path, science: Path) -> None:
+    edit(science / "_group.yaml", aggregate_metric_list=[{"metric": "f1"}])
+    words = (*TINY, "tasks=own_science", f"eval.include_path={science}", f"results_dir={results}", "pattern=dense")
+    code, _, err = nmsweep(*words, "eval.limit=2")
+    assert code != 0
+    assert "none of its tasks has its metric f1" in err
+
+
+def test_small_tasks_count_like_large_ones_where_the_group_says_so(nmsweep: Call, results: Path, science: Path) -> None:
+    edit(science / "_group.yaml", aggregate_metric_list=[{"metric": "acc", "weight_by_size": False}])
+    words = (*TINY, "tasks=own_science", f"eval.include_path={science}", f"results_dir={results}", "pattern=1:4")
+    code, _, err = nmsweep(*words)
+    assert code == 0, err
+    records = {record.metrics["pattern"].iloc[0]: record for record in map(read_cell, cell_folders(results))}
+    sparse, dense = records["1:4"], records["dense"]
+    assert sparse.samples.groupby("subtask").size().to_dict() == {"own_earth": 7, "own_sky": 12}
+    by_hand = sparse.samples.groupby("subtask")["metric_acc"].mean().mean()
+    row = compare(dense.samples, sparse.samples).set_index("metric").loc["acc"]
+    assert sparse.metrics["value"].item() == row["value"] == pytest.approx(by_hand)
+    assert dense.metrics["value"].item() == row["dense"]
+    assert row["value"] != pytest.approx(sparse.samples["metric_acc"].mean())
+    assert row["drop_low"] <= row["drop"] <= row["drop_high"]
+    assert sparse.metrics["stderr"].item() > 0
 
 
 def test_mmlu_has_its_57_tasks_and_says_what_a_mirror_lacks(nmsweep: Call, results: Path, tmp_path: Path) -> None:
