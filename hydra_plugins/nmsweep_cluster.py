@@ -7,17 +7,22 @@ anew while the process that was started does nothing, and one that is killed tak
 
 import logging
 import os
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
+
+from nmsweep.disk.interrupt import Terminated
+from nmsweep.errors import InputError
 
 try:
     from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
@@ -68,7 +73,7 @@ class Jobs:
 
     def __init__(self, jobs: Sequence[Any], overrides: Sequence[Sequence[str]], slurm: bool) -> None:
         self.jobs, self.overrides = jobs, overrides
-        self.queue = Queue(str(jobs[0].job_id).partition("_")[0]) if slurm else None
+        self.queue = Queue(_array(jobs[0])) if slurm else None
 
     def results(self) -> list[JobReturn]:
         """Wait for every job."""
@@ -105,6 +110,11 @@ def _lost(error: Exception, overrides: Sequence[str]) -> JobReturn:
     return lost
 
 
+def _array(job: Any) -> str:
+    """The number of the array that a Slurm job is of."""
+    return str(job.job_id).partition("_")[0]
+
+
 class _Tolerant:
     """Launches through submitit's own launcher, which sees stand-ins for its jobs."""
 
@@ -121,16 +131,20 @@ class _Tolerant:
             jobs = Jobs(submitted, job_overrides, slurm=self._EXECUTOR == "slurm")
             return [_Given([result]) for result in jobs.results()]
 
-        _private(Path(str(self.params["submitit_folder"])).parent)  # type: ignore[attr-defined]
+        _private(Path(str(self.params["submitit_folder"])))  # type: ignore[attr-defined]
         submitit.AutoExecutor.map_array = map_array
         try:
             return super().launch(job_overrides, initial_job_idx)  # type: ignore[misc, no-any-return]
-        except BaseException:  # Ctrl-C: the user wants the sweep to stop, wherever it runs
-            for job in submitted:
-                job.cancel(check=False)
+        except KeyboardInterrupt as interrupt:
+            self._stopped(submitted, interrupt)
             raise
         finally:
             submitit.AutoExecutor.map_array = stock
+
+    def _stopped(self, submitted: Sequence[Any], interrupt: KeyboardInterrupt) -> None:
+        """This process was told to stop; jobs of this machine stop with it."""
+        for job in submitted:
+            job.cancel(check=False)
 
 
 class _Given:
@@ -143,10 +157,26 @@ class _Given:
         return self._results
 
 
-def _private(folder: Path) -> None:
-    """Make a folder that its owner alone can write: submitit's files in it are pickles."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+def _private(submitit_folder: Path) -> None:
+    """See that its owner alone can write to the folder of submitit's files, which are pickles; one that was there stays as it is.
+
+    Args:
+        submitit_folder: may have parts such as ``%j`` that submitit fills in for each job.
+
+    Raises:
+        InputError: the folder is there and others can write to it.
+    """
+    named = submitit_folder.parts
+    folder = Path(*takewhile(lambda part: "%" not in part, named))
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(
+            f"hydra.launcher.submitit_folder: others can write to {folder}, and jobs run what lies there; "
+            f"name a folder that is not there yet, such as {folder}/mine/%j, or take their right away (chmod go-w)"
+        )
 
 
 class SlurmJobs(_Tolerant, SlurmLauncher):  # type: ignore[misc]
@@ -154,11 +184,30 @@ class SlurmJobs(_Tolerant, SlurmLauncher):  # type: ignore[misc]
 
     _EXECUTOR = "slurm"
 
+    def _stopped(self, submitted: Sequence[Any], interrupt: KeyboardInterrupt) -> None:
+        """Ctrl-C: the user wants the sweep to stop, wherever it runs. A SIGTERM is for this process: a log-out, a restart."""
+        if not isinstance(interrupt, Terminated):
+            super()._stopped(submitted, interrupt)
+        elif submitted:
+            array = _array(submitted[0])
+            how = f"`nmsweep status` shows how far they are, `scancel {array}` stops them"
+            print(f"nmsweep: terminated; the jobs of array {array} go on: {how}", file=sys.stderr, flush=True)
+
 
 class LocalJobs(_Tolerant, LocalLauncher):  # type: ignore[misc]
-    """`hydra/launcher=submitit_local`."""
+    """`hydra/launcher=submitit_local`; its jobs see the GPUs that this process sees, where submitit would hide them all."""
 
     _EXECUTOR = "local"
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from nmsweep.sweep.workers import SEEN_GPUS
+
+        if not self.params.get("gpus_per_node"):
+            os.environ[SEEN_GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        try:
+            return super().launch(job_overrides, initial_job_idx)
+        finally:
+            os.environ.pop(SEEN_GPUS, None)
 
 
 class JoblibJobs(JoblibLauncher):  # type: ignore[misc]

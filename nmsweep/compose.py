@@ -4,7 +4,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,38 @@ def cells_of(words: Sequence[str], *, multirun: bool, config_dir: Path | None) -
                 overrides.remove(override)
         base = _compose(loader, search, [o for o in overrides if not o.is_sweep_override()])
         swept = multirun or base.hydra.mode == RunMode.MULTIRUN
+        gpus = swept and asks_for_gpus(OmegaConf.to_container(base.hydra.launcher))
         words = [str(override.input_line) for override in overrides]
         configs: list[RunConfig] = []
         composer = Composer(loader, search)
         for job in grid(words, base.hydra.sweeper if swept else None):
             try:
-                configs.append(parse_run(composer.compose(job)))
+                configs.append(_on_what_jobs_have(parse_run(composer.compose(job)), gpus))
             except InputError as error:
                 errors += [message for message in error.messages if message not in errors]
     if errors:
         raise InputError(*errors)
     return configs
+
+
+def asks_for_gpus(launcher: Any) -> bool:
+    """Whether a launcher's node asks its cluster for GPUs: submitit's keys, those of sbatch beside them, those of Ray's jobs."""
+    if not isinstance(launcher, Mapping):
+        return False
+    asked = {str(key).replace("-", "_"): value for key, value in launcher.items() if key != "init"}
+    return (
+        any(asked.get(key) not in (None, "", "0", 0) for key in _GPU_KEYS)
+        or "gpu" in str(asked.get("gres"))
+        or any(asks_for_gpus(node) for node in asked.values())
+    )
+
+
+_GPU_KEYS = ("gpus_per_node", "gpus_per_task", "gpus", "num_gpus")
+
+
+def _on_what_jobs_have(cfg: RunConfig, gpus: bool) -> RunConfig:
+    """The cell with ``device=auto`` decided where its jobs will have GPUs: the machine that the command is given on may have none."""
+    return cfg.model_copy(update={"device": "cuda"}) if gpus and cfg.device == "auto" else cfg
 
 
 class Composer:

@@ -10,13 +10,18 @@ from types import FrameType
 
 EXIT_CODE = 130
 
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM: it stops this process as Ctrl-C does, but says nothing about jobs that run elsewhere."""
+
+
 _writing = 0
-_pending = 0
+_pending: list[type[KeyboardInterrupt]] = []
 
 
 @contextmanager
 def interruptible(*numbers: int) -> Iterator[None]:
-    """Inside the block the first Ctrl-C or SIGTERM raises KeyboardInterrupt, but never in the middle of a write.
+    """Inside the block the first Ctrl-C raises KeyboardInterrupt, the first SIGTERM Terminated, never in the middle of a write.
 
     The second ends the process on the spot, with code 130: an unfinished temporary file may stay, which the next run
     removes. In a thread other than the main one, where signals do not arrive, the block changes nothing.
@@ -24,12 +29,11 @@ def interruptible(*numbers: int) -> Iterator[None]:
     Args:
         numbers: the signals; Ctrl-C's and SIGTERM if none is given.
     """
-    global _pending
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, _arrived) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
-    _pending = 0
+    _pending.clear()
     try:
         yield
     finally:
@@ -50,15 +54,14 @@ def uninterrupted() -> Iterator[None]:
     finally:
         _writing -= 1
     if _pending and not _writing:
-        raise KeyboardInterrupt
+        raise _pending[0]
 
 
 def _arrived(number: int, frame: FrameType | None) -> None:
-    global _pending
-    _pending += 1
-    if _pending > 1:
+    _pending.append(KeyboardInterrupt if number == signal.SIGINT else Terminated)
+    if len(_pending) > 1:
         os._exit(EXIT_CODE)
     if number == signal.SIGINT:
         print("nmsweep: stopping; once more to stop at once", file=sys.stderr, flush=True)
     if not _writing:
-        raise KeyboardInterrupt
+        raise _pending[0]

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from nmsweep.config import ClusterConfig
+from nmsweep.disk.claims import Claim, all_claims, is_void
 from nmsweep.errors import InputError, NmsweepError
 from nmsweep.progress import Display
 from nmsweep.record import cell_index, failure_folder, failure_of
 from nmsweep.sweep.plan import Plan, PlannedCell, indices_text, load, parse_indices
 from nmsweep.sweep.work import Outcome, session, work
-from nmsweep.sweep.workers import grouped, n_local_workers, share_machine
+from nmsweep.sweep.workers import grouped, n_local_workers, see_gpus, share_machine, shares_out_gpus
 
 log = logging.getLogger(__name__)
 
 SLURM_CELLS_PER_JOB = 8
 """Cells that share a model's loading where `cluster.cells_per_job` is not given."""
+
+POLL_S = 2.0
+"""Seconds between two looks at cells that another sweep is computing."""
 
 _WORD = re.compile(
     r"(?P<plan>[0-9a-f]{20}):(?P<launch>[0-9a-f]{12}):(?P<cells>[0-9_-]+):(?P<worker>\d+):(?P<workers>\d+)"
@@ -99,7 +104,8 @@ def run_batch(word: str, results_dir: Path, *, remote: bool) -> list[Outcome]:
     """
     batch = Batch.parse(word)
     plan = load(results_dir, batch.plan_id)
-    share_machine(batch.worker, batch.n_workers)
+    see_gpus()
+    share_machine(batch.worker, batch.n_workers, with_gpus=shares_out_gpus(plan))
     if not remote:
         return Launch(plan, batch.indices, batch.launch).run_here(batch.n_workers)
     here = session()
@@ -161,6 +167,8 @@ def launch(launcher: Any, task: Launch, words: Sequence[str], cluster: ClusterCo
         except Exception as error:  # a launcher raises its libraries' own kinds; the records say what was done
             log.exception("launcher")
             values, lost = [], f"{type(error).__name__}: {error}"
+        if not lost:
+            _wait_for_others(task, display)
     reasons = {}
     for job, value in zip(jobs, values, strict=False):
         if isinstance(value, NmsweepError) and not remote:
@@ -180,7 +188,35 @@ def _outcome(task: Launch, cell: PlannedCell, known: Mapping[str, Path], lost: s
         return Outcome(cell.name, "failed", error)
     if cell.cell_id in known and not (lost and cell.config.get("force")):
         return Outcome(cell.name, "done")
-    return Outcome(cell.name, "failed", lost or "no record of it is there; give the command again to compute it")
+    elsewhere = failure_of(failure_folder(task.plan.results_dir, cell.name))  # of another sweep that had its claim
+    why = lost or elsewhere or "no record of it is there; give the command again to compute it"
+    return Outcome(cell.name, "failed", why)
+
+
+def _wait_for_others(task: Launch, display: Display) -> None:
+    """Wait for the cells that our jobs left to processes of another sweep, for as long as those are seen to live."""
+    told = False
+    while held := _held(task):
+        if not told:
+            name, claim = next(iter(held.items()))
+            who = claim.owner.shown if claim.owner else "another process"
+            display.say(f"    waiting for {len(held)} cells of another sweep: {who} is computing {name}")
+            told = True
+        time.sleep(POLL_S)
+
+
+def _held(task: Launch) -> dict[str, Claim]:
+    """The cells of a launch without a record or a failure of its own that a process has claimed, by name."""
+    results_dir, known = task.plan.results_dir, cell_index(task.plan.results_dir)
+    claims = {claim.note: claim for claim in all_claims(results_dir) if not is_void(claim)}
+    cells = [task.plan.cells[index] for index in task.pending]
+    return {
+        cell.name: claims[cell.name]
+        for cell in cells
+        if cell.name in claims
+        and cell.cell_id not in known
+        and failure_of(failure_folder(results_dir, cell.name), task.launch) is None
+    }
 
 
 @contextmanager

@@ -91,10 +91,10 @@ def work(plan: Plan, indices: Sequence[int], *, patient: bool) -> list[Outcome]:
 
 def _is_elsewhere(results_dir: Path, cell: PlannedCell, claim: str, watched: dict[str, tuple[int, float]]) -> bool:
     """Whether another process is seen to work at the cell itself: it runs on this machine, or its claim was touched since."""
-    if claim != cell.part_id:  # a calibrated state that is being made: its cell is nobody's yet
-        return False
     found = find(results_dir, claim)
-    if found is None:
+    if (
+        found is None or found.note != cell.name
+    ):  # of a state that is being made, or of a cell that differs in its tasks
         return False
     if found.owner and found.owner.is_alive():
         return True

@@ -6,19 +6,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chaos.kill import chaos
 from processes import Run, run
 
 from nmsweep.application import unwritable
+from nmsweep.config import ClusterConfig
+from nmsweep.disk.claims import take
 from nmsweep.disk.owner import Owner, temporary_name
 from nmsweep.record import cell_folders, failure_folder, failure_of, write_failure
 from nmsweep.report.load import read_results
+from nmsweep.sweep import launching, work
+from nmsweep.sweep.launching import Launch
 from nmsweep.sweep.plan import indices_text, load, parse_indices, plan_ids
 
 Call = Callable[..., tuple[int, str, str]]
@@ -84,6 +90,58 @@ def test_launchers_give_the_same_table(tmp_path: Path, launcher: str) -> None:
     assert len(launches(tmp_path / "r")) == 1
     run(command(tmp_path / "here", *words[:1]), tmp_path / "log")
     assert tidy(tmp_path / "here") == tidy(tmp_path / "r")
+
+
+class OtherJobs:
+    """A launcher whose jobs left every cell to another sweep, of which one thing happens a moment later."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        self.happens = happens
+
+    def launch(self, job_overrides: object, initial_job_idx: int) -> list[object]:
+        threading.Timer(0.3, self.happens).start()
+        return [SimpleNamespace(_return_value=None)]
+
+
+@pytest.mark.parametrize("ends", ["done", "failed", "killed"])
+def test_cells_of_another_sweep_are_waited_for(
+    nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    monkeypatch.setattr(launching, "POLL_S", 0.05)
+    assert nmsweep(*command(results, "pattern=2:4", "baseline=false"))[0] == 0
+    (folder,) = cell_folders(results)
+    plan = load(results, plan_ids(results)[0])
+    folder.rename(results / "aside")
+    claim = take(results, plan.cells[0].part_id, folder.name)
+    assert claim is not None
+
+    def happens() -> None:
+        if ends == "done":
+            (results / "aside").rename(folder)
+        elif ends == "failed":
+            write_failure(failure_folder(results, folder.name), {}, {"error": "boom", "launch": "of another"})
+        claim.unlink()
+
+    task = Launch(plan, (0,), "0" * 12)
+    (outcome,) = launching.launch(OtherJobs(happens), task, [], ClusterConfig())
+    assert outcome.status == ("done" if ends == "done" else "failed")
+    assert {"done": "", "failed": "boom", "killed": "no record of it is there"}[ends] in outcome.error
+
+
+def test_cells_that_differ_in_their_tasks_wait_for_each_other(nmsweep: Call, results: Path) -> None:
+    words = [word for word in TINY if not word.startswith("tasks=")]
+    words = [*words, "tasks=mini_science,mini_yesno", "pattern=2:4", "baseline=false", f"results_dir={results}"]
+    assert nmsweep(*words)[0] == 0
+    for folder in cell_folders(results):
+        shutil.rmtree(folder)
+    plan = load(results, plan_ids(results)[0])
+    one, other = plan.cells
+    assert one.part_id == other.part_id
+    claim = take(results, one.part_id, one.name)
+    assert claim is not None
+    threading.Timer(0.5, claim.unlink).start()
+    (outcome,) = work.work(plan, [1], patient=False)
+    assert (outcome.name, outcome.status) == (other.name, "done")
 
 
 def test_chaos_costs_nothing_that_was_finished(tmp_path: Path) -> None:

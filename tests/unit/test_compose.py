@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from nmsweep.compose import Composer, _compose, _loader, _plain, prepare
+from nmsweep.compose import Composer, _compose, _loader, _plain, asks_for_gpus, cells_of, prepare
 
 VALUES = {
     "pattern": ("2:4", "8:16", "'50%'", "dense"),
@@ -29,3 +29,28 @@ def test_a_shared_composition_is_hydras_own(extra: tuple[str, ...]) -> None:
         composer = Composer(loader, search)
         for job in jobs:
             assert composer.compose(job) == _plain(_compose(loader, search, job))
+
+
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [
+        (("hydra/launcher=submitit_slurm",), "cuda"),
+        (("hydra/launcher=submitit_slurm", "device=cpu"), "cpu"),
+        (("hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=null"), "auto"),
+        (("hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=null", "+hydra.launcher.gpus_per_task=1"), "cuda"),
+        (("hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=null", "+hydra.launcher.additional_parameters={gres: 'gpu:1'}"), "cuda"),
+        (("hydra/launcher=submitit_local",), "auto"),
+        (("hydra/launcher=joblib",), "auto"),
+        ((), "auto"),
+    ],
+)  # fmt: skip
+def test_cells_of_jobs_that_ask_for_gpus_are_those_of_a_gpu(words: tuple[str, ...], device: str) -> None:
+    swept = ("model=tiny-llama", "pattern=2:4,8:16")
+    assert {cell.device for cell in cells_of([*swept, *words], multirun=True, config_dir=None)} == {device}
+    (here,) = cells_of(["model=tiny-llama", *words], multirun=False, config_dir=None)  # no launcher runs it
+    assert here.device == ("cpu" if device == "cpu" else "auto")
+
+
+def test_jobs_of_ray_ask_for_gpus_themselves() -> None:
+    assert asks_for_gpus({"ray": {"init": {"num_gpus": 0}, "remote": {"num_gpus": 1}}})
+    assert not asks_for_gpus({"ray": {"init": {"num_gpus": 8}, "remote": {"num_gpus": 0}}})

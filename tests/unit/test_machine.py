@@ -1,0 +1,123 @@
+"""What workers take of a machine: no more cores, memory or GPUs than their process may use."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nmsweep.sweep import workers
+from nmsweep.sweep.machine import available_bytes, n_cores
+from nmsweep.sweep.workers import SEEN_GPUS, n_local_workers, see_gpus, share_machine, shares_out_gpus
+
+GIB = 1 << 30
+
+
+def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+    """A /proc and a /sys of a machine with 64 GiB free."""
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc" / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {64 * GIB // 1024} kB\n")
+    (root / "proc" / "self" / "cgroup").write_text(cgroup)
+    for name, text in files.items():
+        file = root / "sys" / "fs" / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "gib"),
+    [
+        ("0::/\n", {"memory.max": "max", "memory.current": "5"}, 64),
+        ("0::/\n", {"memory.max": str(8 * GIB), "memory.current": str(3 * GIB), "memory.stat": f"anon 1\ninactive_file {GIB}"}, 6),
+        ("0::/slurm/job1\n", {"slurm/job1/memory.max": "max", "slurm/memory.max": str(4 * GIB), "slurm/memory.current": "0"}, 4),
+        ("0::/a/path/of/the/host\n", {"memory.max": str(2 * GIB)}, 2),
+        ("4:memory:/job\n0::/\n", {"memory/job/memory.limit_in_bytes": str(8 * GIB), "memory/job/memory.usage_in_bytes": str(GIB), "memory/memory.limit_in_bytes": str(2**63 - 4096)}, 7),
+        ("4:cpu,cpuacct:/job\n", {"memory/job/memory.limit_in_bytes": str(GIB)}, 64),
+        ("0::/\n", {"memory.max": str(GIB), "memory.current": str(2 * GIB)}, 0),
+        ("0::/\n", {"memory.max": str(128 * GIB)}, 64),
+    ],
+)  # fmt: skip
+def test_memory_is_what_the_cgroup_leaves(tmp_path: Path, cgroup: str, files: dict[str, str], gib: int) -> None:
+    assert available_bytes(machine(tmp_path, cgroup, files)) == gib * GIB
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000"}, 6),
+        ("0::/job\n", {"job/cpu.max": "150000 100000"}, 2),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 6),
+        ("0::/\n", {"cpu.max": "1000 100000"}, 1),
+    ],
+)
+def test_cores_are_those_that_the_process_is_bound_to_or_has_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str, files: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert n_cores(machine(tmp_path, cgroup, files)) == cores
+
+
+def plan_on(*devices: str) -> Any:
+    """As much of a plan as decides about workers: one cell and model a device."""
+    cells = [SimpleNamespace(model_key=device, config={"device": device}) for device in devices]
+    return SimpleNamespace(cells=cells, config=lambda cell: SimpleNamespace(device=cell.config["device"]))
+
+
+def test_workers_are_no_more_than_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "model_bytes", lambda cfg: GIB)
+    monkeypatch.setattr(workers, "n_cores", lambda: 3)
+    for free, n_workers in ((0, 1), (7 * GIB, 2), (64 * GIB, 3)):
+        monkeypatch.setattr(workers, "available_bytes", lambda free=free: free)
+        assert n_local_workers(plan_on("cpu"), [0]) == n_workers
+
+
+@pytest.mark.parametrize(
+    ("devices", "n_workers"),
+    [(("cuda",), 4), (("cuda", "cpu"), 4), (("cuda:1",), 1), (("cuda:0", "cuda"), 1), (("mps",), 1)],
+)
+def test_a_gpu_that_is_named_by_its_number_has_one_worker(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], n_workers: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert n_local_workers(plan_on(*devices), range(len(devices))) == n_workers
+
+
+@pytest.mark.parametrize(
+    ("seen", "n_gpus", "named"),
+    [
+        (None, 2, [None, "1", "0", "1"]),
+        ("2,3", 2, ["2,3", "3", "2", "3"]),
+        ("GPU-5ebe9f43, MIG-1a", 2, ["GPU-5ebe9f43, MIG-1a", "MIG-1a", "GPU-5ebe9f43", "MIG-1a"]),
+        ("1,-1,3", 1, ["1,-1,3", "1", "1", "1"]),
+        ("", 0, ["", "", "", ""]),
+    ],
+)
+def test_workers_share_the_gpus_that_the_user_lets_them_see(
+    monkeypatch: pytest.MonkeyPatch, seen: str | None, n_gpus: int, named: list[str | None]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for worker, name in enumerate(named):
+        with monkeypatch.context() as each:
+            each.setenv("CUDA_VISIBLE_DEVICES", seen or "")
+            if seen is None:
+                each.delenv("CUDA_VISIBLE_DEVICES")
+            share_machine(worker, 4, with_gpus=shares_out_gpus(plan_on("cuda")))
+            assert os.environ.get("CUDA_VISIBLE_DEVICES") == name
+            share_machine(worker, 4, with_gpus=shares_out_gpus(plan_on("cuda:1")))
+            assert os.environ.get("CUDA_VISIBLE_DEVICES") == name, "a number would be that of another GPU"
+
+
+@pytest.mark.parametrize("seen", ["2,3", "all", None])
+def test_jobs_see_the_gpus_of_the_command_that_started_them(monkeypatch: pytest.MonkeyPatch, seen: str | None) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as submitit leaves it
+    if seen is not None:
+        monkeypatch.setenv(SEEN_GPUS, seen)
+    see_gpus()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == {"all": None, None: ""}.get(seen, seen)
+    assert SEEN_GPUS not in os.environ
