@@ -74,21 +74,23 @@ def model_spec(cfg: RunConfig) -> ModelSpec:
     return ModelSpec.from_node(cfg.model)
 
 
-def identify(cfg: RunConfig, say: Callable[[str], None] = lambda text: None) -> Cell:
+def identify(
+    cfg: RunConfig, say: Callable[[str], None] = lambda text: None, sources: Sequence[TaskSource] | None = None
+) -> Cell:
     """Work out a cell's identity; no weights are loaded.
 
     Args:
         cfg: the cell's config.
         say: told about tasks that are left out because their data is missing (`eval.skip_missing`).
+        sources: its tasks, where they are not those of the config.
 
     Raises:
         InputError: a model, task or method that cannot be had.
     """
-    sources = task_sources(cfg, say)
+    sources = task_sources(cfg, say) if sources is None else sources
     sparsification = None if cfg.pattern.is_dense else sparsification_of(cfg)
     model = fingerprint(model_spec(cfg))
-    sees_text = sparsification is not None and (sparsification.uses_text or cfg.policy == "greedy")
-    text = calibration_text(cfg, sources) if sees_text else None
+    text = calibration_text(cfg, sources) if sparsification is not None and sees_text(cfg) else None
     part = _identity(cfg, model, sparsification, text)
     dense_part = _identity(cfg.dense(), model, None)
     tasks = {source.task: list(task_identity(source, cfg).values()) for source in sources}
@@ -229,11 +231,11 @@ def _task_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:
 
 def _scope_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:
     """A choice of tokens that leaves nothing sparse, or that the criterion is undefined for."""
-    scored = ", ".join(source.task for source in sources if not source.generates)
-    generated = ", ".join(source.task for source in sources if source.generates)
-    errors = []
-    if cfg.scope == "decode" and scored:
-        errors.append(f"scope: decode is of generated text, but {scored} only scores given text; take scope=all")
+    errors = scope_errors(
+        cfg,
+        scored=[source.task for source in sources if not source.generates],
+        generated=[source.task for source in sources if source.generates],
+    )
     word, _, number = cfg.scope.partition(":")
     if (
         word == "skip_first"
@@ -244,9 +246,18 @@ def _scope_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:
         errors.append(
             f"scope: {cfg.scope} leaves nothing sparse in windows of {cfg.eval.seqlen} tokens; lower it, or raise eval.seqlen"
         )
+    return errors
+
+
+def scope_errors(cfg: RunConfig, scored: Sequence[str] = (), generated: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a sparse cell's choice of tokens, by the names of tasks that score given text or generate their own."""
+    errors = []
+    if cfg.scope == "decode" and scored:
+        tasks = ", ".join(scored)
+        errors.append(f"scope: decode is of generated text, but {tasks} only scores given text; take scope=all")
     if generated and cfg.scope != "prefill" and sparsification_of(cfg).criterion.looks_ahead:
         errors.append(
-            f"criterion: {cfg.criterion and cfg.criterion.name} looks at later tokens, but {generated} generates text; "
+            f"criterion: {cfg.criterion and cfg.criterion.name} looks at later tokens, but {', '.join(generated)} generates text; "
             "take scope=prefill, or criterion=clact_causal"
         )
     return errors
@@ -254,13 +265,27 @@ def _scope_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:
 
 def _check_calibration(cfg: RunConfig) -> None:
     """Methods that cannot be made or cannot act together, and a calibration text that cannot be used."""
+    check_method(cfg)
+    if sees_text(cfg):
+        calibration_text(cfg, task_sources(cfg))
+
+
+def check_method(cfg: RunConfig) -> None:
+    """Look for methods that cannot be made, act together or learn as asked, and for a budget without a choice.
+
+    Raises:
+        InputError: what is wrong.
+    """
     made = sparsification_of(cfg)
     if cfg.policy == "greedy":
         policy.check_budget(cfg.allocation.ladder, cfg.allocation.density or 1 - cfg.pattern.sparsity)
     if errors := learning_errors(made, cfg.calibration, cfg.policy != "none"):
         raise InputError(*errors)
-    if made.uses_text or cfg.policy == "greedy":
-        calibration_text(cfg, task_sources(cfg))
+
+
+def sees_text(cfg: RunConfig) -> bool:
+    """Whether anything of a sparse cell is found out on a calibration text."""
+    return sparsification_of(cfg).uses_text or cfg.policy == "greedy"
 
 
 def _check_targets(cfg: RunConfig) -> list[str]:

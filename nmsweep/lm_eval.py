@@ -6,23 +6,28 @@ python -m nmsweep.lm_eval --model nmsweep --model_args pretrained=smollm2,patter
 import os
 import sys
 import weakref
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 
-from nmsweep.calibrate.store import Calibrated
+from nmsweep.calibrate.text import check_items
 from nmsweep.catalogue import options
-from nmsweep.cell import identify, sparsification_of
+from nmsweep.cell import Cell, check_method, identify, scope_errors, sees_text
 from nmsweep.compose import cells_of
 from nmsweep.config import RunConfig
 from nmsweep.errors import InputError, NmsweepError
 from nmsweep.evaluate import lm
-from nmsweep.fitting import calibration
+from nmsweep.fitting import allocated, calibration
 from nmsweep.session import Session
 from nmsweep.sparsity.install import installed
+
+_OF_LM_EVAL = ("eval", "baseline", "force", "cluster", "loggers", "hydra")
+"""Keys of a run, by their first word, that have no effect on a model of lm-eval's; of `eval` all but `eval.include_path`."""
 
 
 @register_model("nmsweep")
@@ -35,11 +40,13 @@ class NMSweepLM(lm.NMSweepLM):
         batch_tokens: padded tokens computed at once.
         scoring: ``"packed"`` or ``"stock"``.
         batch_size, max_batch_size: the harness gives them; rows are counted by their tokens here.
-        overrides: any other key of a run (``pattern``, ``criterion``, ``mitigation``, ``targets``, ``scope``, ``dtype``,
-            ``mitigations.shift.stat``, ``calibration.source``, …), by default as on nmsweep's own command line.
+        overrides: any other key of a run (``pattern``, ``policy``, ``criterion``, ``mitigation``, ``targets``, ``scope``,
+            ``dtype``, ``mitigations.shift.stat``, ``calibration.source``, …), by default as on nmsweep's own command line.
+            `tasks`, with `eval.include_path` and `data.mirror`, says what the calibration text must not be.
 
     Raises:
-        InputError: as on nmsweep's own command line, all mistakes together.
+        InputError: as on nmsweep's own command line, all mistakes together; a method that needs a calibration text without
+            `tasks` or `calibration.source`; while it is asked, tasks that its scope, criterion or text does not go with.
     """
 
     def __init__(
@@ -52,25 +59,81 @@ class NMSweepLM(lm.NMSweepLM):
         max_batch_size: Any = None,
         **overrides: Any,
     ) -> None:
-        words = [*model_words(str(pretrained)), f"device={device or 'auto'}"]
-        words += [f"{key}={value}" for key, value in overrides.items()]
-        (cfg,) = cells_of(words, multirun=False, config_dir=None)
+        cfg = _config(str(pretrained), device, batch_tokens, scoring, overrides)
+        cell = None if cfg.pattern.is_dense else _cell(cfg, "tasks" in overrides)
         session = Session()
         loaded = session.model(cfg)
         stack = ExitStack()
         self._dense_again = weakref.finalize(self, stack.close)
-        across = False
-        if not cfg.pattern.is_dense:
-            made = sparsification_of(cfg)
-            across = made.criterion.across_tokens or cfg.scope.endswith("%")
-            state = _calibrated(cfg, session).state if made.calibrated else {}
+        if cell is not None:
+            cell = allocated(cell, loaded, session)
+            made, state = cell.sparsification, calibration(cell, loaded, session).state
+            assert made is not None
             stack.enter_context(installed(loaded.model, made, cfg.targets, state, cfg.scope))
-        super().__init__(loaded.model, loaded.tokenizer, batch_tokens, lambda n_tokens: None, scoring, across)
+        self._cell = cell
+        across = cell is not None and cell.across_tokens
+        super().__init__(
+            loaded.model, loaded.tokenizer, cfg.eval.batch_tokens, lambda n_tokens: None, cfg.eval.scoring, across
+        )
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._check(requests)
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        self._check(requests)
+        return super().loglikelihood_rolling(requests, disable_tqdm)  # type: ignore[no-any-return]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        self._check(requests, generates=True)
+        return super().generate_until(requests, disable_tqdm)
+
+    def _check(self, requests: Sequence[Instance], generates: bool = False) -> None:
+        """Refuse tasks that a cell of nmsweep would have refused before it began: here they are known only now."""
+        if self._cell is None:
+            return
+        docs: dict[str, dict[int, Any]] = {}
+        for request in requests:
+            docs.setdefault(str(request.task_name), {})[id(request.doc)] = request.doc
+        if errors := scope_errors(self._cell.cfg, **{"generated" if generates else "scored": list(docs)}):
+            raise InputError(*errors)
+        if self._cell.calibration_text is not None:
+            for task, items in docs.items():
+                check_items(self._cell.calibration_text, task, items.values())
 
 
-def _calibrated(cfg: RunConfig, session: Session) -> Calibrated:
-    """The state that a cell of nmsweep would have, from `results_dir` where it is kept."""
-    return calibration(identify(cfg), session.model(cfg), session)
+def _config(
+    pretrained: str, device: str | None, batch_tokens: int, scoring: str, overrides: Mapping[str, Any]
+) -> RunConfig:
+    """The run that the arguments describe, its method checked."""
+    if without := [key for key in overrides if key.split(".")[0] in _OF_LM_EVAL and key != "eval.include_path"]:
+        raise InputError(
+            *(
+                f"{key}: has no effect here; give lm-eval its own option, or batch_tokens= and scoring= as they are"
+                for key in without
+            )
+        )
+    words = [*model_words(pretrained), f"device={device or 'auto'}"]
+    words += [f"eval.batch_tokens={batch_tokens}", f"eval.scoring={scoring}"]
+    words += [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
+    (cfg,) = cells_of(words, multirun=False, config_dir=None)
+    if not cfg.pattern.is_dense:
+        check_method(cfg)
+    return cfg
+
+
+def _cell(cfg: RunConfig, names_tasks: bool) -> Cell:
+    """The cell that has the state of a sparse model, in `results_dir` where it is kept. Tasks play no part in it.
+
+    Raises:
+        InputError: it sees a text, and nothing says which one it may see.
+    """
+    if sees_text(cfg) and cfg.calibration.source == "auto" and not names_tasks:
+        raise InputError(
+            "calibration.source: auto goes by the tasks, which lm-eval does not tell a model; name them as nmsweep does, "
+            "tasks=…, or the text: calibration.source=mini, wikitext2 or a text file"
+        )
+    return identify(cfg, sources=None if names_tasks else ())
 
 
 def model_words(pretrained: str) -> list[str]:

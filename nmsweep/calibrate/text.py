@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,24 @@ def check_disjoint(calibration: TaskSource, evaluated: Sequence[TaskSource]) -> 
     """
     for source in evaluated:
         if source.kind == "text" or source.split in source.files:
-            shared = _shared(_Hashable(calibration), _Hashable(source))
-            if shared:
-                raise DataError(
-                    f"calibration.source: {calibration.task} has text in common with the evaluated task {source.task}: "
-                    f"{shared!r}; choose another calibration.source"
-                )
+            _refuse(calibration, source.task, _shared(_Hashable(calibration), _Hashable(source)))
+
+
+def check_items(calibration: TaskSource, task: str, items: Iterable[Any]) -> None:
+    """`check_disjoint` for items of a task that are here as plain values.
+
+    Raises:
+        DataError: one of them has the same 13 words in a row as the calibration text; the message shows them.
+    """
+    _refuse(calibration, task, _first_shared(_phrases(_Hashable(calibration)), map(_joined, items)))
+
+
+def _refuse(calibration: TaskSource, task: str, shared: str) -> None:
+    if shared:
+        raise DataError(
+            f"calibration.source: {calibration.task} has text in common with the evaluated task {task}: {shared!r}; "
+            "choose another calibration.source"
+        )
 
 
 class _Hashable:
@@ -118,10 +130,12 @@ class _Hashable:
 
 @cache
 def _shared(calibration: _Hashable, evaluated: _Hashable) -> str:
-    known = _phrases(calibration)
-    return next(
-        (" ".join(phrase) for text in _texts(evaluated.source) for phrase in _runs(text) if phrase in known), ""
-    )
+    return _first_shared(_phrases(calibration), _texts(evaluated.source))
+
+
+def _first_shared(known: frozenset[tuple[str, ...]], texts: Iterable[str]) -> str:
+    """The first words in a row that are known; empty without any."""
+    return next((" ".join(phrase) for text in texts for phrase in _runs(text) if phrase in known), "")
 
 
 @cache
@@ -140,7 +154,12 @@ def _texts(source: TaskSource) -> Iterator[str]:
         return
     with source.files[source.split].open(encoding="utf-8") as lines:
         for line in lines:
-            yield " . ".join(_strings(json.loads(line)))
+            yield _joined(json.loads(line))
+
+
+def _joined(item: Any) -> str:
+    """All texts of an item, kept apart."""
+    return " . ".join(_strings(item))
 
 
 def _strings(value: Any) -> Iterator[str]:

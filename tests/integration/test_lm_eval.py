@@ -9,6 +9,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
+from lm_eval.api.instance import Instance
 
 from nmsweep.data.tasks import MINI_FOLDER
 from nmsweep.errors import InputError
@@ -58,6 +59,66 @@ def test_simple_evaluate_gives_the_numbers_of_nmsweeps_own_run(own_run: CellReco
         assert list(mine) == [value for value, _ in other["filtered_resps"]]
 
 
+CALIBRATED = {
+    "text": ("mitigation=shift_static", "pattern=2:4"),
+    "greedy": ("policy=greedy", "pattern=2:4", "allocation.patterns=1:4+2:4+3:4"),
+    "skip": ("scope=skip_first:50%", "pattern=2:4"),
+}
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_calibrated_and_allocated_cells_are_nmsweeps_own(
+    method: str, nmsweep: Call, results: Path, yamls: Path, tmp_path: Path
+) -> None:
+    own = (*CALIBRATED[method], "dtype=float32", "calibration.source=mini", "calibration.seqlen=32")
+    words = ("model=tiny-llama", "device=cpu", *own, "tasks=own_science", "eval.limit=12", "baseline=false")
+    code, _, err = nmsweep(*words, f"eval.include_path={yamls}", f"results_dir={results}")
+    assert code == 0, err
+    (record,) = map(read_cell, cell_folders(results))
+    for tasks in ((), ("tasks=own_science", f"eval.include_path={yamls}")):
+        theirs = lm_eval.simple_evaluate(
+            model="nmsweep", tasks=["own_science"], limit=12, bootstrap_iters=0, device="cpu",
+            model_args=",".join(["pretrained=tiny-llama", *own, *tasks, f"results_dir={tmp_path / str(len(tasks))}"]),
+            task_manager=lm_eval.tasks.TaskManager(include_path=str(yamls), include_defaults=False),
+        )  # fmt: skip
+        for mine, other in zip(record.samples["loglikelihoods"], theirs["samples"]["own_science"], strict=True):
+            assert list(mine) == [value for value, _ in other["filtered_resps"]]
+
+
+def asked(model: NMSweepLM, how: str, doc: dict[str, str]) -> None:
+    arguments = {
+        "loglikelihood": ("A", " b"),
+        "loglikelihood_rolling": ("A b",),
+        "generate_until": ("A", {"until": []}),
+    }
+    getattr(model, how)([Instance(how, doc, arguments[how], 0, ("own", 0, 1))])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["loglikelihood", "loglikelihood_rolling"])
+def test_scope_decode_is_refused_where_given_text_is_scored(how: str) -> None:
+    model = NMSweepLM("tiny-llama", device="cpu", pattern="2:4", scope="decode")
+    with pytest.raises(InputError, match="decode is of generated text, but own only scores"):
+        asked(model, how, {"text": "A b"})
+
+
+@pytest.mark.parametrize("scope", ["all", "decode"])
+def test_clact_is_refused_where_text_is_generated(scope: str) -> None:
+    model = NMSweepLM("tiny-llama", device="cpu", pattern="2:4", criterion="clact", scope=scope)
+    with pytest.raises(InputError, match="clact looks at later tokens, but own generates text"):
+        asked(model, "generate_until", {"text": "A"})
+
+
+def test_calibration_text_is_never_what_is_asked() -> None:
+    words = {"pattern": "2:4", "mitigation": "shift_static", "calibration.seqlen": 32}
+    with pytest.raises(InputError, match="auto goes by the tasks, which lm-eval does not tell"):
+        NMSweepLM("tiny-llama", device="cpu", **words)
+    model = NMSweepLM("tiny-llama", device="cpu", **words, **{"calibration.source": "mini"})
+    asked(model, "loglikelihood", {"text": "nothing of it"})
+    text = (MINI_FOLDER / "calibration.txt").read_text()
+    with pytest.raises(InputError, match="mini_calibration has text in common with the evaluated task own"):
+        asked(model, "loglikelihood", {"text": text[2000:2300]})
+
+
 @pytest.mark.slow
 def test_the_harnesss_command_line_gives_the_numbers_of_nmsweeps_own_run(
     own_run: CellRecord, yamls: Path, tmp_path: Path
@@ -103,4 +164,8 @@ def test_mistakes_read_as_on_nmsweeps_own_command_line() -> None:
         NMSweepLM("tiny-llama", device="cpu", criterion="akt")
     with pytest.raises(InputError, match="pretrained: 'no-such' is no model"):
         model_words("no-such")
+    with pytest.raises(InputError, match=r"eval\.scoring: 'stok' is not valid"):
+        NMSweepLM("tiny-llama", device="cpu", scoring="stok")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"eval\.num_fewshot: has no effect here"):
+        NMSweepLM("tiny-llama", device="cpu", **{"eval.num_fewshot": 5})
     assert model_words("owner/name") == ["model=llama", "model.repo=owner/name", "model.name=name"]
