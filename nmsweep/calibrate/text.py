@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmsweep.data.tasks import MINI_FOLDER, MINI_TASKS, TaskSource, read_text
+from nmsweep.data.tasks import MINI_FOLDER, MINI_TASKS, TRAINING_FILES, TaskSource, read_text
 from nmsweep.errors import DataError
 
 SHARED_WORDS = 13
@@ -29,8 +29,7 @@ def find_source(source: str, tasks: Sequence[str], mirror: Path | None) -> TaskS
     Raises:
         DataError: it is not there.
     """
-    if source == "auto":
-        source = "mini" if all(task in MINI_TASKS or task == "mini_prose" for task in tasks) else "wikitext2"
+    source = source_name(source, tasks)
     if source == "mini":
         return TaskSource("mini_calibration", "text", {}, None, {"train": MINI_FOLDER / "calibration.txt"}, "train")
     if source == "wikitext2":
@@ -41,8 +40,15 @@ def find_source(source: str, tasks: Sequence[str], mirror: Path | None) -> TaskS
     return TaskSource("text_file", "text", {}, None, {"train": file}, "train")
 
 
+def source_name(source: str, tasks: Sequence[str]) -> str:
+    """``mini``, ``wikitext2`` or a text file: what `source` means where these tasks are evaluated."""
+    if source != "auto":
+        return source
+    return "mini" if all(task in MINI_TASKS or task == "mini_prose" for task in tasks) else "wikitext2"
+
+
 def _train_file(mirror: Path) -> dict[str, Path]:
-    for name in ("train.txt", "train_head.txt"):
+    for name in TRAINING_FILES:
         if (file := mirror / "wikitext2" / name).is_file():
             return {"train": file}
     raise DataError(

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from nmsweep.calibrate.text import source_name
 from nmsweep.cell import model_spec
 from nmsweep.compose import cells_of
 from nmsweep.config import RunConfig
-from nmsweep.data.prefetch import Need, fill, needs, size
+from nmsweep.data.prefetch import Need, away, fill, needs, size
 from nmsweep.errors import DataError, InputError, ModelError
 from nmsweep.models import ModelSpec
 from nmsweep.models.loading import fingerprint, local_folder, to_download
@@ -16,8 +17,8 @@ def prefetch(words: Sequence[str]) -> int:
     """Print what there is to fetch and its size, fetch it, check it; 1 if something is still missing, else 0.
 
     Args:
-        words: overrides of a run; those that count are `model`, `tasks`, `data.mirror`, `eval.num_fewshot`,
-            `eval.include_path`.
+        words: overrides of a run; those that count are `model`, `tasks`, `data.mirror`, `calibration.source`,
+            `eval.num_fewshot`, `eval.include_path`.
 
     Raises:
         InputError: a model or task that does not exist, or tasks without a mirror to fill.
@@ -26,7 +27,10 @@ def prefetch(words: Sequence[str]) -> int:
     named = [word.partition("=")[2] for word in words if word.startswith("data.mirror=")]
     mirror = Path(named[-1]) if named else None
     cfg = cells_of(["pattern=dense", *given], multirun=False, config_dir=None)[0]
-    wanted = needs(cfg.tasks, mirror or Path(), cfg.eval.num_fewshot, cfg.eval.include_path)
+    calibrated_on = source_name(cfg.calibration.source, cfg.tasks)
+    wanted = needs(
+        cfg.tasks, mirror or Path(), cfg.eval.num_fewshot, cfg.eval.include_path, calibrated_on == "wikitext2"
+    )
     if wanted and mirror is None:
         tasks = ", ".join(dict.fromkeys(need.task for need in wanted))
         raise InputError(f"data.mirror: no folder is named for the data of {tasks}; add data.mirror=DIR")
@@ -45,23 +49,24 @@ def prefetch(words: Sequence[str]) -> int:
 def _sizes(spec: ModelSpec, wanted: Sequence[Need]) -> Iterator[str]:
     """What there is to fetch, before anything is fetched."""
     yield f"model {spec.name}: {_model_size(spec)}"
-    unknown: dict[str, str] = {}
-    away = False
+    told: dict[str, str] = {}
+    no_hub = away(wanted)
     for need in wanted:
         if need.state == "there":
             yield f"{need.task}/{need.file.name}: there"
             continue
-        if need.hub_name not in unknown and not away:
-            try:
-                bytes_ = size(need)
-                unknown[need.hub_name] = (
-                    "size unknown" if bytes_ is None else f"{_megabytes(bytes_)} for all its splits"
-                )
-            except DataError:
-                away = True
-        told = unknown.get(need.hub_name, "the hub cannot be reached")
+        if need.hub_name not in told:
+            told[need.hub_name] = "the hub cannot be reached" if no_hub and not need.is_local else _data_size(need)
         state = "damaged, to fetch again" if need.state == "damaged" else "to fetch"
-        yield f"{need.task}/{need.file.name}: {state} from {need.hub_name} ({told})"
+        yield f"{need.task}/{need.file.name}: {state} from {need.hub_name} ({told[need.hub_name]})"
+
+
+def _data_size(need: Need) -> str:
+    try:
+        n_bytes = size(need)
+    except DataError:  # why, is said when it is fetched
+        return "size unknown"
+    return "size unknown" if n_bytes is None else f"{_megabytes(n_bytes)} for all its splits"
 
 
 def _model_size(spec: ModelSpec) -> str:

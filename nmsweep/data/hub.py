@@ -3,8 +3,17 @@
 import hashlib
 from functools import cache
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from huggingface_hub import constants
 
 from nmsweep.errors import DataError
+
+_TIMEOUT_S = 10.0
+
+_REASON_CHARS = 200
+"""Of another library's error, in a message."""
 
 
 @cache
@@ -23,8 +32,8 @@ def hub_fingerprint(path: str, name: str | None, split: str) -> str:
     return hashlib.sha256(f"{path}/{name}/{split}@{revision}".encode()).hexdigest()
 
 
-def hub_rows(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
-    """All rows of a hub data set's split.
+def hub_rows(path: str, name: str | None, split: str, **options: Any) -> list[dict[str, Any]]:
+    """All rows of a hub data set's split; `options` as the data library takes them.
 
     Raises:
         DataError: the hub does not give it.
@@ -32,29 +41,46 @@ def hub_rows(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        return [dict(row) for row in datasets.load_dataset(path, name, split=split)]
+        return [dict(row) for row in datasets.load_dataset(path, name, split=split, **options)]
     except Exception as error:  # as in `hub_fingerprint`
         raise unreachable(path, error) from error
 
 
-def hub_size(path: str, name: str | None) -> int | None:
+def hub_size(path: str, name: str | None, **options: Any) -> int | None:
     """Bytes that a hub data set takes to download; None where it does not say.
 
     Raises:
-        DataError: the hub cannot be reached.
+        DataError: the hub does not give it.
     """
     import datasets
 
     try:
-        size = datasets.load_dataset_builder(path, name).info.download_size
+        size = datasets.load_dataset_builder(path, name, **options).info.download_size
     except Exception as error:  # as in `hub_fingerprint`
         raise unreachable(path, error) from error
     return None if size is None else int(size)
 
 
+def why_unreachable() -> str:
+    """Why the hub cannot be reached, asked for anything at all; empty if it answers.
+
+    The data library would try for half a minute for each data set.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urlopen(constants.ENDPOINT, timeout=_TIMEOUT_S).close()
+    except HTTPError:  # it answers
+        return ""
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def unreachable(path: str, error: Exception) -> DataError:
     """The one message for a data set that the hub does not give."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
     return DataError(
-        f"data {path}: the hub does not give it ({type(error).__name__}); pass data.mirror=DIR with local files, "
+        f"data {path}: the hub does not give it ({reason[:_REASON_CHARS]}); pass data.mirror=DIR with local files, "
         "run `nmsweep prefetch` on a connected machine, or use tasks=mini"
     )

@@ -1,29 +1,19 @@
 """Fill a mirror with the data of tasks: what there is to fetch and how large it is, fetching, checking. No torch.
 
-`<mirror>/<task>/<split>.jsonl` as `find_task` reads it, and `<mirror>/sha256.json` with the digest of every file fetched, by
+`<mirror>/<task>/<split>.jsonl` as `find_task` reads it, and beside every file fetched its digest, `<split>.jsonl.sha256`, by
 which a file that changed since is told and fetched again.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
-from huggingface_hub import constants
-from huggingface_hub.errors import OfflineModeIsEnabled
-
-from nmsweep.data.hub import hub_rows, hub_size, unreachable
-from nmsweep.data.tasks import TaskSource, file_sha256, find_task, task_names
+from nmsweep.data.hub import hub_rows, hub_size, why_unreachable
+from nmsweep.data.tasks import TRAINING_FILES, TaskSource, file_sha256, find_task, task_names
 from nmsweep.disk.storage import whole_file, write_text
 from nmsweep.errors import DataError
-
-MANIFEST = "sha256.json"
-
-_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +39,19 @@ class Need:
         path, name = self.source.hub_name
         return f"{path} {name or ''}".strip()
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the data set is a folder of this machine, which the data library reads like the hub's."""
+        return Path(self.source.hub_name[0]).is_dir()
 
-def needs(tasks: Iterable[str], mirror: Path, num_fewshot: int | None, include_path: Path | None) -> list[Need]:
+
+def needs(
+    tasks: Iterable[str],
+    mirror: Path,
+    num_fewshot: int | None,
+    include_path: Path | None,
+    training_text: bool = False,
+) -> list[Need]:
     """The files that tasks read from a mirror, and their state.
 
     Args:
@@ -58,11 +59,11 @@ def needs(tasks: Iterable[str], mirror: Path, num_fewshot: int | None, include_p
         mirror: the folder; it need not exist.
         num_fewshot: as `eval.num_fewshot`: with examples, the split that they come from is needed too.
         include_path: the user's task YAMLs.
+        training_text: whether methods are calibrated on WikiText-2's training text.
 
     Raises:
         DataError: no such task.
     """
-    digests = _manifest(mirror)
     found = []
     for task in sorted({one for name in tasks for one in task_names(name, include_path)}):
         for leaf in find_task(task, None, include_path).leaves:
@@ -70,44 +71,53 @@ def needs(tasks: Iterable[str], mirror: Path, num_fewshot: int | None, include_p
                 continue
             for split in _splits(leaf, leaf.num_fewshot(num_fewshot)):
                 file = mirror / leaf.task / (f"{split}.txt" if leaf.kind == "text" else f"{split}.jsonl")
-                found.append(Need(leaf.task, split, file, _state(file, mirror, digests), leaf))
+                found.append(Need(leaf.task, split, file, _state(file), leaf))
+    if training_text:
+        places = [mirror / "wikitext2" / name for name in TRAINING_FILES]
+        file = next((place for place in places if place.is_file()), places[0])
+        found.append(Need("wikitext2", "train", file, _state(file), find_task("wikitext2", None)))
     return found
 
 
 def _splits(source: TaskSource, num_fewshot: int) -> list[str]:
-    """The evaluated split, and the one that examples come from; of a text also what calibration reads."""
+    """The evaluated split, and the one that examples come from."""
     if source.kind == "text":
-        return [source.split, "valid"]
+        return [source.split]
     wanted = [source.config.get(key) for key in ("fewshot_split", "training_split", "validation_split")]
     others = [str(split) for split in wanted if split and split != source.split]
     return [source.split, *(others[:1] if num_fewshot else [])]
 
 
-def _state(file: Path, mirror: Path, digests: Mapping[str, str]) -> str:
+def _state(file: Path) -> str:
     if not file.is_file():
         return "missing"
-    known = digests.get(file.relative_to(mirror).as_posix())
-    return "there" if known is None or known == file_sha256(file) else "damaged"
+    try:
+        known = _digest_file(file).read_text().split()[0]
+    except (OSError, ValueError, IndexError):  # it was put there by others
+        return "there"
+    return "there" if known == file_sha256(file) else "damaged"
+
+
+def _digest_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
 
 
 def size(need: Need) -> int | None:
     """Bytes to download for a data set, all its splits; None where the hub does not say.
 
     Raises:
-        DataError: the hub cannot be reached.
+        DataError: the hub does not give it.
     """
-    check_reachable(need)
-    return hub_size(*need.source.hub_name)
+    return hub_size(*need.source.hub_name, **need.source.hub_options)
 
 
-def fetch(need: Need, mirror: Path) -> int:
-    """Write one file from the hub; its number of rows.
+def fetch(need: Need) -> int:
+    """Write one file from the hub, with its digest beside it as `sha256sum` writes it; the file's number of rows.
 
     Raises:
         DataError: the hub does not give it, or gives nothing.
     """
-    check_reachable(need)
-    rows = hub_rows(*need.source.hub_name, {"valid": "validation"}.get(need.split, need.split))
+    rows = hub_rows(*need.source.hub_name, need.split, **need.source.hub_options)
     if not rows:
         raise DataError(f"data {need.hub_name}: its split {need.split} is empty; {need.task} cannot be measured on it")
     with whole_file(need.file) as file:
@@ -115,32 +125,14 @@ def fetch(need: Need, mirror: Path) -> int:
             _write_text(file, rows)
         else:
             _write_rows(file, rows)
-    _remember(mirror, need.file)
+    write_text(_digest_file(need.file), f"{file_sha256(need.file)}  {need.file.name}\n")
     return len(rows)
 
 
-def check_reachable(need: Need) -> None:
-    """Ask the hub once for anything at all, where the data library would try for half a minute each time.
-
-    Raises:
-        DataError: it cannot be reached.
-    """
-    path = need.source.hub_name[0]
-    if not Path(path).is_dir() and (error := _why_unreachable()):
-        raise unreachable(path, error)
-
-
-@cache
-def _why_unreachable() -> Exception | None:
-    if constants.HF_HUB_OFFLINE:
-        return OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-    try:
-        urlopen(constants.ENDPOINT, timeout=_TIMEOUT_S).close()
-    except HTTPError:  # it answers
-        return None
-    except OSError as error:
-        return error
-    return None
+def away(wanted: Iterable[Need]) -> str:
+    """Why the hub, which has some of this, cannot be reached; empty if it can, or if everything is on this machine."""
+    from_hub = any(need.state != "there" and not need.is_local for need in wanted)
+    return why_unreachable() if from_hub else ""
 
 
 def _write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -155,38 +147,30 @@ def _write_text(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         handle.writelines(row["text"] or " \n" for row in rows)
 
 
-def _manifest(mirror: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads((mirror / MANIFEST).read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
-def _remember(mirror: Path, file: Path) -> None:
-    known = _manifest(mirror) | {file.relative_to(mirror).as_posix(): file_sha256(file)}
-    write_text(mirror / MANIFEST, json.dumps(known, indent=1, sort_keys=True) + "\n")
-
-
 Say = Callable[[str], None]
 
 
-def fill(wanted: Iterable[Need], mirror: Path, say: Say) -> list[str]:
-    """Fetch what is not there; go on after a failure, but ask a hub that cannot be reached only once.
+def fill(wanted: Sequence[Need], mirror: Path, say: Say) -> list[str]:
+    """Fetch what is not there; go on after a failure, but not to a hub that cannot be reached.
 
     Returns:
         one line for each file that is still missing.
     """
     missing: list[str] = []
-    away = ""
+    if no_hub := away(wanted):
+        say(f"  the hub cannot be reached ({no_hub})")
     for need in wanted:
-        name = need.file.relative_to(mirror)
         if need.state == "there":
             continue
+        name = need.file.relative_to(mirror)
+        lacking = f"{name} (task {need.task}, {need.hub_name}, split {need.split})"
+        if no_hub and not need.is_local:
+            missing.append(lacking)
+            continue
         try:
-            if away:
-                raise DataError(away)
-            say(f"  {name}: {fetch(need, mirror)} rows")
+            say(f"  {name}: {fetch(need)} rows")
         except DataError as error:
-            away = away or (str(error) if "does not give it" in str(error) else "")
-            missing.append(f"{name} (task {need.task}, {need.hub_name}, split {need.split})")
+            missing.append(f"{lacking}: {error}")
+            if no_hub := away([need]):
+                say(f"  the hub cannot be reached any more ({no_hub})")
     return missing

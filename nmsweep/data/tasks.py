@@ -32,6 +32,9 @@ MINI_TASKS = {
 TEXT_TASKS = ("mini_prose", "wikitext2")
 """Tasks that are one text, measured by its perplexity."""
 
+TRAINING_FILES = ("train.txt", "train_head.txt")
+"""WikiText-2's training text in a mirror, or its beginning: what methods are calibrated on."""
+
 _WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
@@ -126,6 +129,12 @@ class TaskSource:
         if self.kind == "text":
             return _WIKITEXT_HUB
         return str(self.config["dataset_path"]), self.config.get("dataset_name")
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """What else the data library is told; code of others' is never run."""
+        options = self.config.get("dataset_kwargs") or {}
+        return {key: value for key, value in options.items() if key != "trust_remote_code"}
 
 
 def _mini(task: str, config: Mapping[str, Any], file: Path, name: str) -> TaskSource:

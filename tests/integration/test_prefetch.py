@@ -1,17 +1,31 @@
 """`nmsweep prefetch`: sizes first, then files that a run reads offline; what is missing, exactly."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from nmsweep.data import prefetch
-from nmsweep.data.tasks import MINI_FOLDER, TEXT_TASKS, find_task
+from nmsweep.data import prefetch, tasks
+from nmsweep.data.tasks import MINI_FOLDER, TEXT_TASKS, file_sha256, find_task
 from nmsweep.record import cell_folders
 
 Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """WikiText-2 as a folder, which the data library reads as it reads the hub's: other words in each split."""
+    folder = tmp_path / "wikitext"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        lines = [f" {split} {' '.join(f'{split}{at}{word}' for word in range(40))} . \n" for at in range(40)]
+        rows = [{"text": text} for line in lines for text in ("", line)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(tasks, "_WIKITEXT_HUB", (str(folder), None))
+    return folder
 
 
 @pytest.fixture
@@ -42,7 +56,7 @@ def test_a_filled_mirror_is_what_a_run_reads(nmsweep: Call, hub: Path, tmp_path:
     lines = out.splitlines()
     sizes = [at for at, line in enumerate(lines) if "to fetch from" in line]
     fetched = [at for at, line in enumerate(lines) if line.endswith("rows")]
-    assert len(sizes) == len(fetched) == 2
+    assert len(sizes) == len(fetched) == 3
     assert max(sizes) < min(fetched), "sizes come first"
     kept = [json.loads(line) for line in (tmp_path / "mirror" / "own_science" / "test.jsonl").read_text().splitlines()]
     assert kept == [json.loads(line) for line in (tmp_path / "set" / "test.jsonl").read_text().splitlines()]
@@ -52,9 +66,65 @@ def test_a_filled_mirror_is_what_a_run_reads(nmsweep: Call, hub: Path, tmp_path:
     assert len(cell_folders(results)) == 1
 
 
+def test_what_a_calibrated_run_reads_is_fetched_too(
+    nmsweep: Call, hub: Path, wikitext: Path, tmp_path: Path, results: Path
+) -> None:
+    given = tuple(f"{word}+wikitext2" if word.startswith("tasks=") else word for word in words(hub, tmp_path))
+    code, _, err = nmsweep("prefetch", *given)
+    assert code == 0, err
+    kept = {file.name for file in (tmp_path / "mirror" / "wikitext2").iterdir()}
+    assert kept == {"test.txt", "test.txt.sha256", "train.txt", "train.txt.sha256"}
+    for folder in (wikitext, tmp_path / "set"):
+        shutil.rmtree(folder)
+    method = ("pattern=2:4", "mitigation=shift_static", "calibration.seqlen=32", "eval.seqlen=64", "baseline=false")
+    code, _, err = nmsweep(*given, *method, "device=cpu", f"results_dir={results}")
+    assert code == 0, err
+    assert len(cell_folders(results)) == 1
+
+
+def test_a_training_text_that_is_there_is_not_fetched_over(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
+    head = tmp_path / "mirror" / "wikitext2" / "train_head.txt"
+    head.parent.mkdir(parents=True)
+    head.write_text("A text of one's own.\n")
+    code, out, err = nmsweep("prefetch", *words(hub, tmp_path))
+    assert code == 0, err
+    assert "wikitext2/train_head.txt: there" in out
+    assert not head.with_name("train.txt").exists()
+    assert nmsweep("prefetch", "model=tiny-llama", "tasks=mini")[0] == 0, "mini tasks have a text of their own"
+
+
+def test_one_bad_data_set_keeps_nothing_else_away(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
+    (tmp_path / "set" / "train.jsonl").write_text('{"question": \n')
+    config = yaml.safe_load((hub / "own.yaml").read_text())
+    other = {**config, "task": "own_other", "dataset_path": str(tmp_path / "wikitext"), "num_fewshot": 0}
+    (hub / "other.yaml").write_text(yaml.safe_dump(other))
+    given = tuple(word.replace("own_science", "own_science+own_other") for word in words(hub, tmp_path))
+    code, out, _ = nmsweep("prefetch", *given)
+    assert code == 1
+    missing = [line for line in out.splitlines() if line.startswith("missing: ")]
+    assert len(missing) == 2
+    assert all("own_science/" in line and "does not give it (DatasetGenerationError: " in line for line in missing)
+    assert (tmp_path / "mirror" / "own_other" / "test.jsonl").is_file()
+    assert (tmp_path / "mirror" / "wikitext2" / "train.txt").is_file()
+
+
+def test_every_file_has_a_digest_of_its_own(hub: Path, tmp_path: Path) -> None:
+    """Processes that fetch at once write nothing together."""
+    mirror = tmp_path / "mirror"
+    wanted = prefetch.needs(["own_science"], mirror, None, hub)
+    for need in wanted:
+        prefetch.fetch(need)
+    written = {file.relative_to(mirror).as_posix() for file in mirror.rglob("*") if file.is_file()}
+    assert written == {f"own_science/{split}.jsonl{end}" for split in ("test", "train") for end in ("", ".sha256")}
+    digest, name = (mirror / "own_science" / "test.jsonl.sha256").read_text().split()
+    assert (digest, name) == (file_sha256(mirror / "own_science" / "test.jsonl"), "test.jsonl")
+
+
 def test_it_goes_on_where_it_stopped_and_mends_what_is_damaged(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
     nmsweep("prefetch", *words(hub, tmp_path))
-    assert nmsweep("prefetch", *words(hub, tmp_path))[1].count(": there") == 3  # the model and two files
+    assert (
+        nmsweep("prefetch", *words(hub, tmp_path))[1].count(": there") == 4
+    )  # the model, two files and the training text
     file, other = (tmp_path / "mirror" / "own_science" / f"{split}.jsonl" for split in ("test", "train"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-30])
@@ -71,14 +141,16 @@ def test_offline_it_says_exactly_what_is_missing(
     nmsweep: Call, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(prefetch, "_why_unreachable", lambda: asked.append("hub") or OSError("no network"))
+    monkeypatch.setattr(tasks, "_WIKITEXT_HUB", ("Salesforce/wikitext", "wikitext-2-raw-v1"))
+    monkeypatch.setattr(prefetch, "why_unreachable", lambda: asked.append("hub") or "no network")
     code, out, _ = nmsweep("prefetch", "model=tiny-llama", "tasks=arc_easy+piqa+mmlu+mini", f"data.mirror={mirror}")
     assert code == 1
     missing = [line.removeprefix("missing: ") for line in out.splitlines() if line.startswith("missing: ")]
     assert "piqa/validation.jsonl (task piqa, baber/piqa, split validation)" in missing
-    assert len(missing) == 1 + 57
+    assert len(missing) == 1 + 57 + 1
     assert "arc_easy/test.jsonl: there" in out
-    assert "58 missing" in out
+    assert "59 missing" in out
+    assert out.count("no network") == 1
     assert len(asked) == 2, "the hub is asked once for sizes and once for files"
 
 
