@@ -1,4 +1,4 @@
-"""Every shipped experiment composes, and its first lines say how many cells it has."""
+"""Every shipped experiment composes, and its first lines say how it is run, how many cells it has and what they cost."""
 
 import re
 
@@ -10,14 +10,26 @@ from nmsweep.config import RunConfig, to_plain
 
 EXPERIMENTS = options("experiment")
 
+PAPER_CELL_S = 81
+"""Seconds of forward passes that docs/clusters.md reckons for a cell of the paper's tasks, with a model of 8B on an H200."""
+
+
+def head(name: str) -> str:
+    return EXPERIMENTS[name].file.read_text().partition("\ndefaults:")[0]
+
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_composes_and_its_head_is_true(name: str) -> None:
     cells = cells_of([f"experiment={name}"], multirun=True, config_dir=None)
-    head = EXPERIMENTS[name].file.read_text().partition("\ndefaults:")[0]
-    assert f"nmsweep experiment={name}" in head
-    if counted := re.search(r"(\d+) cells and (\d+) dense baselines", head):
-        assert (len(cells), len(baselines(cells))) == (int(counted[1]), int(counted[2]))
+    said = head(name)
+    assert f"\n# nmsweep experiment={name}" in said
+    counted = re.search(r"(\d+) cells and (\d+) dense baselines?\.", said)
+    assert counted is not None
+    assert (len(cells), len(baselines(cells))) == (int(counted[1]), int(counted[2]))
+    assert f"`nmsweep plan experiment={name}` reckons" in said
+    if hours := re.search(r"At least ([\d.]+) hours of one H200 .* (\d+) s a cell", said):
+        assert int(hours[2]) == PAPER_CELL_S
+        assert hours[1] == f"{(int(counted[1]) + int(counted[2])) * PAPER_CELL_S / 3600:.1f}"
 
 
 def baselines(cells: list[RunConfig]) -> set[str]:
@@ -27,4 +39,4 @@ def baselines(cells: list[RunConfig]) -> set[str]:
 
 @pytest.mark.parametrize("name", ["patterns", "criteria", "mitigations", "operands", "families", "paper_table"])
 def test_the_grids_of_the_paper_say_what_they_cost(name: str) -> None:
-    assert "dense baselines" in EXPERIMENTS[name].file.read_text()
+    assert "hours of one H200" in head(name)
