@@ -30,7 +30,7 @@ WORDS = {"x_ptr": "*i32", "u_ptr": "*i32", "gain_ptr": "*i32"}
 
 ANYWHERE: dict[Any, dict[str, Any]] = {
     flat_kernel: {"N": 8, "M": 16, "KIND": 0, "ETA": 3, "GAIN": 1, "PIECE": 8, "P": 16, "G": FLAT_CONFIGS[16][0]},
-    row_kernel: {"KIND": 0, "ETA": 3, "VAR": True, "T": 512},
+    row_kernel: {"KIND": 0, "ETA": 3, "VAR": True, "T": 512, "B": 512},
     scaled_kernel: {"N": 8, "M": 16, "KIND": 0, "ETA": 3, "PIECE": 8, "P": 16, "G": 128},
     centre_kernel: {"KIND": 0, "STAT": 1, "P": 8, "G": 128},
     make_kernel: {"KIND": 0, "GAIN": 1, "B": 2048},

@@ -10,7 +10,7 @@ import triton.language as tl
 from .triton_network import keep_of_groups, load, sign, store
 from .triton_numbers import from_float, magnitude, ratio_of_sums, score, to_float
 from .triton_parts import load_patterns
-from .triton_select import kth_lowest_of_keys
+from .triton_select import next_bits, part_of_keys
 
 
 @triton.jit
@@ -72,7 +72,25 @@ def chosen(kept, x, fill):
     return (x & kept) | (fill & ~kept)
 
 
-@triton.jit(do_not_specialize=["rows_per_weight", "n_groups"])
+@triton.jit
+def to_rescale(x, eta, KIND: tl.constexpr):
+    """What a kept channel holds until ν is known: x; where η is no finite number NaN, which its rescaled value will be."""
+    nan: tl.constexpr = 0x7FC0 if KIND == 0 else 0x7E00 if KIND == 1 else 0x7FC00000
+    return tl.where(eta - eta == 0.0, x, nan).to(x.dtype)
+
+
+@triton.jit
+def rescaled(u, eta, fill, nu, KIND: tl.constexpr, GUARD: tl.constexpr):
+    """u of channels that `to_rescale` kept, away from η by ν times as much; where z is 0, and the fill, pass if GUARD sees to it."""
+    value = to_float(u, KIND)
+    z = value - eta
+    found = from_float(value + (nu - 1.0) * z, KIND)
+    if GUARD:
+        found = tl.where(z == 0.0, u, tl.where(u == fill, u, found)).to(u.dtype)
+    return found
+
+
+@triton.jit
 def flat_kernel(
     x_ptr,
     u_ptr,
@@ -112,23 +130,15 @@ def flat_kernel(
         n_kept = tl.sum(tl.where(valid, -tl.sum(kept, axis=1), 0), axis=0)
         tl.atomic_add(counts_ptr, n_kept.to(tl.int64), sem="relaxed")
         if tl.program_id(0) == 0:
-            tl.atomic_add(counts_ptr + 1, n_groups.to(tl.int64) * M, sem="relaxed")
+            tl.atomic_add(counts_ptr + 1, tl.full((), M, tl.int64) * n_groups, sem="relaxed")
 
 
 @triton.jit
 def _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
-    """Bit patterns, z, keys (−1 beyond the token) and fills of some channels [T] of a token."""
+    """Bit patterns, z, keys (−1 beyond the token) and fills of channels [B] of a token."""
     inside = channel < hidden
     x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
-    if ETA == 0:
-        eta = 0.0
-        fill = tl.zeros_like(x)
-    else:
-        if ETA == 2:
-            eta = tl.load(eta_ptr + channel, mask=inside, other=0.0)
-        else:
-            eta = tl.load(eta_ptr + (row if ETA == 3 else 0))
-        fill = from_float(eta, KIND) + tl.zeros_like(x)
+    eta, fill = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
     z = to_float(x, KIND) - eta
     weight = 1.0
     if weight_ptr is not None:
@@ -138,26 +148,46 @@ def _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA:
 
 
 @triton.jit
-def _sums(z, kept, first, inside):
-    """What ν needs of some channels: sums of z less the first, their squares, sums of what is kept, their squares."""
-    shifted = tl.where(inside, z.to(tl.float64) - first.to(tl.float64), 0.0)
-    sparse = (z.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True).to(tl.float64)
-    return tl.sum(shifted), tl.sum(shifted * shifted), tl.sum(sparse), tl.sum(sparse * sparse)
+def _filling(eta_ptr, row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
+    """η of channels [B] of a token, as fp32 and as bit pattern."""
+    if ETA == 0:
+        eta = 0.0
+        fill = tl.full((), 0, tl.int16 if KIND < 2 else tl.int32)
+    else:
+        if ETA == 2:
+            eta = tl.load(eta_ptr + channel, mask=channel < hidden, other=0.0)
+        else:
+            eta = tl.load(eta_ptr + (row if ETA == 3 else 0))
+        fill = from_float(eta, KIND)
+    return eta, fill
 
 
 @triton.jit
-def _write_channels(u_ptr, mask_ptr, row, channel, hidden, x, z, kept, fill, nu, VAR: tl.constexpr, KIND: tl.constexpr):
-    """Write u, and the mask if asked, of some channels of a token."""
-    inside = channel < hidden
-    if VAR:
-        rescaled = from_float(to_float(x, KIND) + (nu - 1.0) * z, KIND)
-        x = tl.where(nu == 1.0, x, tl.where(z == 0.0, x, rescaled)).to(x.dtype)
-    tl.store(u_ptr + row * hidden + channel, chosen(kept, x, fill), mask=inside)
-    if mask_ptr is not None:
-        tl.store(mask_ptr + row * hidden + channel, (kept & 1).to(tl.int8), mask=inside)
+def _more_bits(
+    x_ptr,
+    weight_ptr,
+    eta_ptr,
+    row,
+    weight_row,
+    hidden,
+    found,
+    k,
+    ETA: tl.constexpr,
+    KIND: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    T: tl.constexpr,
+):
+    """`next_bits` of the keys of a token; those of channels i and i + T are the halves of a word."""
+    low = tl.arange(0, T)
+    zero = found >> 31  # which the compiler does not know: it reads again instead of keeping the keys in registers
+    _, _, a, _ = _channels(x_ptr, weight_ptr, eta_ptr, row + zero, weight_row + zero, low, hidden, ETA, KIND)
+    _, _, b, _ = _channels(x_ptr, weight_ptr, eta_ptr, row + zero, weight_row + zero, low + T, hidden, ETA, KIND)
+    words = part_of_keys(a, found, SHIFT, BITS) | (part_of_keys(b, found, SHIFT, BITS) << 16)
+    return next_bits(words, found, k, SHIFT, BITS)
 
 
-@triton.jit(do_not_specialize=["rows_per_weight", "N"])
+@triton.jit(do_not_specialize=["N"])
 def row_kernel(
     x_ptr,
     u_ptr,
@@ -173,42 +203,74 @@ def row_kernel(
     ETA: tl.constexpr,
     VAR: tl.constexpr,
     T: tl.constexpr,
+    B: tl.constexpr,
 ):
     """One token a program, without groups: of its channels, at most 2·T, the N highest are kept.
 
-    Channel i is looked at together with channel i + T, as two halves of a word.
+    The lowest key that is kept is found in parts, until no key below it begins as it does; then B channels at a time are written.
+    Each of these reads the token again, from the nearest cache.
     """
+    MAGNITUDES: tl.constexpr = weight_ptr is None and ETA == 0 and KIND == 0  # 15 bits and 16 zeros, but for NaN
     row = tl.program_id(0).to(tl.int64)
-    low, high = tl.arange(0, T), tl.arange(0, T) + T
     weight_row = row // rows_per_weight
-    x_low, z_low, low_key, low_fill = _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, low, hidden, ETA, KIND)
-    x_high, z_high, high_key, high_fill = _channels(
-        x_ptr, weight_ptr, eta_ptr, row, weight_row, high, hidden, ETA, KIND
-    )
-    threshold = kth_lowest_of_keys(low_key, high_key, hidden - N)
-    low_kept, high_kept = sign(threshold - low_key), sign(threshold - high_key)
-    room = N + tl.sum(low_kept) + tl.sum(high_kept)
-    low_equal, high_equal = (low_key == threshold).to(tl.int32), (high_key == threshold).to(tl.int32)
-    n_low = tl.sum(low_equal)
-    if n_low + tl.sum(high_equal) > room:  # of equals, those of lower channels
-        low_equal = tl.where(tl.cumsum(low_equal, axis=0) <= room, low_equal, 0)
-        high_equal = tl.where(tl.cumsum(high_equal, axis=0) <= room - n_low, high_equal, 0)
-    low_kept, high_kept = low_kept - low_equal, high_kept - high_equal
-    nu = 1.0
-    if VAR:
+    found, k = tl.full((), 0, tl.int32), hidden - N
+    if MAGNITUDES:
+        found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 23, 8, T)
+        found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 16, 7, T)
+        if found == 0x7F800000:  # infinity, or a NaN
+            found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 0, 8, T)
+    else:
+        found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 17, 14, T)
+        if k > 0:
+            found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 8, 9, T)
+        if k > 0:
+            found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 0, 8, T)
+    room = n - k  # for keys that equal the lowest one kept: those of lower channels
+    first = 0.0
+    if VAR:  # any z, so that a constant token has variance 0
         first = to_float(tl.load(x_ptr + row * hidden), KIND)
         if ETA == 3:
             first -= tl.load(eta_ptr + row)
         elif ETA > 0:
             first -= tl.load(eta_ptr)
-        a, b, c, d = _sums(z_low, low_kept, first, low < hidden)
-        e, f, g, h = _sums(z_high, high_kept, first, high < hidden)
-        nu = ratio_of_sums(a + e, b + f, c + g, d + h, hidden)
+    dense, dense_squares = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
+    sparse, sparse_squares = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
+    n_kept = tl.zeros((B,), tl.int32)
+    for start in range(0, hidden, B):
+        channel = start + tl.arange(0, B)
+        inside = channel < hidden
+        x, z, key, fill = _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA, KIND)
+        equal = (key == found).to(tl.int32)
+        if k > 0:
+            n_here = tl.sum(equal)
+            equal = tl.where(tl.cumsum(equal, axis=0) <= room, equal, 0)
+            room -= n_here
+        kept = (sign(found - key) - equal) & sign(channel - hidden)
+        n_kept -= kept
+        eta, _ = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
+        passed = to_rescale(x, eta, KIND) if VAR and ETA > 0 else x
+        tl.store(u_ptr + row * hidden + channel, chosen(kept, passed, fill), mask=inside)
+        if mask_ptr is not None:
+            tl.store(mask_ptr + row * hidden + channel, (kept & 1).to(tl.int8), mask=inside)
+        if VAR:
+            shifted = tl.where(inside, z.to(tl.float64) - first.to(tl.float64), 0.0)
+            z_kept = (z.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True).to(tl.float64)
+            dense += shifted
+            dense_squares = tl.fma(shifted, shifted, dense_squares)
+            sparse += z_kept
+            sparse_squares = tl.fma(z_kept, z_kept, sparse_squares)
+    if counts_ptr is not None:
+        tl.atomic_add(counts_ptr, tl.sum(n_kept).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")
+    if VAR:
+        nu = ratio_of_sums(tl.sum(dense), tl.sum(dense_squares), tl.sum(sparse), tl.sum(sparse_squares), hidden)
         if nu_ptr is not None:
             tl.store(nu_ptr + row, nu)
-    _write_channels(u_ptr, mask_ptr, row, low, hidden, x_low, z_low, low_kept, low_fill, nu, VAR, KIND)
-    _write_channels(u_ptr, mask_ptr, row, high, hidden, x_high, z_high, high_kept, high_fill, nu, VAR, KIND)
-    if counts_ptr is not None:
-        n_kept = -(tl.sum(low_kept) + tl.sum(high_kept))
-        tl.atomic_add(counts_ptr, n_kept.to(tl.int64), sem="relaxed")
-        tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")
+        if nu != 1.0:
+            tl.debug_barrier()
+            for start in range(0, hidden, B):
+                channel = start + tl.arange(0, B)
+                u = tl.load(u_ptr + row * hidden + channel, mask=channel < hidden, other=0)
+                eta, fill = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
+                u = rescaled(u, eta, fill, nu, KIND, True)
+                tl.store(u_ptr + row * hidden + channel, u, mask=channel < hidden)

@@ -105,7 +105,7 @@ def _spread(top):
     return found
 
 
-@triton.jit(do_not_specialize=["n_groups"])
+@triton.jit
 def packed_kernel(
     x_ptr,
     u_ptr,
@@ -148,7 +148,7 @@ def packed_kernel(
         n_kept = tl.sum(tl.where(valid, (n_kept & 0xFFFF) + (n_kept >> 16), 0), axis=0)
         tl.atomic_add(counts_ptr, n_kept.to(tl.int64), sem="relaxed")
         if tl.program_id(0) == 0:
-            tl.atomic_add(counts_ptr + 1, n_groups.to(tl.int64) * M, sem="relaxed")
+            tl.atomic_add(counts_ptr + 1, tl.full((), M, tl.int64) * n_groups, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["N"])

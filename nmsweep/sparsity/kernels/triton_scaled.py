@@ -4,9 +4,9 @@
 import triton
 import triton.language as tl
 
-from .triton_kernels import chosen, filling, keys
+from .triton_kernels import chosen, filling, keys, rescaled, to_rescale
 from .triton_network import keep_of_groups, load, store, sum_of_squares
-from .triton_numbers import from_float, ratio_of_sums, to_float
+from .triton_numbers import ratio_of_sums, to_float
 
 
 @triton.jit
@@ -32,16 +32,11 @@ def rescale(
         start = group * M
         base = row * hidden + start
         x = load(u_ptr, base, valid, 0, M, P, PIECE)
-        eta, _ = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
-        value = to_float(x, KIND)
-        z = value - eta
-        rescaled = from_float(value + (nu - 1.0) * z, KIND)
-        if GUARD:
-            rescaled = tl.where(z == 0.0, x, rescaled).to(x.dtype)
-        store(u_ptr, base, valid, rescaled, M, P, PIECE)
+        eta, fill = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
+        store(u_ptr, base, valid, rescaled(x, eta, fill, nu, KIND, GUARD), M, P, PIECE)
 
 
-@triton.jit(do_not_specialize=["rows_per_weight"])
+@triton.jit
 def scaled_kernel(
     x_ptr,
     u_ptr,
@@ -87,7 +82,8 @@ def scaled_kernel(
         place = row // rows_per_weight * hidden + start
         key = keys(x, z, weight_ptr, place, valid, ETA, KIND, M, P, PIECE)
         kept = keep_of_groups(key, N, M, P)
-        store(u_ptr, base, valid, chosen(kept, x, fill), M, P, PIECE)
+        passed = to_rescale(x, eta, KIND) if ETA > 0 else x
+        store(u_ptr, base, valid, chosen(kept, passed, fill), M, P, PIECE)
         if mask_ptr is not None:
             store(mask_ptr, base, valid, (kept & 1).to(tl.int8), M, P, PIECE)
         n_kept += tl.where(valid, -tl.sum(kept, axis=1), 0)

@@ -88,32 +88,25 @@ def _search(x, k, BITS: tl.constexpr, ZERO: tl.constexpr, LAST: tl.constexpr, KI
 
 
 @triton.jit
-def kth_lowest_of_keys(a, b, k):
-    """The k-th lowest (from 0) of the keys in a [T] and b [T], int32 from 0 to 0x7F800001; −1 is no key."""
-    found = tl.full((), 0, tl.int32)
-    found, k = _next_bits(a, b, found, k, 17, 14)
-    found, k = _next_bits(a, b, found, k, 8, 9)
-    found, _ = _next_bits(a, b, found, k, 0, 8)
-    return found
-
-
-@triton.jit
-def _next_bits(a, b, found, k, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """BITS more bits, from SHIFT on, of the k-th lowest of those keys whose higher bits are those of `found`; and k among what is left.
-
-    As patterns of float16, of which every NVIDIA GPU compares two at once.
-    """
-    words = _part(a, found, SHIFT, BITS) | (_part(b, found, SHIFT, BITS) << 16)
-    value = _search(words, k, BITS, 0, 0x7C00, 1)
-    n_below = _count(_below(words, tl.zeros_like(words) + value * 0x10001, 1))
-    return found | (value << SHIFT), k - n_below
-
-
-@triton.jit
-def _part(key, found, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """BITS bits of keys, from SHIFT on; a NaN in place of those of other keys than `found` begins."""
+def part_of_keys(key, found, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """BITS bits, from SHIFT on, of keys of 31 bits (−1 is none); a NaN of float16 where their higher bits are not those of `found`."""
     ours = (key >> (SHIFT + BITS)) == (found >> (SHIFT + BITS))
     return tl.where(ours, (key >> SHIFT) & ((1 << BITS) - 1), 0x7FFF)
+
+
+@triton.jit
+def next_bits(words, found, k, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """One part more of the k-th lowest (from 0) key, of keys whose `part_of_keys` are the halves of words [T].
+
+    They are compared as float16, of which every NVIDIA GPU compares two at once.
+
+    Returns:
+        `found` with the part; how many of the keys that share all of it are below the one that is looked for; how many share it.
+    """
+    value = _search(words, k, BITS, 0, 0x7C00, 1)
+    n_below = _count(_below(words, tl.zeros_like(words) + value * 0x10001, 1))
+    n_alike = _count(_below(words, tl.zeros_like(words) + (value + 1) * 0x10001, 1)) - n_below
+    return found | (value << SHIFT), k - n_below, n_alike
 
 
 @triton.jit
