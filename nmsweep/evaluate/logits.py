@@ -1,12 +1,17 @@
 """Log-probabilities of given tokens without ever holding `[tokens, vocab]` for more than a slice."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from nmsweep.errors import ModelError
 
 SLICE_ELEMENTS = 2**26
 """Logits held at once, tokens × vocabulary: 256 MiB in fp32."""
@@ -27,11 +32,111 @@ def token_logits(model: Any, hidden: Tensor) -> Tensor:
 
 def _widened(model: Any, logits: Tensor) -> Tensor:
     """What an output embedding gives, as logits in fp32 or float64."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    config = model.config.get_text_config()
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits
+    return _head(model)(logits if logits.dtype == torch.float64 else logits.float())
+
+
+Head = Callable[[Tensor], Tensor]
+"""What a model does to the output of its output embedding; does not change its argument."""
+
+_heads: WeakKeyDictionary[Any, Head] = WeakKeyDictionary()
+
+
+def _head(model: Any) -> Head:
+    """The one of `_known_heads` that gives the model's own logits, found out once.
+
+    Raises:
+        ModelError: none does.
+    """
+    if model not in _heads:
+        _heads[model] = _found_head(model)
+    return _heads[model]
+
+
+def _known_heads(config: Any) -> Iterator[Head]:
+    """What a config may mean, the plain one last: ``logits_scaling`` divides in Granite and multiplies in HyperCLOVA X."""
+    for name, heads in _HEADS.items():
+        if (value := getattr(config, name, None)) is not None:
+            yield from (partial(head, value) for head in heads)
+    yield lambda logits: logits
+
+
+def _capped(cap: float, logits: Tensor) -> Tensor:
+    return cap * torch.tanh(logits / cap)
+
+
+def _divided(by: float, logits: Tensor) -> Tensor:
+    return logits / by
+
+
+def _multiplied(by: float, logits: Tensor) -> Tensor:
+    return logits * by
+
+
+_HEADS: Mapping[str, Sequence[Callable[[float, Tensor], Tensor]]] = {
+    "final_logit_softcapping": [_capped],  # Gemma
+    "logits_soft_cap": [_capped],  # RecurrentGemma
+    "logits_scaling": [_divided, _multiplied],
+    "logit_scale": [_multiplied],  # Cohere
+    "lm_head_multiplier": [_multiplied],  # Falcon-H1
+}
+"""Keys of a config that say what happens to logits."""
+
+
+@torch.inference_mode()
+def _found_head(model: Any) -> Head:
+    """Hold the known heads against the model's own, on a few hidden states; no layer is computed, nothing is counted."""
+    embedding = model.get_output_embeddings()
+    dtype, device = embedding.weight.dtype, embedding.weight.device
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 4, embedding.weight.shape[1], generator=generator).to(device, dtype)
+    hidden = hidden * (_PROBED / embedding(hidden).float().std()).to(dtype)  # so large that a cap shows
+    raw = embedding(hidden)
+    raw = raw if raw.dtype == torch.float64 else raw.float()
+    with _giving(decoder(model), hidden):
+        own = model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device), use_cache=False).logits.to(raw.dtype)
+    furthest = []
+    for head in _known_heads(model.config.get_text_config()):
+        furthest.append(float((head(raw) - own).abs().max() / own.abs().max()))
+        if furthest[-1] < _TOLERANCE.get(dtype, 0.02):
+            return head
+    raise ModelError(
+        f"model {model.config.model_type}: its logits are not those of its output embedding (they differ by "
+        f"{min(furthest):.0%} or more), so packed scoring and perplexity would be of another model; "
+        "take eval.scoring=stock, and tasks without a text"
+    )
+
+
+_PROBED = 20.0
+"""Standard deviation of the logits that heads are compared on."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Of the largest logit; the others round it to three digits."""
+
+
+@contextmanager
+def _giving(module: Any, hidden: Tensor) -> Iterator[None]:
+    """A decoder that computes nothing and gives these hidden states."""
+    before = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: _Given(hidden)
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+class _Given:
+    """What a decoder gives, all of it absent but the hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def slice_tokens(model: Any) -> int:

@@ -11,14 +11,15 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nmsweep.bench.replay import Masks
 from nmsweep.calibrate.fit import fit
 from nmsweep.catalogue import find_method, options
 from nmsweep.config import CalibrationConfig
-from nmsweep.data.tasks import MINI_FOLDER
-from nmsweep.evaluate import packing, rows, scoring
+from nmsweep.data.tasks import MINI_FOLDER, find_task
+from nmsweep.errors import ModelError
+from nmsweep.evaluate import logits, packing, perplexity, rows, scoring
 from nmsweep.evaluate.lm import NMSweepLM
 from nmsweep.evaluate.rows import Request
 from nmsweep.evaluate.segments import Segments
@@ -114,6 +115,68 @@ def test_dense_equals_stock(shape: str, attention: str) -> None:
 def test_dense_equals_stock_in_float64(shape: str) -> None:
     model = tiny(shape, torch.float64)
     assert furthest(scored(model, requests()), scored(model, requests(), "stock")) < 1e-9
+
+
+OTHER_HEADS = {
+    "granite": {"logits_scaling": 8.0},
+    "cohere": {"logit_scale": 0.0625},
+    "hyperclovax": {"logits_scaling": 0.3},
+    "gemma2": {"final_logit_softcapping": 3.0},
+}
+
+
+def other_model(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A small random model of a family whose logits are more than what its output embedding gives."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 4096}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    ids = {"vocab_size": 260, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **sizes, **heads, **ids, **OTHER_HEADS[kind], initializer_range=0.3)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+
+
+@pytest.mark.parametrize("kind", OTHER_HEADS)
+def test_what_a_model_does_to_its_logits_is_done_here(kind: str) -> None:
+    model = other_model(kind)
+    assert furthest(scored(model, requests(n_items=2)), scored(model, requests(n_items=2), "stock")) < 1e-5
+
+
+@pytest.mark.parametrize("kind", OTHER_HEADS)
+def test_perplexity_is_of_the_models_own_logits(kind: str) -> None:
+    model, source = other_model(kind), find_task("mini_prose", None)
+    found = perplexity.perplexity(
+        model, tiny_tokenizer("tiny-llama"), source, seqlen=64, limit=2, batch_tokens=128, bos=False,
+        advance=lambda n: None,
+    ).samples["nll"]  # fmt: skip
+    ids = perplexity.windows(source.files["test"].read_text(), tiny_tokenizer("tiny-llama"), 64, bos=False)[:2]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, :-1]
+    by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    assert found.tolist() == pytest.approx(by_hand.view(2, -1).sum(1).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_not_understood_are_refused(dtype: torch.dtype) -> None:
+    model = tiny("tiny-llama", dtype)
+    forward = model.forward
+
+    def other(*args: Any, **inputs: Any) -> Any:
+        found = forward(*args, **inputs)
+        found.logits = 1.5 * found.logits
+        return found
+
+    model.forward = other
+    with pytest.raises(ModelError, match=r"model llama: its logits are not those .*; take eval\.scoring=stock"):
+        scored(model, requests(n_items=1))
+    assert scored(model, requests(n_items=1), "stock")
+
+
+def test_looking_at_a_models_logits_counts_no_channel() -> None:
+    model = tiny("tiny-llama")
+    with sparsify(model, pattern="2:4") as layers:
+        logits.token_logits(model, torch.zeros(3, 64))
+        assert {layer.channels for layer in layers.counts()} == {0}
+    assert "forward" not in vars(logits.decoder(model))
 
 
 def test_these_requests_have_rows_of_every_kind() -> None:
