@@ -85,18 +85,22 @@ _HEADS: Mapping[str, Sequence[Callable[[float, Tensor], Tensor]]] = {
 @torch.inference_mode()
 def _found_head(model: Any) -> Head:
     """Hold the known heads against the model's own, on a few hidden states; no layer is computed, nothing is counted."""
-    embedding = model.get_output_embeddings()
+    embedding, heads = model.get_output_embeddings(), list(_known_heads(model.config.get_text_config()))
     dtype, device = embedding.weight.dtype, embedding.weight.device
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 4, embedding.weight.shape[1], generator=generator).to(device, dtype)
-    hidden = hidden * (_PROBED / embedding(hidden).float().std()).to(dtype)  # so large that a cap shows
+    finite = embedding(hidden).isfinite()
+    if not finite.any():  # there is nothing to compare, and no number of this model will count
+        return heads[-1]
+    hidden = hidden * (_PROBED / embedding(hidden)[finite].float().std()).to(dtype)  # so large that a cap shows
     raw = embedding(hidden)
     raw = raw if raw.dtype == torch.float64 else raw.float()
     with _giving(decoder(model), hidden):
-        own = model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device), use_cache=False).logits.to(raw.dtype)
+        own = model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device), use_cache=False).logits
+    own = own[finite].to(raw.dtype)
     furthest = []
-    for head in _known_heads(model.config.get_text_config()):
-        furthest.append(float((head(raw) - own).abs().max() / own.abs().max()))
+    for head in heads:
+        furthest.append(float((head(raw)[finite] - own).abs().max() / own.abs().max()))
         if furthest[-1] < _TOLERANCE.get(dtype, 0.02):
             return head
     raise ModelError(
