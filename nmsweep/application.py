@@ -49,7 +49,7 @@ def run_cells(words: list[str], overrides: list[str], multirun: bool, config_dir
 
     restore(plan.results_dir)
     pending = missing(plan)
-    store(plan)
+    store(plan, latest=bool(pending))
     n_cells, n_missing = len(plan.cells), len(pending)
     if not pending:
         what, them = (f"all {n_cells} cells exist", "them") if n_cells > 1 else ("this cell exists", "it")

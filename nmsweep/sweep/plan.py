@@ -99,18 +99,22 @@ def plans_folder(results_dir: Path) -> Path:
     return results_dir / ".plans"
 
 
-def store(plan: Plan) -> Path:
-    """Keep a plan; one that is kept already and whole counts as the latest again.
+def store(plan: Plan, *, latest: bool = True) -> Path:
+    """Keep a plan.
+
+    Args:
+        plan: the plan.
+        latest: whether one that is kept already, and whole, counts as the latest again.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     place = plans_folder(plan.results_dir) / f"{plan.plan_id}.json"
     text = json.dumps(plan.content(), sort_keys=True) + "\n"
-    if _reads(place, text):
-        os.utime(place)
-    else:
+    if not _reads(place, text):
         write_text(place, text)
+    elif latest:
+        os.utime(place)
     return place
 
 
