@@ -14,6 +14,7 @@ from nmsweep.data.examples import check_examples
 from nmsweep.data.extras import missing_extras
 from nmsweep.data.tasks import TaskSource, find_task, task_names
 from nmsweep.errors import DataError, InputError
+from nmsweep.evaluate.prompting import as_multiturn
 from nmsweep.models import ModelSpec, check_model, fingerprint, skeleton, target_linears
 from nmsweep.recipe import read_recipe
 from nmsweep.record import cell_folder
@@ -128,8 +129,13 @@ def task_sources(cfg: RunConfig, say: Callable[[str], None] = lambda text: None)
 
 
 def task_identity(source: TaskSource, cfg: RunConfig) -> dict[str, str]:
-    """What a task's numbers depend on beside the rest of the cell: its version and its data."""
-    return {"version": source.version, "data": source.fingerprint(source.num_fewshot(cfg.eval.num_fewshot) > 0)}
+    """What a task's numbers depend on beside the rest of the cell: its version and its data.
+
+    Tasks of a group that do not have the same number of examples are part of its version.
+    """
+    shots = [leaf.shots(cfg.eval.num_fewshot) for leaf in source.leaves]
+    differ = f"/{short_hash(shots)}" if len(set(shots)) > 1 else ""
+    return {"version": source.version + differ, "data": source.fingerprint(max(shots) > 0)}
 
 
 def sparsification_of(cfg: RunConfig) -> Sparsification:
@@ -165,7 +171,10 @@ def _identity(
         "dtype": cfg.dtype,
         "device": device_kind(cfg.device),
         "seed": cfg.seed,
-        "eval": cfg.eval.model_dump(exclude=_EVAL_WITHOUT_EFFECT),
+        "eval": {
+            **cfg.eval.model_dump(exclude=_EVAL_WITHOUT_EFFECT),
+            "fewshot_as_multiturn": as_multiturn(cfg.eval.fewshot_as_multiturn, cfg.eval.apply_chat_template),
+        },
     }
     if sparsification is None:
         return identity
@@ -203,7 +212,7 @@ def _method_identity(method: Method, version: int) -> Mapping[str, Any]:
 
 def check(cfg: RunConfig) -> list[str]:
     """Everything that can be found wrong with a cell before its weights are loaded: one message each."""
-    messages: list[str] = list(check_model(model_spec(cfg)))
+    messages: list[str] = [*check_model(model_spec(cfg)), *_prompt_errors(cfg)]
     steps: list[Callable[[], object]] = [lambda: messages.extend(_task_errors(cfg, task_sources(cfg)))]
     if not cfg.pattern.is_dense:
         steps.append(lambda: messages.extend(_scope_errors(cfg, task_sources(cfg))))
@@ -218,12 +227,20 @@ def check(cfg: RunConfig) -> list[str]:
     return messages
 
 
+def _prompt_errors(cfg: RunConfig) -> list[str]:
+    if cfg.eval.fewshot_as_multiturn and not cfg.eval.apply_chat_template:
+        return [
+            "eval.fewshot_as_multiturn: true, but without a chat there are no turns; add eval.apply_chat_template=true"
+        ]
+    return []
+
+
 def _task_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:
     """Tasks that lack a package, or a split to take examples from."""
     errors = [message for source in sources for message in missing_extras(source)]
     for leaf in (leaf for source in sources for leaf in source.leaves):
         try:
-            check_examples(leaf, leaf.num_fewshot(cfg.eval.num_fewshot))
+            check_examples(leaf, leaf.shots(cfg.eval.num_fewshot))
         except DataError as error:
             errors.append(str(error))
     return errors

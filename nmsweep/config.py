@@ -108,7 +108,7 @@ class EvalConfig(_Node):
     batch_tokens: Annotated[int, Field(ge=1)] = 4096
     skip_missing: bool = False
     apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
+    fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     include_path: Path | None = None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from nmsweep.bench.timing import Contender, interleave, peak_memory, ratios
 from nmsweep.data.tasks import TaskSource
+from nmsweep.errors import InputError
 from nmsweep.evaluate.kept import kept_task
 from nmsweep.evaluate.lm import NMSweepLM, quiet
 from nmsweep.evaluate.requests import templates_compiled_once
@@ -41,25 +42,36 @@ def run(
 
     Returns:
         one row a task: see `compare`.
+
+    Raises:
+        InputError: a task that generates text.
     """
     rows = []
     for source in sources:
         asked = task_requests(model, tokenizer, source, limit=limit, num_fewshot=num_fewshot)
+        if not asked:
+            raise InputError(f"tasks: {source.task} has no log-likelihood to compute; leave it out")
         row = compare(model, tokenizer, asked, device=device, batch_tokens=batch_tokens, rounds=rounds)
         rows.append({"task": source.task, "num_fewshot": num_fewshot, **row})
     return rows
 
 
 def task_requests(
-    model: Any, tokenizer: Any, source: TaskSource, *, limit: int | None, num_fewshot: int
+    model: Any, tokenizer: Any, source: TaskSource, *, limit: int | None, num_fewshot: int | None
 ) -> list[Request]:
-    """The log-likelihood requests of a task, encoded."""
+    """The log-likelihood requests of a task, or of a group's tasks one after the other, encoded.
+
+    Args:
+        limit: items of each task; None for all.
+        num_fewshot: examples before each item; None for each task's own number.
+    """
     found: list[Request] = []
     lm = _Listener(model, tokenizer, found)
-    task = kept_task(source, num_fewshot).task
     with quiet(), templates_compiled_once():
-        task.build_all_requests(limit=limit)
-        lm.loglikelihood(task.instances)
+        for leaf in source.leaves:
+            task = kept_task(leaf, leaf.shots(num_fewshot)).task
+            task.build_all_requests(limit=limit)
+            lm.loglikelihood([request for request in task.instances if request.request_type == "loglikelihood"])
     return found
 
 

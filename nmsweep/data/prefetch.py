@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nmsweep.data.examples import fewshot_split, needs_split
 from nmsweep.data.hub import hub_rows, hub_size, why_unreachable
 from nmsweep.data.tasks import TRAINING_FILES, TaskSource, file_sha256, find_task, task_names
 from nmsweep.disk.storage import whole_file, write_text
@@ -69,7 +70,7 @@ def needs(
         for leaf in find_task(task, None, include_path).leaves:
             if leaf.files:
                 continue
-            for split in _splits(leaf, leaf.num_fewshot(num_fewshot)):
+            for split in _splits(leaf, leaf.shots(num_fewshot)):
                 file = mirror / leaf.task / (f"{split}.txt" if leaf.kind == "text" else f"{split}.jsonl")
                 found.append(Need(leaf.task, split, file, _state(file), leaf))
     if training_text:
@@ -81,11 +82,12 @@ def needs(
 
 def _splits(source: TaskSource, num_fewshot: int) -> list[str]:
     """The evaluated split, and the one that examples come from."""
-    if source.kind == "text":
+    if not needs_split(source, num_fewshot):
         return [source.split]
-    wanted = [source.config.get(key) for key in ("fewshot_split", "training_split", "validation_split")]
-    others = [str(split) for split in wanted if split and split != source.split]
-    return [source.split, *(others[:1] if num_fewshot else [])]
+    try:
+        return [source.split, fewshot_split(source, num_fewshot)]
+    except DataError:  # a run is refused for it
+        return [source.split]
 
 
 def _state(file: Path) -> str:

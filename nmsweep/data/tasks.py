@@ -119,10 +119,17 @@ class TaskSource:
         code = [file_sha256(file) for folder in folders for file in sorted(folder.glob("*.py"))]
         return _digest([text, *code])
 
-    def num_fewshot(self, asked: int | None) -> int:
-        """Examples before each item: as asked, else the task's own number."""
-        own = max(int(leaf.config.get("num_fewshot") or 0) for leaf in self.leaves)
-        return own if asked is None else asked
+    def num_fewshot(self, asked: int | None) -> int | None:
+        """Examples before each item; of a group what was asked for, as each of its tasks has its own number."""
+        return asked if self.members else self.shots(asked)
+
+    def shots(self, asked: int | None) -> int:
+        """Examples before each item of a single task: as asked, else its own number; none where its YAML says 0.
+
+        The harness takes such a 0 for a decision that nobody overrules.
+        """
+        own = self.config.get("num_fewshot")
+        return int(own or 0) if asked is None or own == 0 else asked
 
     @property
     def hub_name(self) -> tuple[str, str | None]:

@@ -59,7 +59,8 @@ def measure(
             for member in source.members
         ]  # fmt: skip
         return joined(source, measured)
-    kept = kept_task(source, prompting.num_fewshot)
+    shots = source.shots(prompting.num_fewshot)
+    kept = kept_task(source, shots)
     plans = kept.plans(prompting, tokenizer_identity(tokenizer))
     lm = NMSweepLM(model, tokenizer, batch_tokens, advance, scoring, across_tokens, plans)
     with quiet(), templates_compiled_once(), _in_this_process(), kept.watched() as outcomes:
@@ -71,13 +72,12 @@ def measure(
             log_samples=False,
             system_instruction=prompting.system_instruction,
             apply_chat_template=prompting.apply_chat_template,
-            fewshot_as_multiturn=prompting.fewshot_as_multiturn,
+            fewshot_as_multiturn=prompting.multiturn,
         )
     filters = list(kept.task.instances[0].filtered_resps)
     table = samples_table(kept, outcomes, filters)
     _check_finite(source.task, table)
     metrics = _metrics(source.task, results["results"][source.task], filters, len(table))
-    shots = prompting.num_fewshot
     where = f"; {shots} examples from {fewshot_split(source, shots)}" if needs_split(source, shots) else ""
     return TaskResult(metrics, table, lm.n_tokens, lm.how() + where)
 

@@ -23,7 +23,7 @@ def keep_items(results_dir: Path, source: TaskSource, data: str, prompting: Prom
         prompting: says how many items were measured.
     """
     place = items_file(results_dir, source.task, data)
-    members = [kept_task(leaf, prompting.num_fewshot) for leaf in source.leaves]
+    members = [kept_task(leaf, leaf.shots(prompting.num_fewshot)) for leaf in source.leaves]
     sizes = [min(len(kept.docs), prompting.limit or len(kept.docs)) for kept in members]
     if place.is_file() and pq.read_metadata(place).num_rows >= sum(sizes):
         return

@@ -15,7 +15,7 @@ from nmsweep.data.hub import unreachable
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import DataError
 from nmsweep.evaluate.lm import Plans, quiet
-from nmsweep.evaluate.local import local_data
+from nmsweep.evaluate.local import examples_elsewhere, local_data
 from nmsweep.evaluate.requests import keep_requests
 
 
@@ -148,7 +148,8 @@ def load_task(source: TaskSource, num_fewshot: int) -> ConfigurableTask:
             config.pop(key, None)
         config |= {"task": source.task, "num_fewshot": num_fewshot}
         if source.files:
-            config |= local_data(source, config, num_fewshot)
+            config |= local_data(source, config)
+        config |= examples_elsewhere(source, config, num_fewshot)
         with quiet():
             task = ConfigurableTask(config=config)
     except DataError:

@@ -1,12 +1,14 @@
 """The benchmarks of evaluation measure what they say. Nothing is asserted about seconds."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from nmsweep.bench import agreement, cells, scoring
-from nmsweep.data.tasks import find_task
+from nmsweep.data.tasks import MINI_FOLDER, find_task
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 
 TINY = ["model=tiny-llama", "tasks=mini_science", "eval.limit=6", "device=cpu"]
@@ -54,6 +56,29 @@ def test_whole_cells_are_timed_with_and_without_packing(capfd: pytest.CaptureFix
     assert len(lines) == 4
     assert all(re.search(r"mini_science \d+\.\d\d, total \d+\.\d\d s", line) for line in lines)
     assert lines[-1].startswith("pattern=dense eval.scoring=stock")
+
+
+def test_a_group_is_timed_and_compared_as_its_tasks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name, part in (("one", slice(0, 6)), ("two", slice(6, 10))):
+        rows = (MINI_FOLDER / "science.jsonl").read_text().splitlines(keepends=True)[part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+        config = {
+            "task": f"own_{name}", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}},
+            "doc_to_text": "{{question}}", "doc_to_target": "{{choices.label.index(answerKey)}}",
+            "doc_to_choice": "{{choices.text}}", "metric_list": [{"metric": "acc"}],
+        }  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    group = {"group": "own", "task": ["own_one", "own_two"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "_own.yaml").write_text(yaml.safe_dump(group, sort_keys=False))
+    model = tiny_model("tiny-llama", 0, torch.float32, torch.device("cpu"))
+    (row,) = scoring.run(
+        model, tiny_tokenizer("tiny-llama"), [find_task("own", None, tmp_path)], device="cpu", limit=5, rounds=1
+    )
+    assert row["requests"] == 4 * (5 + 4)
+    words = ["model=tiny-llama", "tasks=own", f"eval.include_path={tmp_path}", "eval.limit=2", "device=cpu"]
+    assert agreement.main([*words, "methods=act,none", "rounded=only"]) == 0
+    assert "tiny-llama own bfloat16 dense" in capsys.readouterr().out
 
 
 def test_scoring_is_compared_on_the_same_requests() -> None:

@@ -82,6 +82,11 @@ def test_what_a_calibrated_run_reads_is_fetched_too(
     assert len(cell_folders(results)) == 1
 
 
+def test_a_task_that_takes_no_examples_needs_no_split_for_them(tmp_path: Path) -> None:
+    wanted = prefetch.needs(["ifeval", "gsm8k"], tmp_path, 5, None)
+    assert {(need.task, need.split) for need in wanted} == {("ifeval", "train"), ("gsm8k", "test"), ("gsm8k", "train")}
+
+
 def test_a_training_text_that_is_there_is_not_fetched_over(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
     head = tmp_path / "mirror" / "wikitext2" / "train_head.txt"
     head.parent.mkdir(parents=True)

@@ -16,10 +16,13 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from nmsweep.cell import task_identity, task_sources
+from nmsweep.compose import cells_of
 from nmsweep.data import extras
 from nmsweep.data.tasks import MINI_FOLDER, find_task
 from nmsweep.evaluate import harness
 from nmsweep.evaluate.comparison import compare
+from nmsweep.evaluate.kept import kept_task
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.record import cell_folders, read_cell
@@ -76,6 +79,12 @@ def science(tmp_path: Path) -> Path:
     }  # fmt: skip
     (folder / "_group.yaml").write_text(yaml.safe_dump(group, sort_keys=False))
     return folder
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change keys of a YAML; None takes one away."""
+    config = {**yaml.safe_load(file.read_text()), **changes}
+    file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}, sort_keys=False))
 
 
 def responses(results: Path) -> dict[str, list[str]]:
@@ -182,9 +191,9 @@ def test_ifeval_runs_where_its_extra_is_installed(
         {},
         {"num_fewshot": 3},
         {"num_fewshot": 2, "apply_chat_template": True, "system_instruction": "Be brief."},
-        {"num_fewshot": 2, "apply_chat_template": True, "fewshot_as_multiturn": True},
+        {"num_fewshot": 2, "apply_chat_template": True, "fewshot_as_multiturn": False},
     ],
-    ids=["plain", "few-shot", "chat", "multiturn"],
+    ids=["plain", "few-shot", "chat", "one message"],
 )
 def test_prompts_and_numbers_are_the_harnesss(how: dict[str, Any], science: Path) -> None:
     model, tokenizer = tiny_model("tiny-llama", 0, torch.float64, torch.device("cpu")), tiny_tokenizer("tiny-llama")
@@ -193,7 +202,8 @@ def test_prompts_and_numbers_are_the_harnesss(how: dict[str, Any], science: Path
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), tasks=["own_science"],
         task_manager=TaskManager(include_path=str(science), include_defaults=False), bootstrap_iters=0,
         num_fewshot=how.get("num_fewshot"), apply_chat_template=how.get("apply_chat_template", False),
-        system_instruction=how.get("system_instruction"), fewshot_as_multiturn=how.get("fewshot_as_multiturn", False),
+        system_instruction=how.get("system_instruction"),
+        fewshot_as_multiturn=how.get("fewshot_as_multiturn", how.get("apply_chat_template", False)),  # as its command line
     )  # fmt: skip
     ours = harness.measure(
         model, tokenizer, find_task("own_science", None, science), prompting=Prompting(**how), batch_tokens=512,
@@ -211,6 +221,75 @@ def test_prompts_and_numbers_are_the_harnesss(how: dict[str, Any], science: Path
         assert own["doc_hash"].tolist() == [sample["doc_hash"] for sample in samples]
 
 
+def test_a_yaml_that_says_no_examples_is_not_overruled(science: Path) -> None:
+    model, tokenizer = tiny_model("tiny-llama", 0, torch.float64, torch.device("cpu")), tiny_tokenizer("tiny-llama")
+    edit(science / "sky.yaml", num_fewshot=0)
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8), tasks=["own_science"], num_fewshot=3, limit=4,
+        task_manager=TaskManager(include_path=str(science), include_defaults=False), bootstrap_iters=0,
+    )  # fmt: skip
+    source = find_task("own_science", None, science)
+    ours = harness.measure(
+        model, tokenizer, source, prompting=Prompting(limit=4, num_fewshot=source.num_fewshot(3)), batch_tokens=512,
+        advance=lambda n: None,
+    ).samples  # fmt: skip
+    for task, samples in theirs["samples"].items():
+        own = ours[ours["subtask"] == task]["loglikelihoods"]
+        for a, b in zip(own, samples, strict=True):
+            assert list(a) == pytest.approx([value for (value, _), *_ in b["resps"]], abs=1e-6)
+    assert [leaf.shots(3) for leaf in source.leaves] == [3, 0]
+
+
+def test_tasks_of_a_group_with_other_examples_make_another_cell(science: Path) -> None:
+    def identity(*words: str) -> tuple[str, ...]:
+        given = ("model=tiny-llama", "pattern=dense", "tasks=own_science", f"eval.include_path={science}", *words)
+        (cfg,) = cells_of(given, multirun=False, config_dir=None)
+        (source,) = task_sources(cfg)
+        return tuple(task_identity(source, cfg).values())
+
+    edit(science / "sky.yaml", num_fewshot=0)
+    version_of_yaml = find_task("own_science", None, science).version
+    assert identity()[0] == identity("eval.num_fewshot=0")[0] == version_of_yaml
+    assert identity("eval.num_fewshot=3")[0].startswith(f"{version_of_yaml}/")
+    assert find_task("ifeval", None).shots(5) == 0
+
+
+def test_turns_need_a_chat(nmsweep: Call, results: Path) -> None:
+    code, _, err = nmsweep(*TINY, "tasks=mini", "eval.fewshot_as_multiturn=true", f"results_dir={results}")
+    assert code == 2
+    assert "eval.fewshot_as_multiturn: true, but without a chat there are no turns" in err
+
+
+@pytest.fixture
+def of_a_hub(science: Path) -> Path:
+    """The sky task over a folder that the data library reads as it reads the hub's: test, and examples as train."""
+    folder = science.parent / "set"
+    folder.mkdir()
+    for split, name in (("test", "sky"), ("train", "examples")):
+        shutil.copy(science.parent / "data" / f"{name}.jsonl", folder / f"{split}.jsonl")
+    edit(science / "sky.yaml", dataset_path=str(folder), dataset_kwargs=None, training_split=None)
+    return science
+
+
+@pytest.mark.parametrize("named", [{}, {"fewshot_split": "test"}, {"fewshot_config": {"split": "test[:4]"}}])
+def test_examples_never_come_from_the_evaluated_split_of_the_hub(
+    named: dict[str, Any], nmsweep: Call, results: Path, of_a_hub: Path
+) -> None:
+    edit(of_a_hub / "sky.yaml", **named)
+    words = (*TINY, "tasks=own_sky", f"eval.include_path={of_a_hub}", f"results_dir={results}", "pattern=dense")
+    code, _, err = nmsweep(*words, "eval.num_fewshot=2")
+    assert code == 2
+    assert "2 examples, but own_sky has only the split that is evaluated (test); take eval.num_fewshot=0" in err
+    edit(of_a_hub / "sky.yaml", training_split="train")
+    code, _, err = nmsweep(*words, "eval.num_fewshot=2")
+    assert code == 0, err
+    (record,) = map(read_cell, cell_folders(results))
+    assert record.provenance["tasks"]["own_sky"]["scoring"].endswith("2 examples from train")
+    task = kept_task(find_task("own_sky", None, of_a_hub), 2).task
+    examples = (of_a_hub.parent / "set" / "train.jsonl").read_text()
+    assert all(json.dumps(row["question"]) in examples for row in task.sampler.df)
+
+
 def test_a_group_is_one_task_of_a_cell(nmsweep: Call, results: Path, science: Path) -> None:
     words = (*TINY, "tasks=own_science", f"eval.include_path={science}", f"results_dir={results}", "pattern=2:4")
     code, _, err = nmsweep(*words, "eval.num_fewshot=2", "eval.limit=5")
@@ -221,12 +300,6 @@ def test_a_group_is_one_task_of_a_cell(nmsweep: Call, results: Path, science: Pa
     assert record.metrics["value"].item() == record.samples["metric_acc"].mean()
     (items,) = (results / "items").iterdir()
     assert pd.read_parquet(items)["doc_hash"].tolist() == record.samples["doc_hash"].tolist()
-
-
-def edit(file: Path, **changes: Any) -> None:
-    """Change keys of a YAML; None takes one away."""
-    config = {**yaml.safe_load(file.read_text()), **changes}
-    file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}, sort_keys=False))
 
 
 def test_an_edited_yaml_of_ones_own_makes_another_cell(nmsweep: Call, results: Path, science: Path) -> None:
