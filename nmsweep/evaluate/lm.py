@@ -16,6 +16,7 @@ from nmsweep.evaluate.requests import encoded_pairs, tokenizer_identity
 from nmsweep.evaluate.result import Advance
 from nmsweep.evaluate.rows import Group, Request
 from nmsweep.evaluate.scoring import Budget, out_of_memory, plan, score
+from nmsweep.sparsity.method import counting
 
 Scoring = Literal["packed", "stock"]
 
@@ -151,14 +152,40 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
         return plans[key]
 
     def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-        logits = super()._model_call(inps, *args, **kwargs)
+        with counting(_before_trailing(0, inps.cpu())):  # which the harness fills rows up with
+            logits = super()._model_call(inps, *args, **kwargs)
         self.advance(inps.numel())
         return logits
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
-        found = super()._model_generate(context, max_length, stop, **kwargs)
+        with _counting_what_is_written(self.model, self.tokenizer.pad_token_id):
+            found = super()._model_generate(context, max_length, stop, **kwargs)
         self.advance(found.numel())
         return found
+
+
+def _before_trailing(filler: int, ids: torch.Tensor) -> torch.Tensor:
+    """1 for each token of ids [batch, seq] that something else than `filler` stands at or behind, else 0."""
+    return (ids != filler).long().flip(1).cummax(1).values.flip(1)
+
+
+@contextlib.contextmanager
+def _counting_what_is_written(model: Any, pad: int) -> Iterator[None]:
+    """Of a generation count the prompts and what is written, not the padding of either: other texts may take longer."""
+    with contextlib.ExitStack() as counted:
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+            counted.close()
+            if ids is not None and mask is not None and mask.ndim == 2:
+                begins = ids.shape[1] == mask.shape[1]
+                counted.enter_context(counting((mask if begins else ids != pad).cpu().long()))
+
+        hook = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 @contextlib.contextmanager

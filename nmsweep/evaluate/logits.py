@@ -96,7 +96,8 @@ def _found_head(model: Any) -> Head:
     raw = embedding(hidden)
     raw = raw if raw.dtype == torch.float64 else raw.float()
     with _giving(decoder(model), hidden):
-        own = model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device), use_cache=False).logits
+        ids = torch.zeros(1, 4, dtype=torch.long, device=device)
+        own = model.forward(input_ids=ids, use_cache=False).logits
     own = own[finite].to(raw.dtype)
     furthest = []
     for head in heads:
@@ -118,16 +119,16 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @contextmanager
-def _giving(module: Any, hidden: Tensor) -> Iterator[None]:
-    """A decoder that computes nothing and gives these hidden states."""
-    before = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: _Given(hidden)
+def _giving(module: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """A decoder that computes nothing and gives these hidden states; its hooks do not see it."""
+    before = {name: vars(module).get(name) for name in ("forward", "_forward_pre_hooks", "_forward_hooks")}
+    vars(module).update(forward=lambda *args, **kwargs: _Given(hidden), _forward_pre_hooks={}, _forward_hooks={})
     try:
         yield
     finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+        vars(module).update(before)
+        if before["forward"] is None:
+            del module.forward
 
 
 class _Given:

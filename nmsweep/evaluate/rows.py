@@ -54,6 +54,7 @@ class Row:
     Attributes:
         queries: its sequences, sorted.
         ids, depth, end: [n], each token, its position in its sequence, and where the tokens below it end.
+        weight: [n], how many of the sequences each token is part of.
         cells: [k], the tokens of the row that predict something.
         targets: [k], what they should predict.
         sizes: number of targets of each question, in the order of the queries' questions.
@@ -64,6 +65,7 @@ class Row:
     ids: Ints
     depth: Ints
     end: Ints
+    weight: Ints
     cells: Ints
     targets: Ints
     sizes: list[int]
@@ -88,6 +90,11 @@ class Group:
 
     prefix: Ints
     rows: list[Row]
+
+    @property
+    def n_sequences(self) -> int:
+        """How many sequences begin with the prefix."""
+        return sum(len(row.queries) for row in self.rows)
 
 
 def queries(requests: Sequence[Request], max_length: int) -> list[Query]:
@@ -133,6 +140,7 @@ def make_row(members: Sequence[Query], prefix: int) -> Row:
     ids, depth, starts = [], [], [0]
     path = np.empty(0, np.int64)
     end = np.zeros(sum(len(query.ids) - prefix for query in members), dtype=np.int64)
+    weight = np.zeros_like(end)
     cells, targets, sizes = [], [], []
     before: Ints | None = None
     branches = False
@@ -143,6 +151,7 @@ def make_row(members: Sequence[Query], prefix: int) -> Row:
         branches |= kept < len(path)
         new = query.ids[prefix + kept :]
         path = np.concatenate([path[:kept], np.arange(at, at + len(new))])
+        weight[path] += 1
         ids.append(new)
         depth.append(np.arange(prefix + kept, len(query.ids)))
         starts.append(at + len(new))
@@ -158,6 +167,7 @@ def make_row(members: Sequence[Query], prefix: int) -> Row:
         np.concatenate(ids),
         np.concatenate(depth),
         end[: starts[-1]],
+        weight[: starts[-1]],
         np.concatenate(cells),
         np.concatenate(targets),
         sizes,

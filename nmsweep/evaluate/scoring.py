@@ -13,8 +13,9 @@ from nmsweep.evaluate.attention import PrefixCache, attention_masks
 from nmsweep.evaluate.logits import decoder, target_logprobs
 from nmsweep.evaluate.packing import PREFIX_SHARE, Cost, batches, cut, pack
 from nmsweep.evaluate.result import Advance
-from nmsweep.evaluate.rows import Group, Ints, Request, Row, one_each, queries
+from nmsweep.evaluate.rows import Group, Request, Row, one_each, queries
 from nmsweep.evaluate.segments import Segments
+from nmsweep.sparsity.method import counting
 
 MASKED_SLOWDOWN = 4
 """Masked attention in narrow heads does about this many times fewer operations a second than the linear layers."""
@@ -135,7 +136,7 @@ class _Scorer:
         """Run a group's rows, longest first, as many at once as the budget allows."""
         cache = None
         if len(group.prefix):
-            cache = self._fill(group.prefix)
+            cache = self._fill(group)
             if cache is None:  # no memory for the prefix alone: each sequence has to try for itself
                 yield from self.run(one_each([query for row in group.rows for query in row.queries])[0])
                 return
@@ -163,24 +164,26 @@ class _Scorer:
         parts = [cut(row.queries, n_prefix, self.cost, most) if len(row) > most else [row] for row in rows]
         return sorted((row for part in parts for row in part), key=len, reverse=True)
 
-    def _fill(self, prefix: Ints) -> PrefixCache | None:
-        """Compute a prefix; None if memory runs out."""
+    def _fill(self, group: Group) -> PrefixCache | None:
+        """Compute a group's prefix; None if memory runs out."""
         cache = PrefixCache()
         try:
-            ids = torch.from_numpy(prefix)[None].to(self.model.device)
-            decoder(self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
+            ids = torch.from_numpy(group.prefix)[None]
+            with counting(torch.full_like(ids, group.n_sequences)):
+                decoder(self.model)(input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             return None
         cache.filled = True
-        self.advance(len(prefix))
+        self.advance(len(group.prefix))
         return cache
 
     def _score(self, rows: Sequence[Row], n_prefix: int, cache: PrefixCache | None) -> tuple[Tensor, Tensor] | None:
         """Log-probability and greedy flag of the rows' targets; None if memory runs out and a smaller batch is possible."""
         try:
-            return self._forward(rows, n_prefix, cache)
+            with counting(_weights(rows)):
+                return self._forward(rows, n_prefix, cache)
         except RuntimeError as error:
             if not out_of_memory(error) or (len(rows) == 1 and len(rows[0]) == rows[0].longest):
                 raise
@@ -223,6 +226,14 @@ class _Scorer:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _weights(rows: Sequence[Row]) -> Tensor:
+    """How many sequences each place of a batch is part of, [batch, width] int64; 0 for padding."""
+    weights = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for at, row in enumerate(rows):
+        weights[at, : len(row)] = row.weight
+    return torch.from_numpy(weights)
 
 
 def _lay_out(rows: Sequence[Row], width: int) -> Tensor:

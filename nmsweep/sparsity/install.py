@@ -16,7 +16,7 @@ from nmsweep.pattern import Pattern
 from nmsweep.record import LayerCount
 from nmsweep.sparsity.fusion import Forward, joined, replaced
 from nmsweep.sparsity.linear import SharedInput, SparseLinear, TokenView
-from nmsweep.sparsity.method import Layer, Slots, State, Tokens, WeightCriterion
+from nmsweep.sparsity.method import Layer, Slots, State, Tokens, WeightCriterion, counted_as
 from nmsweep.sparsity.scope import Scope
 from nmsweep.sparsity.sparsification import Sparsification
 
@@ -64,12 +64,12 @@ class Installed:
         return list(self.weights) or [
             LayerCount(name, layer.in_features, layer.out_features, total, kept, self.flops_share[name])
             for name, layer in self.layers.items()
-            for kept, total in [layer.shared.counts.tolist()]
+            for kept, total in [layer.shared.counted()]
         ]
 
     def reset_counts(self) -> None:
         for layer in self.layers.values():
-            layer.shared.counts.zero_()
+            layer.shared.reset_counts()
 
 
 def pattern_errors(linears: Mapping[str, nn.Linear], sparsification: Sparsification) -> list[str]:
@@ -266,7 +266,12 @@ def _watch_tokens(view: TokenView, module: nn.Module, args: tuple[Any, ...], kwa
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         rows = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
         padding = (mask == 0)[:, -rows.shape[1] :]
-    view.tokens = Tokens(padding, int(past), position)
+    weight = counted_as()
+    if weight is None:
+        view.tokens = Tokens(padding, int(past), position)
+    else:
+        device = next(module.parameters()).device
+        view.tokens = Tokens(padding, int(past), position, weight.to(device), int(weight.sum()))
 
 
 def _forget_pass(

@@ -82,6 +82,7 @@ class SharedInput:
         self.n_readers = n_readers
         self.view = view
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # kept, total: never read during a forward pass
+        self.beyond = [0, 0]  # kept, total: how often tokens count beyond once, where every token keeps the same number
         self.memory: dict[str, Tensor] = {}
         self._x: Tensor | None = None
         self._version = 0
@@ -119,6 +120,7 @@ class SharedInput:
         u = prune(
             x, **share, weight=slots.weight, eta=slots.eta, var=slots.nu, scale=scale, gain=gain, counts=self.counts
         )
+        self._weigh(x, self.view.pattern or slots.pattern)
         self._x, self._version, self._pruned, self._reads = u, _version(u), Pruned(u, None, None), 0
         return u
 
@@ -139,6 +141,37 @@ class SharedInput:
         self.counts.copy_(before)
         self.forget()
 
+    def counted(self) -> tuple[int, int]:
+        """Kept and all channels since `reset_counts`, each token as often as it counts. Waits for the device."""
+        kept, total = self.counts.tolist()
+        return kept + self.beyond[0], total + self.beyond[1]
+
+    def reset_counts(self) -> None:
+        self.counts.zero_()
+        self.beyond = [0, 0]
+
+    def _weight(self, x: Tensor) -> Tensor | None:
+        """How often each token of x [batch, seq, in] counts; None for once."""
+        weight = self.view.tokens.weight
+        return weight if weight is not None and weight.shape == x.shape[:-1] else None
+
+    def _weigh(self, x: Tensor, pattern: Pattern) -> None:
+        """Let the tokens of x, which were counted once each, count as often as they should; the pattern is of exact counts."""
+        if (weight := self._weight(x)) is not None:
+            width, times = x.shape[-1], self.view.tokens.n_counted - weight.numel()
+            kept = pattern.n * width // pattern.m if pattern.kind == "n:m" else pattern.kept(width)
+            self.beyond[0] += times * kept
+            self.beyond[1] += times * width
+
+    def _count(self, mask: Tensor) -> None:
+        """Count the channels of a mask [batch, seq, in]."""
+        weight = self._weight(mask)
+        if weight is None:
+            add_counts(mask, self.counts)
+            return
+        self.counts[0] += (mask.sum(-1) * weight.to(mask.device)).sum()
+        self.counts[1] += self.view.tokens.n_counted * mask.shape[-1]
+
     def forget(self) -> None:
         """Let go of the tensors of an unfinished pass."""
         self._x = self._pruned = None
@@ -150,18 +183,21 @@ class SharedInput:
         x = rotated(x, slots)
         scope = view.scope.tokens(x, view.tokens)
         if scope is False and view.tokens.past:  # of the tokens before, a criterion may need to know; of these, none
-            self.counts += x.numel()
+            self.counts += x.numel() if self._weight(x) is None else view.tokens.n_counted * x.shape[-1]
             outside = torch.zeros((), dtype=torch.bool, device=x.device).expand(x.shape[:-1])
             return Pruned(x, None if slots.residual is None else torch.zeros_like(centred(x, slots)), outside)
         pattern = view.pattern or slots.pattern
-        if scope is True and slots.residual is None and not view.fade:
-            return Pruned(pruned(x, slots, pattern, view.tokens, self.memory, self.counts)[0], None, None)
+        exact = slots.threshold is None or self._weight(x) is None
+        if scope is True and slots.residual is None and not view.fade and exact:
+            u, _ = pruned(x, slots, pattern, view.tokens, self.memory, self.counts)
+            self._weigh(x, pattern)
+            return Pruned(u, None, None)
         u, mask = pruned(x, slots, pattern, view.tokens, self.memory)
         if scope is not True:
             inside = scope if isinstance(scope, Tensor) else x.new_full((), scope, dtype=torch.bool)
             inside = inside.expand(x.shape[:-1])
             u, mask = torch.where(inside[..., None], u, x), mask | ~inside[..., None]
-        add_counts(mask, self.counts)
+        self._count(mask)
         removed = torch.where(mask, 0.0, centred(x, slots)) if slots.residual is not None or view.fade else None
         if view.fade:
             assert removed is not None

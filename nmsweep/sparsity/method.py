@@ -4,7 +4,9 @@ A new one is one file with one class here or in a package of your own, and one Y
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -55,11 +57,39 @@ class Tokens:
         padding: [batch, seq] bool, True for padding; None without any.
         past: tokens already in the key-value cache; 0 for a fresh sequence.
         position: [batch, seq] or [1, seq], each token's place in its own sequence; None for `past`, `past` + 1, …
+        weight: [batch, seq] int64, how often each token is counted, as `counting` says; None for once.
+        n_counted: the sum of `weight`.
     """
 
     padding: Tensor | None = None
     past: int = 0
     position: Tensor | None = None
+    weight: Tensor | None = None
+    n_counted: int = 0
+
+
+_weight: ContextVar[Tensor | None] = ContextVar("weight", default=None)
+
+
+@contextmanager
+def counting(weight: Tensor) -> Iterator[None]:
+    """Passes inside the block count the channels of each token so often: how many sequences it is part of, 0 for padding.
+
+    So the counts are those of the sequences, each for itself, however rows and batches are made of them.
+
+    Args:
+        weight: [batch, seq] int64 on the CPU.
+    """
+    before = _weight.set(weight)
+    try:
+        yield
+    finally:
+        _weight.reset(before)
+
+
+def counted_as() -> Tensor | None:
+    """What `counting` was given; None outside of it."""
+    return _weight.get()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from nmsweep.evaluate.segments import Segments
 from nmsweep.models import attention
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.sparsity.api import sparsification_from_names, sparsify
-from nmsweep.sparsity.install import installed
+from nmsweep.sparsity.install import Installed, installed
 from nmsweep.sparsity.sparsification import build
 
 SHAPES = ["tiny-llama", "tiny-qwen2", "tiny-gemma3"]  # Gemma3's sliding window is 16 tokens, shorter than most contexts
@@ -239,6 +239,73 @@ def test_budget_and_order_change_nothing_in_float64(shape: str, method: str) -> 
             assert furthest(scored(model, asked, batch_tokens=budget, across_tokens=across), base) < 1e-6
         shuffled = scored(model, [asked[i] for i in order], across_tokens=across)
     assert furthest(shuffled, [base[i] for i in order]) < 1e-6
+
+
+Counts = list[tuple[int, int]]
+
+
+def counts_of(layers: Installed) -> Counts:
+    """Channels and kept ones of each layer since they were last asked for."""
+    found = [(layer.channels, layer.kept) for layer in layers.counts()]
+    layers.reset_counts()
+    return found
+
+
+def one_by_one(model: Any, asked: Sequence[Request], layers: Installed) -> Counts:
+    """The counts of each distinct sequence in a pass of its own."""
+    counts_of(layers)
+    with torch.no_grad():
+        for query in rows.queries(asked, 4096):
+            model(input_ids=torch.from_numpy(query.ids)[None])
+    return counts_of(layers)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pattern", "method", "scope"),
+    [
+        ("tiny-llama", "2:4", "act", "all"),
+        ("tiny-llama", "2:4", "act", "skip_first:4"),
+        ("tiny-gemma3", "2:4", "act", "skip_first:30"),
+        ("tiny-qwen2", "25%", "act", "skip_first:50%"),
+        ("tiny-llama", "threshold:50%", "act", "all"),
+        ("tiny-qwen2", "2:4", "rsparse", "skip_first:4"),
+        ("tiny-llama", "2:4", "clact", "all"),
+    ],
+)
+def test_channels_are_those_of_each_sequence_by_itself(shape: str, pattern: str, method: str, scope: str) -> None:
+    model, asked = tiny(shape, torch.float64), requests(n_items=2)
+    criterion, mitigation = ("act", method) if method == "rsparse" else (method, "none")
+    made, targets = sparsification_from_names(pattern, criterion, mitigation, "all", {"rsparse": {"rank": 4}})
+    ids = torch.randint(3, 259, (4, 32), generator=torch.Generator().manual_seed(0))
+    state = fit(model, ids, made, targets, settings=CalibrationConfig(seqlen=32)).state if made.calibrated else {}
+    across = made.criterion.across_tokens or scope.endswith("%")
+    with installed(model, made, targets, state, scope) as layers:
+        wanted = one_by_one(model, asked, layers)
+        for budget in (512, 4096, 32768):
+            scored(model, asked, batch_tokens=budget, across_tokens=across)
+            assert counts_of(layers) == wanted
+        scored(model, asked[::-1], batch_tokens=700, across_tokens=across)
+        assert counts_of(layers) == wanted
+        scored(model, asked, "stock", across_tokens=across)
+        assert [kept / channels for channels, kept in counts_of(layers)] == pytest.approx(
+            [kept / channels for channels, kept in wanted], abs=0.01
+        )
+
+
+@pytest.mark.parametrize("scope", ["all", "prefill", "decode"])
+def test_channels_of_generated_text_hold_no_padding(scope: str) -> None:
+    model = tiny("tiny-llama", torch.float64)
+    texts = ["Short.", "A longer text that goes on for a while."]
+    asked = [Instance("generate_until", {}, (text, {"until": ["e", "q"], "max_gen_toks": 12}), 0) for text in texts]
+    found = []
+    with sparsify(model, pattern="1:4", scope=scope) as layers:
+        for batch_tokens in (1, 4096):
+            layers.reset_counts()
+            NMSweepLM(model, tiny_tokenizer("tiny-llama"), batch_tokens, lambda n: None).generate_until(asked)
+            found.append([layer.channels // layer.in_features for layer in layers.counts()])
+    for alone, together in zip(*found, strict=True):
+        assert alone >= sum(map(len, texts))
+        assert 0 <= together - alone <= len(texts), "but for the token that ends a text"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
