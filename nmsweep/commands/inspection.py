@@ -1,5 +1,6 @@
 """`nmsweep inspect <cell>`: the items whose answer turned right or wrong against the dense cell, with their text."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,29 +62,31 @@ def task_lines(results_dir: Path, sparse: CellRecord, dense: CellRecord, task: s
     assert metric is not None
     table = compare(dense.samples[dense.samples["task"] == task], sparse.samples[sparse.samples["task"] == task])
     row: Any = next(table[table["metric"] == metric].itertuples())
+    is_right = not math.isnan(row.lost)  # NaN of a metric that is not right or wrong
+    shares = f"{100 * row.lost:.1f} % lost, {100 * row.gained:.1f} % gained of " if is_right else ""
     yield (
         f"\n{task} {metric}: {row.dense:.3f} → {row.value:.3f} (drop {row.drop:.3f}, 95 % {row.drop_low:.3f} to "
-        f"{row.drop_high:.3f}); {100 * row.lost:.1f} % lost, {100 * row.gained:.1f} % gained of {row.n_items} items"
+        f"{row.drop_high:.3f}); {shares}{row.n_items} items"
     )
     moved = flipped(dense.samples, sparse.samples, task, metric)
     items = _items(results_dir, sparse, task)
     flips: Iterator[Any] = moved[:limit].itertuples()
     for flip in flips:
-        yield from _item_lines(flip, items.get(flip.item))
+        yield from _item_lines(flip, items.get(flip.doc_hash))
     if len(moved) > limit:
         yield f"  … {len(moved) - limit} more; limit={len(moved)} shows them"
 
 
-def _items(results_dir: Path, record: CellRecord, task: str) -> dict[int, Any]:
-    """The task's items by number; empty where their text was not kept."""
+def _items(results_dir: Path, record: CellRecord, task: str) -> dict[str, Any]:
+    """The task's items by their hash, as a file of more items numbers a group's otherwise; empty where no text was kept."""
     place = items_file(results_dir, task, str(record.provenance["tasks"][task]["data"]))
     rows: Iterator[Any] = pd.read_parquet(place).itertuples() if place.is_file() else iter(())
-    return {row.item: row for row in rows}
+    return {row.doc_hash: row for row in rows}
 
 
 def _item_lines(flip: Any, item: Any) -> Iterator[str]:
     yield f"\n  item {flip.item}: {flip.kind}"
-    if item is None or item.doc_hash != flip.doc_hash:
+    if item is None:
         yield "    (its text is not in results/items)"
         return
     yield from (f"    {line}" for line in str(item.text).strip().splitlines())
@@ -91,11 +94,16 @@ def _item_lines(flip: Any, item: Any) -> Iterator[str]:
         yield f"    dense: {flip.dense_answer!r}"
         yield f"    sparse: {flip.answer!r}; right: {flip.gold}"
         return
+    moved = [
+        f"{before:8.2f} → {after:8.2f}"
+        for before, after in zip(flip.dense_loglikelihoods, flip.loglikelihoods, strict=True)
+    ]
+    if not len(item.choices):  # one continuation, right where it is what the model would write
+        yield f"    {', '.join(moved)}  {str(flip.gold).strip()}  [right]"
     for at, choice in enumerate(item.choices):
         marks = [
             mark
             for mark, index in (("right", flip.gold), ("dense", flip.dense_answer), ("sparse", flip.answer))
             if str(index) == str(at)
         ]
-        scores = f"{flip.dense_loglikelihoods[at]:8.2f} → {flip.loglikelihoods[at]:8.2f}"
-        yield f"    {scores}  {choice.strip()}" + (f"  [{', '.join(marks)}]" if marks else "")
+        yield f"    {moved[at]}  {choice.strip()}" + (f"  [{', '.join(marks)}]" if marks else "")

@@ -1,20 +1,30 @@
 """The items of a task as people read them, once for each data set in `results/items/`."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 
+from nmsweep.config import short_hash
 from nmsweep.data.tasks import TaskSource
+from nmsweep.disk.claims import claimed
 from nmsweep.disk.storage import whole_file
+from nmsweep.errors import Busy
 from nmsweep.evaluate.groups import numbered
 from nmsweep.evaluate.kept import KeptTask, kept_task
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.record import items_file
 
+WAIT_S = 0.2
+"""Between looks at what another process is writing."""
+
 
 def keep_items(results_dir: Path, source: TaskSource, data: str, prompting: Prompting) -> None:
     """Write the items that a cell was measured on, unless a file with as many is there.
+
+    Processes that measure different numbers of them write one after the other: fewer never take the place of more.
 
     Args:
         results_dir: the results folder.
@@ -25,8 +35,20 @@ def keep_items(results_dir: Path, source: TaskSource, data: str, prompting: Prom
     place = items_file(results_dir, source.task, data)
     members = [kept_task(leaf, leaf.shots(prompting.num_fewshot)) for leaf in source.leaves]
     sizes = [min(len(kept.docs), prompting.limit or len(kept.docs)) for kept in members]
-    if place.is_file() and pq.read_metadata(place).num_rows >= sum(sizes):
-        return
+    while _n_items(place) < sum(sizes):
+        try:
+            with claimed(results_dir, f"items-{short_hash(place.name)}", f"items of {source.task}"):
+                if _n_items(place) < sum(sizes):
+                    _write(place, members, sizes)
+        except Busy:
+            time.sleep(WAIT_S)
+
+
+def _n_items(place: Path) -> int:
+    return int(pq.read_metadata(place).num_rows) if place.is_file() else 0
+
+
+def _write(place: Path, members: Sequence[KeptTask], sizes: Sequence[int]) -> None:
     tables = [items_table(kept, n_items) for kept, n_items in zip(members, sizes, strict=True)]
     with whole_file(place) as file:
         numbered(tables).to_parquet(file, index=False)

@@ -4,20 +4,25 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from nmsweep.commands.inspection import task_lines
 from nmsweep.data.tasks import find_task
-from nmsweep.evaluate import perplexity
+from nmsweep.evaluate import items, perplexity
 from nmsweep.evaluate.comparison import compare
 from nmsweep.evaluate.identity import identical, scores_sha256
 from nmsweep.evaluate.perplexity import windows
+from nmsweep.evaluate.prompting import Prompting
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.record import CellRecord, cell_folders, items_file, read_cell
 from nmsweep.sparsity.api import sparsify
@@ -159,6 +164,64 @@ def test_inspect_shows_flipped_items_with_their_text(nmsweep: Call, sweep: Path)
     assert "[right" in out
     assert out.count("\n  item ") <= 2
     assert "mini_cloze" not in out
+
+
+def shown(tmp_path: Path, items: list[dict[str, object]], rows: dict[str, list[dict[str, object]]]) -> str:
+    """What inspect says of a dense and a sparse cell with these samples."""
+    place = items_file(tmp_path, "own", "data")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(items).to_parquet(place)
+    cells = {
+        name: SimpleNamespace(samples=pd.DataFrame(same), provenance={"tasks": {"own": {"data": "data"}}})
+        for name, same in rows.items()
+    }
+    return "\n".join(task_lines(tmp_path, cells["sparse"], cells["dense"], "own", 5))  # type: ignore[arg-type]
+
+
+def test_inspect_shows_a_continuation_without_choices(tmp_path: Path) -> None:
+    item = {"item": 7, "doc_hash": "h", "text": "He took a long red", "choices": [], "gold": " rope"}
+    row = {"task": "own", "item": 0, "doc_hash": "h", "gold": " rope"}
+    dense = {**row, "metric_acc": 1.0, "loglikelihoods": [-0.5]}
+    sparse = {**row, "metric_acc": 0.0, "loglikelihoods": [-4.25]}
+    text = shown(tmp_path, [item], {"dense": [dense], "sparse": [sparse]})
+    assert "He took a long red" in text, "items are found by their hash: a larger file numbers a group's otherwise"
+    assert "   -0.50 →    -4.25  rope  [right]" in text
+    assert "100.0 % lost, 0.0 % gained of 1 items" in text
+
+
+def test_inspect_says_nothing_of_right_and_wrong_where_there_is_neither(tmp_path: Path) -> None:
+    item = {"item": 0, "doc_hash": "h", "text": "Translate.", "choices": [], "gold": "word"}
+    row = {"task": "own", "item": 0, "doc_hash": "h", "gold": "word"}
+    dense, sparse = ({**row, "metric_chrf": value, "response": str(value)} for value in (31.5, 12.25))
+    text = shown(tmp_path, [item], {"dense": [dense], "sparse": [sparse]})
+    assert "nan % lost" not in text
+    assert "own chrf: 31.500 → 12.250" in text
+    assert "sparse: '12.25'; right: word" in text
+
+
+def test_fewer_items_never_take_the_place_of_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, write, sizes = find_task("mini_science", None), items._write, []
+    place = items_file(tmp_path, source.task, "data")
+
+    def keep(limit: int) -> None:
+        items.keep_items(tmp_path, source, "data", Prompting(limit=limit))
+
+    def meanwhile(place: Path, members: object, n_items: list[int]) -> None:
+        """While one process writes its items, another comes with more."""
+        if not sizes:
+            sizes.append(n_items)
+            other.start()
+            time.sleep(0.3)
+        write(place, members, n_items)  # type: ignore[arg-type]
+
+    other = threading.Thread(target=keep, args=(9,))
+    monkeypatch.setattr(items, "_write", meanwhile)
+    monkeypatch.setattr(items, "WAIT_S", 0.01)
+    keep(3)
+    other.join()
+    assert len(pd.read_parquet(place)) == 9
+    keep(4)
+    assert len(pd.read_parquet(place)) == 9
 
 
 @pytest.mark.parametrize(
