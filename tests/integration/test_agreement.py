@@ -1,5 +1,6 @@
 """Packed scoring of trained models against lm-eval's own path, and both against float64."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,30 @@ def test_trained_models_agree(name: str, real_mirror: Path) -> None:
         assert row64["packed_max"] < 1e-6
         assert row64["packed_flags"] == 0
         if method is None:
+            assert row32["budget_max"] < 1e-3, "512, 4,096 and 32,768 tokens a batch"
+            assert row32["budget_flags"] == 0
             assert row32["packed_max"] < 1e-3
             assert row32["packed_flags"] == 0
         elif method[0] not in agreement.ACROSS_TOKENS:
             assert row32["replayed_max"] < 1e-3
             assert row32["replayed_flags"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
+def test_dense_answers_of_trained_models_depend_neither_on_budget_nor_on_order(name: str, real_mirror: Path) -> None:
+    (cfg,) = cells_of([f"model={name}", "pattern=dense"], multirun=False, config_dir=None)
+    model = load_model(model_spec(cfg), dtype="float32", device="cpu")
+    source = find_task("arc_easy", real_mirror)
+    asked = task_requests(model.model, model.tokenizer, source, limit=6, num_fewshot=0)
+    found = agreement._budgets(model, asked, 4096)
+    assert (found["budget_max"] < 1e-3, found["budget_flags"]) == (True, 0), "512, 4,096 and 32,768 tokens a batch"
+    order = random.Random(0).sample(range(len(asked)), len(asked))
+    base = agreement._answers(model, asked, "packed", 4096)
+    shuffled = agreement._answers(model, [asked[at] for at in order], "packed", 4096)
+    found = agreement._differences("order", [base[at] for at in order], shuffled)
+    assert (found["order_max"] < 1e-3, found["order_flags"]) == (True, 0)
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2", "tiny-gemma3"])
