@@ -14,8 +14,9 @@ from numba.core.extending import intrinsic as numba_intrinsic
 Compiled = Callable[..., Any]
 """What numba makes of a function: types are its own business, and annotations are for the reader."""
 
-LANES = 32  # 16-bit lanes of one 512-bit vector
-PAD = 0xFFFF  # fills a buffer of 16-bit keys up to whole vectors: never below a candidate
+VECTOR_BITS = 512  # lowered to two halves where the CPU has 256
+LANES, OCTETS = VECTOR_BITS // 16, VECTOR_BITS // 8  # lanes of one vector
+PAD = 0xFFFF  # fills a buffer of keys up to whole vectors: never below a candidate
 
 
 def jit(function: Callable[..., Any]) -> Compiled:
@@ -112,6 +113,46 @@ def from_float(typing: Any, value: Any, like: Any) -> Any:
 
 
 @intrinsic
+def in_order(typing: Any, pattern: Any, like: Any) -> Any:
+    """A bit pattern as an unsigned number, of the type of the array `like`, that orders as the floats do."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, bits = arguments[0], pattern.bitwidth
+        kind = ir.IntType(bits)
+        negative = builder.ashr(value, ir.Constant(kind, bits - 1))
+        return builder.xor(value, builder.or_(negative, ir.Constant(kind, 1 << (bits - 1))))
+
+    return like.dtype(pattern, like), codegen
+
+
+@intrinsic
+def upper_half(typing: Any, key: Any, like: Any) -> Any:
+    """The upper half of the bits of an unsigned key, of the type of the array `like`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _halves(builder, arguments[0], like)[1]
+
+    return like.dtype(key, like), codegen
+
+
+@intrinsic
+def lower_half(typing: Any, key: Any, upper: Any, like: Any) -> Any:
+    """The lower half of the bits of an unsigned key, of the type of the array `like`; PAD where the upper half is another one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        low, high = _halves(builder, arguments[0], like)
+        ours = builder.icmp_unsigned("==", high, builder.trunc(arguments[1], high.type))
+        return builder.select(ours, low, ir.Constant(low.type, PAD & ((1 << low.type.width) - 1)))
+
+    return like.dtype(key, types.int64, like), codegen
+
+
+def _halves(builder: Any, key: Any, like: Any) -> tuple[Any, Any]:
+    half = ir.IntType(like.dtype.bitwidth)
+    return builder.trunc(key, half), builder.trunc(builder.lshr(key, ir.Constant(key.type, half.width)), half)
+
+
+@intrinsic
 def float_bits(typing: Any, value: Any) -> Any:
     """The bit pattern of an fp32 value as int32."""
 
@@ -121,98 +162,89 @@ def float_bits(typing: Any, value: Any) -> Any:
     return types.int32(types.float32), codegen
 
 
-def _compare(builder: Any, order: str, address: Any, index: Any, candidate: Any) -> Any:
-    """Bit mask (i32) of the lanes of one vector of unsigned 16-bit keys that stand in `order` to the candidate (i64)."""
-    half, word = ir.IntType(16), ir.IntType(32)
-    vector, undefined = ir.VectorType(half, LANES), ir.Constant(ir.VectorType(half, LANES), ir.Undefined)
-    first = builder.insert_element(undefined, builder.trunc(candidate, half), ir.Constant(word, 0))
-    splat = builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
-    place = builder.gep(builder.inttoptr(address, vector.as_pointer()), [index])
-    return builder.bitcast(builder.icmp_unsigned(order, builder.load(place, align=2), splat), word)
-
-
 @intrinsic
-def count_below(typing: Any, address: Any, vectors: Any, candidate: Any) -> Any:
-    """How many unsigned 16-bit keys of `vectors` whole vectors at an address are below the candidate."""
+def _count_below(typing: Any, keys: Any, address: Any, vectors: Any, candidate: Any, step: Any) -> Any:
+    """How many of the unsigned keys of whole vectors are below the candidate, below it and a step, and below it and two."""
+    three = types.UniTuple(types.int64, 3)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, vectors, candidate = arguments
-        number = ir.IntType(64)
-        total = cgutils.alloca_once_value(builder, ir.Constant(number, 0))
+        _, address, vectors, candidate, step = arguments
+        number, word, lane = ir.IntType(64), ir.IntType(32), ir.IntType(keys.dtype.bitwidth)
+        lanes = VECTOR_BITS // lane.width
+        vector = ir.VectorType(lane, lanes)
+
+        def splat(bound: Any) -> Any:
+            undefined = ir.Constant(vector, ir.Undefined)
+            first = builder.insert_element(undefined, builder.trunc(bound, lane), ir.Constant(word, 0))
+            return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(word, lanes), [0] * lanes))
+
+        bounds = [splat(builder.add(candidate, builder.mul(step, ir.Constant(number, i)))) for i in range(3)]
+        totals = [cgutils.alloca_once_value(builder, ir.Constant(number, 0)) for _ in bounds]
+        base = builder.inttoptr(address, vector.as_pointer())
         with cgutils.for_range(builder, vectors) as loop:
-            below = builder.ctpop(_compare(builder, "<", address, loop.index, candidate))
-            builder.store(builder.add(builder.load(total), builder.zext(below, number)), total)
-        return builder.load(total)
+            value = builder.load(builder.gep(base, [loop.index]), align=lane.width // 8)
+            for total, bound in zip(totals, bounds, strict=True):
+                found = builder.bitcast(builder.icmp_unsigned("<", value, bound), ir.IntType(lanes))
+                builder.store(builder.add(builder.load(total), builder.ctpop(builder.zext(found, number))), total)
+        return context.make_tuple(builder, three, [builder.load(total) for total in totals])
 
-    return types.int64(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def equal_bits(typing: Any, address: Any, vector: Any, candidate: Any) -> Any:
-    """Bit mask of the lanes of one vector of 16-bit keys that equal the candidate."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.zext(_compare(builder, "==", *arguments), ir.IntType(64))
-
-    return types.int64(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def lowest_bit(typing: Any, bits: Any) -> Any:
-    """Number of the lowest set bit."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), codegen
+    return three(keys, types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @jit
-def whole_vectors(count: Any) -> Any:
-    """Vectors of 16-bit lanes that hold `count` keys."""
-    return (count + LANES - 1) // LANES
+def count_below(keys: Any, vectors: Any, candidate: Any, step: Any) -> Any:
+    """How many of the uint8 or uint16 keys of whole vectors are below the candidate, below it and a step, and below it and two."""
+    return _count_below(keys, keys.ctypes.data, vectors, candidate, step)
 
 
 @jit
 def pad(keys: Any, count: Any) -> Any:
     """Fill keys[count:] up to whole vectors; their number."""
-    vectors = whole_vectors(count)
-    for i in range(count, vectors * LANES):
+    lanes = VECTOR_BITS // (8 * keys.itemsize)
+    vectors = (count + lanes - 1) // lanes
+    for i in range(count, vectors * lanes):
         keys[i] = PAD
     return vectors
 
 
 @jit
-def kth_of_16(keys: Any, count: Any, k: Any) -> Any:
-    """The k-th smallest (from 0) of the uint16 keys[:count], bit by bit from the top; the array has room for padding."""
-    vectors = pad(keys, count)
-    found = 0
-    for bit in range(15, -1, -1):
-        candidate = found | (1 << bit)
-        if count_below(keys.ctypes.data, vectors, candidate) <= k:
-            found = candidate
+def kth_of_8(keys: Any, vectors: Any, k: Any) -> Any:
+    """The k-th smallest (from 0) of the uint8 keys of whole vectors, two bits at a time from the top."""
+    found: Any = 0
+    for shift in range(6, -1, -2):
+        step = 1 << shift
+        one, two, three = count_below(keys, vectors, found + step, step)
+        found += (np.int64(one <= k) + np.int64(two <= k) + np.int64(three <= k)) << shift
     return found
 
 
 @jit
-def kth_of_32(keys: Any, count: Any, k: Any, halves: Any) -> Any:
-    """The k-th smallest (from 0) of the uint32 keys[:count].
+def kth_of_16(keys: Any, count: Any, k: Any, octets: Any) -> Any:
+    """The k-th smallest (from 0) of the uint16 keys[:count]: first its upper octet, then the lower one among the keys that share it.
 
-    halves: uint16 scratch with room for padding: first the upper halves of all keys, then the lower halves of those that share the
-    upper half of the answer, which are few.
+    octets: uint8 scratch with room for padding.
     """
     for i in range(count):
-        halves[i] = keys[i] >> np.uint32(16)
-    upper = kth_of_16(halves, count, k)
-    vectors = whole_vectors(count)
-    k -= count_below(halves.ctypes.data, vectors, upper)
-    found = 0
-    for vector in range(vectors):
-        bits = equal_bits(halves.ctypes.data, vector, upper)
-        while bits:
-            place = vector * LANES + lowest_bit(bits)
-            bits &= bits - 1
-            if place < count:  # the padding may equal the answer
-                halves[found] = keys[place] & np.uint32(0xFFFF)
-                found += 1
-    return (upper << 16) | kth_of_16(halves, found, k)
+        octets[i] = upper_half(keys[i], octets)
+    vectors = pad(octets, count)
+    upper = kth_of_8(octets, vectors, k)
+    k -= count_below(octets, vectors, upper, 0)[0]
+    for i in range(count):
+        octets[i] = lower_half(keys[i], upper, octets)
+    return (upper << 8) | kth_of_8(octets, vectors, k)
+
+
+@jit
+def kth_of_32(keys: Any, count: Any, k: Any, halves: Any, octets: Any) -> Any:
+    """The k-th smallest (from 0) of the uint32 keys[:count]: first its upper half, then the lower one among the keys that share it.
+
+    halves, octets: uint16 and uint8 scratch with room for padding.
+    """
+    for i in range(count):
+        halves[i] = upper_half(keys[i], halves)
+    vectors = pad(halves, count)
+    upper = kth_of_16(halves, count, k, octets)
+    k -= count_below(halves, vectors, upper, 0)[0]
+    for i in range(count):
+        halves[i] = lower_half(keys[i], upper, halves)
+    return (upper << 16) | kth_of_16(halves, count, k, octets)

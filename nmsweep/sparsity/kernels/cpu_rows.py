@@ -12,10 +12,12 @@ from numba import carray
 
 from .cpu_lanes import (
     LANES,
+    OCTETS,
     call_blocks,
     fetch_add,
     float_bits,
     from_float,
+    in_order,
     jit,
     jit_any_order,
     kth_of_16,
@@ -79,6 +81,7 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
     masks = np.empty(room, key_type)
     ordered = np.empty(hidden + LANES, unsigned)
     halves = np.empty(hidden + LANES, np.uint16)
+    octets = np.empty(hidden + OCTETS, np.uint8)
     candidates = np.empty(call.m + LANES, key_type)
     made = np.empty((call.chunk if call.made != 0 else 0, hidden), storage)
     token_eta = np.zeros(call.chunk, storage)
@@ -101,11 +104,11 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
         for r in range(rows):
             row = tokens[r]
             if call.centre != 0:
-                token_eta[r] = _median(row, ordered, halves, call.infinity) if call.centre == 1 else _mean(row)
+                token_eta[r] = _median(row, ordered, halves, octets, call.infinity) if call.centre == 1 else _mean(row)
                 _set(fill, token_eta[r])
                 _set(eta, to_float(token_eta[r]))
             _keys_of_row(call, first + r, row, eta, ones, keys[r * hidden : (r + 1) * hidden])
-        _select(call, rows * (hidden // call.m), block, keys, masks, candidates, halves)
+        _select(call, rows * (hidden // call.m), block, keys, masks, candidates, halves, octets)
         for r in range(rows):
             row, row_mask = tokens[r], masks[r * hidden : (r + 1) * hidden]
             if call.centre != 0:
@@ -198,13 +201,15 @@ def _keys_of_row(call: Any, number: int, row: Any, eta: Any, ones: Any, keys: An
 
 
 @jit
-def _select(call: Any, n_groups: int, block: int, keys: Any, masks: Any, candidates: Any, halves: Any) -> None:
+def _select(
+    call: Any, n_groups: int, block: int, keys: Any, masks: Any, candidates: Any, halves: Any, octets: Any
+) -> None:
     """Masks of groups of keys: by the network compiled for them, or without one by the value of the n-th highest."""
     m, padded_m = call.m, call.padded_m
     if call.select == 0:
         for group in range(n_groups):
             start, end = group * m, (group + 1) * m
-            _threshold(keys[start:end], call.n, candidates, halves, masks[start:end])
+            _threshold(keys[start:end], call.n, candidates, halves, octets, masks[start:end])
         return
     if padded_m != m:
         _spread(keys, n_groups, m, padded_m)
@@ -239,15 +244,15 @@ def _scores(row: Any, eta: Any, weight: Any, keys: Any) -> None:
 
 
 @jit
-def _threshold(keys: Any, n: int, candidates: Any, halves: Any, masks: Any) -> None:
+def _threshold(keys: Any, n: int, candidates: Any, halves: Any, octets: Any, masks: Any) -> None:
     """Masks of the n highest keys, by the value of the n-th; of its equals the lower channels are kept."""
     m = keys.size
     for i in range(m):
         candidates[i] = keys[i]
     if candidates.itemsize == 2:
-        threshold = candidates.dtype.type(kth_of_16(candidates, m, m - n))
+        threshold = candidates.dtype.type(kth_of_16(candidates, m, m - n, octets))
     else:
-        threshold = candidates.dtype.type(kth_of_32(candidates, m, m - n, halves))
+        threshold = candidates.dtype.type(kth_of_32(candidates, m, m - n, halves, octets))
     above, equal = np.int32(0), np.int32(0)
     for i in range(m):
         above += np.int32(keys[i] > threshold)
@@ -323,22 +328,20 @@ def _count(mask: Any) -> Any:
 
 
 @jit
-def _median(row: Any, ordered: Any, halves: Any, infinity: int) -> Any:
+def _median(row: Any, ordered: Any, halves: Any, octets: Any, infinity: int) -> Any:
     """Bit pattern of the lower of the two middle values; NaN if one is in the row; never −0."""
     bits = 8 * ordered.itemsize
     sign, full = 1 << (bits - 1), (1 << bits) - 1
+    low = high = in_order(row[0], ordered)
     for i in range(row.size):
-        pattern = row[i] & full
-        ordered[i] = pattern ^ full if pattern & sign else pattern ^ sign
-    low, high = ordered[0], ordered[0]
-    for i in range(row.size):
-        value = ordered[i]
-        low = value if value < low else low
-        high = value if value > high else high
+        value = in_order(row[i], ordered)
+        ordered[i] = value
+        low = min(low, value)
+        high = max(high, value)
     if high > sign + infinity or low < full - infinity - sign:
         return row.dtype.type(infinity + 1 + (infinity & -infinity) // 2)
     k = (row.size - 1) // 2
-    found = kth_of_16(ordered, row.size, k) if bits == 16 else kth_of_32(ordered, row.size, k, halves)
+    found = kth_of_16(ordered, row.size, k, octets) if bits == 16 else kth_of_32(ordered, row.size, k, halves, octets)
     pattern = found ^ sign if found & sign else found ^ full
     return row.dtype.type(0 if pattern == sign else pattern)
 

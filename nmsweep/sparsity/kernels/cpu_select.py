@@ -16,9 +16,8 @@ from typing import Any
 from llvmlite import ir
 from numba import cfunc, types
 
-from .cpu_lanes import literal_intrinsic
+from .cpu_lanes import VECTOR_BITS, literal_intrinsic
 
-VECTOR_BITS = 512  # lowered to two halves where the CPU has 256
 LARGEST_M = 64
 
 Vectors = list[Any]  # ir.Value of type <lanes x iK>

@@ -226,7 +226,7 @@ def row_kernel(
         if k > 0:
             found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 0, 8, T)
     room = n - k  # for keys that equal the lowest one kept: those of lower channels
-    first = 0.0
+    first = tl.full((), 0.0, tl.float32)
     if VAR:  # any z, so that a constant token has variance 0
         first = to_float(tl.load(x_ptr + row * hidden), KIND)
         if ETA == 3:
