@@ -200,7 +200,7 @@ class LocalJobs(_Tolerant, LocalLauncher):  # type: ignore[misc]
     _EXECUTOR = "local"
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from nmsweep.sweep.workers import SEEN_GPUS
+        from nmsweep.application import SEEN_GPUS
 
         if not self.params.get("gpus_per_node"):
             os.environ[SEEN_GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")

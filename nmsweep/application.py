@@ -73,6 +73,20 @@ def run_plan(words: list[str], plan: "Plan", pending: Sequence[int]) -> int:
         return code
 
 
+SEEN_GPUS = "NMSWEEP_SEEN_GPUS"
+"""Environment variable: CUDA_VISIBLE_DEVICES as the user has it (``all`` for none), for jobs from which a launcher hides it."""
+
+
+def see_gpus() -> None:
+    """Let this process see the GPUs that the command that started it saw; before torch is imported, or CUDA does not look."""
+    if (seen := os.environ.pop(SEEN_GPUS, None)) is None:
+        return
+    if seen == "all":
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen
+
+
 def silence_libraries() -> None:
     """Cells have one display; download bars and chatter of libraries would tear it."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -148,6 +162,7 @@ class _Job:
         return {"task": None, "outcomes": [], "error": None}
 
     def __call__(self, cfg: Any) -> None:
+        see_gpus()
         silence_libraries()
         from nmsweep.sweep.launching import run_batch
 

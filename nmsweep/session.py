@@ -19,6 +19,14 @@ def device_of(cfg: RunConfig) -> str:
     return device_kind(cfg.device) if cfg.device == "auto" else cfg.device
 
 
+def place_of(cfg: RunConfig) -> str:
+    """Where the cell's model goes: for ``cuda`` the GPU that this process was given, by its number."""
+    import torch
+
+    device = device_of(cfg)
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" and torch.cuda.is_available() else device
+
+
 def model_key(cfg: RunConfig) -> list[Any]:
     """What a loaded model depends on."""
     return [cfg.model, cfg.dtype, device_of(cfg), cfg.seed]
@@ -55,13 +63,19 @@ class Session:
         if self._loaded is None or key != self._key:
             self._loaded = None  # two models may not fit
             self.display.stage("loading the model")
-            device = device_of(cfg)
+            device = place_of(cfg)
             try:
                 self._loaded = load_model(model_spec(cfg), dtype=cfg.dtype, device=device)
             except InputError as error:
                 self._unusable[key] = error
                 raise
             self._key = key
+            if device.startswith(
+                "cuda"
+            ):  # what is asked of CUDA without a number, such as its peak memory, is of this one
+                import torch
+
+                torch.cuda.set_device(device)
             self.n_loads += 1
             log.info("model load %d: %s, %s on %s", self.n_loads, cfg.model_name, cfg.dtype, device)
             self.display.say(f"    loaded {cfg.model_name} in {cfg.dtype} on {device}")

@@ -23,7 +23,7 @@ from nmsweep.progress import Display
 from nmsweep.record import cell_index, failure_folder, failure_of
 from nmsweep.sweep.plan import Plan, PlannedCell, indices_text, load, parse_indices
 from nmsweep.sweep.work import Outcome, session, work
-from nmsweep.sweep.workers import grouped, n_local_workers, see_gpus, share_machine, shares_out_gpus
+from nmsweep.sweep.workers import grouped, n_local_workers, share_machine, shares_out_gpus
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,6 @@ def run_batch(word: str, results_dir: Path, *, remote: bool) -> list[Outcome]:
     """
     batch = Batch.parse(word)
     plan = load(results_dir, batch.plan_id)
-    see_gpus()
     share_machine(batch.worker, batch.n_workers, with_gpus=shares_out_gpus(plan))
     if not remote:
         return Launch(plan, batch.indices, batch.launch).run_here(batch.n_workers)

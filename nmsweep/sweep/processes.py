@@ -1,7 +1,7 @@
 """Processes beside the one that the user started, forked off one that imports the libraries while the first does so itself.
 
 So none of them spends its first seconds on imports. They are no copies of the first process, which has threads and may have
-asked for CUDA: neither outlives a fork.
+asked for CUDA: neither outlives a fork. Where a library starts CUDA when it is imported (torchao does), they are started anew.
 """
 
 import os
@@ -29,9 +29,16 @@ def get_ready() -> None:
     os.environ.setdefault(
         "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
     )  # a library that asks for GPUs while imported starts no CUDA
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is for the process that was started
-    try:
+    with _deaf_to_ctrl_c():
         ensure_running()
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started in the block leave a Ctrl-C to the process that the user started."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -45,9 +52,11 @@ def beside(jobs: Sequence[Callable[[], object]]) -> Iterator[list[BaseProcess]]:
     processes: list[BaseProcess] = []
     get_ready()
     try:
+        context: Any = _context_with_gpus() if jobs else None
         for job in jobs:
-            process = _context().Process(target=_run, args=(job,))
-            process.start()
+            process = context.Process(target=_run, args=(job,))
+            with _deaf_to_ctrl_c():
+                process.start()
             processes.append(process)
         yield processes
     except BaseException:
@@ -65,6 +74,26 @@ def _context() -> Any:
     context = get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
+
+
+def _context_with_gpus() -> Any:
+    """How processes are started that may use the machine's GPUs."""
+    import torch
+
+    context = _context()
+    if context.get_start_method() == "spawn" or not torch.cuda.device_count():
+        return context
+    probe = context.Process(target=_look_for_cuda)
+    probe.start()
+    probe.join()
+    return context if probe.exitcode == 0 else get_context("spawn")
+
+
+def _look_for_cuda() -> None:
+    """End with 1 where CUDA cannot be used, since it was started before the fork."""
+    import torch
+
+    sys.exit(int(torch.cuda._is_in_bad_fork()))
 
 
 def _run(job: Callable[[], object]) -> None:

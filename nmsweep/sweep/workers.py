@@ -1,6 +1,5 @@
 """How many processes one machine takes, what each of them gets, and how cells are shared out to jobs."""
 
-import os
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 
@@ -11,24 +10,11 @@ from nmsweep.sweep.plan import Plan
 WORKER_BYTES = 1_500_000_000
 """Memory of a process beside the weights: the libraries, activations, a slice of logits."""
 
-SEEN_GPUS = "NMSWEEP_SEEN_GPUS"
-"""Environment variable: CUDA_VISIBLE_DEVICES as the user has it (``all`` for none), for jobs from which a launcher hides it."""
-
-
-def see_gpus() -> None:
-    """Let this process see the GPUs that the command that started it saw, where its launcher hid them."""
-    if (seen := os.environ.pop(SEEN_GPUS, None)) is None:
-        return
-    if seen == "all":
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen
-
 
 def share_machine(worker: int, n_workers: int, *, with_gpus: bool) -> None:
     """Give this process its share of the cores, and one GPU, where it is one of several workers.
 
-    Worker 0 has the first GPU that it sees without being told; it may have asked for CUDA already, and be deaf.
+    By its number, not by CUDA_VISIBLE_DEVICES, which is the user's, and which CUDA no longer reads where a library started it.
 
     Args:
         worker: which one it is, from 0.
@@ -39,20 +25,13 @@ def share_machine(worker: int, n_workers: int, *, with_gpus: bool) -> None:
         return
     import torch
 
-    if worker and with_gpus and (names := visible_gpus(torch.cuda.device_count())):
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[worker % len(names)]
+    if with_gpus and (n_gpus := torch.cuda.device_count()):
+        torch.cuda.set_device(worker % n_gpus)
     torch.set_num_threads(max(1, n_cores() // n_workers))
 
 
-def visible_gpus(n_gpus: int) -> list[str]:
-    """The names by which CUDA_VISIBLE_DEVICES knows the GPUs that a process sees: those that the user left in it, if any."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in seen.split(",")] if seen else [str(number) for number in range(n_gpus)]
-    return names[:n_gpus]  # CUDA stops at a name that it does not know
-
-
 def shares_out_gpus(plan: Plan) -> bool:
-    """Whether each worker is to see one GPU: not where a plan names one by its number, which would be another one then."""
+    """Whether each worker is to have a GPU of its own: not where a plan names one by its number."""
     devices = {str(cell.config["device"]) for cell in plan.cells}
     return "cuda" in devices and not any(device.startswith("cuda:") for device in devices)
 

@@ -2,16 +2,20 @@
 
 import os
 import signal
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from processes import Run, run
 
 from nmsweep.disk.claims import all_claims
 from nmsweep.disk.owner import Owner
 from nmsweep.record import cell_folders
 from nmsweep.report.load import read_results
+from nmsweep.sweep import processes
 
 SWEEP = (
     "-m", "model=tiny-llama", "dtype=float32", "device=cpu", "eval.limit=64", "eval.seqlen=32", "tasks=mini_science",
@@ -75,6 +79,15 @@ def test_the_cells_of_a_worker_that_is_killed_are_done_by_the_others(tmp_path: P
     assert f"worker process {worker.pid} was ended by signal 9; others did its cells" in process.said
     assert len(cell_folders(results)) == 16
     assert not list((results / ".claims").iterdir())
+
+
+@pytest.mark.parametrize(("lost", "method"), [(0, "forkserver"), (1, "spawn")])
+def test_workers_are_started_anew_where_an_import_started_cuda(
+    monkeypatch: pytest.MonkeyPatch, lost: int, method: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(processes, "_look_for_cuda", partial(sys.exit, lost))
+    assert processes._context_with_gpus().get_start_method() == method
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

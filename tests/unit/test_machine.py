@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from nmsweep.application import SEEN_GPUS, see_gpus
+from nmsweep.session import place_of
 from nmsweep.sweep import workers
 from nmsweep.sweep.machine import available_bytes, n_cores
-from nmsweep.sweep.workers import SEEN_GPUS, n_local_workers, see_gpus, share_machine, shares_out_gpus
+from nmsweep.sweep.workers import n_local_workers, share_machine, shares_out_gpus
 
 GIB = 1 << 30
 
@@ -87,30 +89,30 @@ def test_a_gpu_that_is_named_by_its_number_has_one_worker(
     assert n_local_workers(plan_on(*devices), range(len(devices))) == n_workers
 
 
-@pytest.mark.parametrize(
-    ("seen", "n_gpus", "named"),
-    [
-        (None, 2, [None, "1", "0", "1"]),
-        ("2,3", 2, ["2,3", "3", "2", "3"]),
-        ("GPU-5ebe9f43, MIG-1a", 2, ["GPU-5ebe9f43, MIG-1a", "MIG-1a", "GPU-5ebe9f43", "MIG-1a"]),
-        ("1,-1,3", 1, ["1,-1,3", "1", "1", "1"]),
-        ("", 0, ["", "", "", ""]),
-    ],
-)
-def test_workers_share_the_gpus_that_the_user_lets_them_see(
-    monkeypatch: pytest.MonkeyPatch, seen: str | None, n_gpus: int, named: list[str | None]
+@pytest.mark.parametrize(("device", "given"), [("cuda", [0, 1, 0, 1]), ("cuda:1", [None] * 4), ("cpu", [None] * 4)])
+def test_workers_share_the_gpus_by_number_unless_the_plan_names_one(
+    monkeypatch: pytest.MonkeyPatch, device: str, given: list[int | None]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    """Numbers are of what CUDA_VISIBLE_DEVICES lets the command see, which stays as the user has it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5ebe9f43,MIG-1a")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    for worker, name in enumerate(named):
-        with monkeypatch.context() as each:
-            each.setenv("CUDA_VISIBLE_DEVICES", seen or "")
-            if seen is None:
-                each.delenv("CUDA_VISIBLE_DEVICES")
-            share_machine(worker, 4, with_gpus=shares_out_gpus(plan_on("cuda")))
-            assert os.environ.get("CUDA_VISIBLE_DEVICES") == name
-            share_machine(worker, 4, with_gpus=shares_out_gpus(plan_on("cuda:1")))
-            assert os.environ.get("CUDA_VISIBLE_DEVICES") == name, "a number would be that of another GPU"
+    got: list[int | None] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: got.__setitem__(-1, number))
+    for worker in range(4):
+        got.append(None)
+        share_machine(worker, 4, with_gpus=shares_out_gpus(plan_on(device)))
+    assert got == given
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5ebe9f43,MIG-1a"
+
+
+@pytest.mark.parametrize(("device", "place"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
+def test_a_model_goes_to_the_gpu_that_its_process_was_given(
+    monkeypatch: pytest.MonkeyPatch, device: str, place: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert place_of(SimpleNamespace(device=device)) == place  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seen", ["2,3", "all", None])
