@@ -111,6 +111,22 @@ def test_the_command_that_submitted_may_be_killed(slurm: LocalSlurm, tmp_path: P
     assert not list((results / ".claims").iterdir())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sigterm_leaves_the_array_and_ctrl_c_cancels_it(
+    slurm: LocalSlurm, tmp_path: Path, number: signal.Signals
+) -> None:
+    results, log = tmp_path / "results", tmp_path / "log"
+    driver = start(slurm, results, log)
+    wait_for("three jobs run", lambda: len(slurm.jobs()) == 3)
+    driver.send_signal(number)
+    assert driver.wait(60) == 130
+    print(f"\n{log.read_text()}")
+    assert ("go on: `nmsweep status` shows how far they are" in log.read_text()) == (number == signal.SIGTERM)
+    wait_for("the jobs end", lambda: not slurm.jobs() and not slurm.jobs("PD") and not slurm.jobs("CG"), 300)
+    print(f"{len(made(results))} cells are there")
+    assert (len(made(results)) == 12) == (number == signal.SIGTERM)
+
+
 def test_a_job_that_runs_out_of_time_goes_on_with_what_is_missing(slurm: LocalSlurm, tmp_path: Path) -> None:
     """Slurm looks at limits every 30 s and warns that much earlier; the job then sends itself back to the queue."""
     results, log = tmp_path / "results", tmp_path / "log"
