@@ -104,7 +104,7 @@ def _meters(
             _Meter(name, made.pattern, _pruned(made.criterion, name, linears[name], made, state)) for name in linears
         ]
     return [
-        _Meter(name, made.pattern, double)
+        _Meter(name, made.pattern, double.forward)  # the hook is the double's too
         for group in input_groups(model, list(linears))
         for name, double in sparse_layers(made, {name: linears[name] for name in group}, state, view).items()
     ]
