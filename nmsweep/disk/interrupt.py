@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +61,6 @@ def _arrived(number: int, frame: FrameType | None) -> None:
     if len(_pending) > 1:
         os._exit(EXIT_CODE)
     if number == signal.SIGINT:
-        print("nmsweep: stopping; once more to stop at once", file=sys.stderr, flush=True)
+        os.write(2, b"nmsweep: stopping; once more to stop at once\n")  # sys.stderr may be in use, or replaced
     if not _writing:
         raise _pending[0]

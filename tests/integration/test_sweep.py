@@ -349,13 +349,14 @@ def test_a_plan_comes_back_as_it_was_stored(nmsweep: Call, results: Path) -> Non
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     code = f"""
-import os, signal, time
+import os, signal, sys, time
 from pathlib import Path
 from nmsweep.disk.interrupt import interruptible
 from nmsweep.disk.storage import whole_folder
 with interruptible(), whole_folder(Path({str(tmp_path / "cells" / "one")!r})) as place:
     (place / "a").write_text("a")
     print("writing", flush=True)
+    sys.stderr = None  # as where a library is kept quiet
     time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -364,6 +365,8 @@ with interruptible(), whole_folder(Path({str(tmp_path / "cells" / "one")!r})) as
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         assert process.poll() is None  # the write is being finished
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"nmsweep: stopping; once more to stop at once\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
     assert not (tmp_path / "cells" / "one").exists()
