@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +34,18 @@ def interruptible(*numbers: int) -> Iterator[None]:
         return
     before = {number: signal.signal(number, _arrived) for number in numbers or (signal.SIGINT, signal.SIGTERM)}
     _pending.clear()
+    report = sys.unraisablehook
+
+    def unraisable(lost: "sys.UnraisableHookArgs") -> None:
+        """An interrupt that arrived in some `__del__` is lost there, and raised again by the next write."""
+        if not (_pending and isinstance(lost.exc_value, KeyboardInterrupt)):
+            report(lost)
+
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -340,7 +340,9 @@ def test_texts_of_flipped_items_are_in_the_page_once(made: Path, tmp_path: Path)
     folder = tmp_path / "results"
     shutil.copytree(made, folder)
     known = read_results(folder)
-    data = next(iter(known.provenance.values()))["tasks"]["mini_yesno"]["data"]
+    data = next(
+        made["tasks"]["mini_yesno"]["data"] for made in known.provenance.values() if "mini_yesno" in made["tasks"]
+    )
     rows = [{"item": n, "text": f"</script>question {n}", "choices": ["no", "yes"], "gold": "1"} for n in range(32)]
     items_file(folder, "mini_yesno", data).parent.mkdir()
     pd.DataFrame(rows).to_parquet(items_file(folder, "mini_yesno", data), index=False)
