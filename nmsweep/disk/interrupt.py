@@ -37,14 +37,17 @@ def interruptible(*numbers: int) -> Iterator[None]:
     report = sys.unraisablehook
 
     def unraisable(lost: "sys.UnraisableHookArgs") -> None:
-        """An interrupt that arrived in some `__del__` is lost there, and raised again by the next write."""
+        """An interrupt that arrived in some `__del__` is lost there, and raised again by the next write or the end of the block."""
         if not (_pending and isinstance(lost.exc_value, KeyboardInterrupt)):
             report(lost)
 
     sys.unraisablehook = unraisable
     try:
         yield
+        if _pending:
+            raise _pending[0]
     finally:
+        _pending.clear()
         sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
