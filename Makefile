@@ -23,8 +23,10 @@ demo: $(READY)  ## a real sweep on SmolLM2-135M and its report
 	$(BIN)/nmsweep experiment=demo results_dir=$(DEMO_RESULTS)
 	$(BIN)/nmsweep report results_dir=$(DEMO_RESULTS)
 
-test: $(READY)  ## the test suite; minutes on two cores
-	$(BIN)/python -m pytest
+test: $(READY)  ## the test suite, in two halves side by side; minutes on two cores
+	@export OMP_NUM_THREADS=1; $(BIN)/python -m pytest tests/integration & integration=$$!; \
+	$(BIN)/python -m pytest tests/unit tests/property tests/golden; others=$$?; \
+	wait $$integration && exit $$others
 
 test-all: $(READY)  ## the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu and not slurm'

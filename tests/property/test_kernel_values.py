@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nmsweep.sparsity.kernels import prune
@@ -102,6 +102,7 @@ def test_masks_and_outputs_are_those_of_the_reference(case: tuple[torch.Tensor, 
 @settings(max_examples=40, deadline=None)
 @given(calls())
 def test_the_gpu_kernels_agree_too(case: tuple[torch.Tensor, dict[str, Any]]) -> None:
+    assume(case[1].get("m", 1) <= 64)  # the reference takes the others
     agree("triton", *case)
 
 
