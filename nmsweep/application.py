@@ -45,7 +45,7 @@ def run_cells(words: list[str], overrides: list[str], multirun: bool, config_dir
         raise InputError(*errors)
     from nmsweep.sweep.leftovers import remove_abandoned, restore
     from nmsweep.sweep.plan import store
-    from nmsweep.sweep.planning import missing
+    from nmsweep.sweep.status import missing
 
     restore(plan.results_dir)
     pending = missing(plan)

@@ -12,8 +12,7 @@ from nmsweep.record import cell_index
 from nmsweep.sweep.estimate import duration, measured
 from nmsweep.sweep.leftovers import leftovers, remove
 from nmsweep.sweep.plan import Plan, PlannedCell, load, plan_ids, store
-from nmsweep.sweep.planning import missing
-from nmsweep.sweep.status import read_status, show_status
+from nmsweep.sweep.status import missing, read_status, show_status
 from nmsweep.words import key_values
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from nmsweep.cell import check, identify
 from nmsweep.config import RunConfig, short_hash, to_plain
-from nmsweep.damage import damage
 from nmsweep.errors import InputError
 from nmsweep.record import cell_index
 from nmsweep.session import device_of, model_key
@@ -77,13 +76,3 @@ def _add(draft: Draft, cfg: RunConfig, known: Mapping[str, Path], baseline: bool
     ids = (cell.cell_id, cell.part_id, cell.dense_cell_id, cell.calibration_id)
     planned = PlannedCell(cell.folder.name, *ids, short_hash(model_key(cfg)), baseline, config)
     return draft.cells.setdefault(cell.cell_id, planned)
-
-
-def missing(plan: Plan) -> list[int]:
-    """Which of a plan's cells have to be computed: those without a record, with a damaged one, or forced."""
-    known = cell_index(plan.results_dir)
-    return [
-        at
-        for at, cell in enumerate(plan.cells)
-        if cell.config.get("force") or (folder := known.get(cell.cell_id)) is None or damage(folder)
-    ]

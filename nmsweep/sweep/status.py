@@ -52,6 +52,16 @@ def read_status(plan: Plan) -> Status:
     return Status(whole, damaged, running, failed, missing, left)
 
 
+def missing(plan: Plan) -> list[int]:
+    """Which of a plan's cells have to be computed: those without a record, with a damaged one, or forced."""
+    known = cell_index(plan.results_dir)
+    return [
+        at
+        for at, cell in enumerate(plan.cells)
+        if cell.config.get("force") or (folder := known.get(cell.cell_id)) is None or damage(folder)
+    ]
+
+
 def _holders(plan: Plan) -> dict[str, str]:
     """Who computes what at the moment, by the names of cells."""
     now = server_clock(claims_folder(plan.results_dir), otherwise=time.time())  # one that is read-only can be looked at

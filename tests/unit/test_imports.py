@@ -65,6 +65,12 @@ def test_a_report_needs_no_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_to_ask_how_far_a_sweep_is_needs_no_torch() -> None:
+    code = "import sys, nmsweep.commands.sweeps; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_the_command_line_starts_without_anything_heavy() -> None:
     code = "import sys, nmsweep.cli, nmsweep.compose; print([m for m in ('torch', 'transformers', 'pandas', 'lm_eval') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
