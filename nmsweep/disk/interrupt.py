@@ -21,7 +21,8 @@ _pending: list[type[KeyboardInterrupt]] = []
 
 @contextmanager
 def interruptible(*numbers: int) -> Iterator[None]:
-    """Inside the block the first Ctrl-C raises KeyboardInterrupt, the first SIGTERM Terminated, never in the middle of a write.
+    """Inside the block the first Ctrl-C raises KeyboardInterrupt, the first SIGTERM Terminated, never in the middle of a write,
+    and at the end of the block at the latest.
 
     The second ends the process on the spot, with code 130: an unfinished temporary file may stay, which the next run
     removes. In a thread other than the main one, where signals do not arrive, the block changes nothing.
