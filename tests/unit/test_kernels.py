@@ -43,7 +43,7 @@ def agree(backend: str, x: Tensor, **call: Any) -> None:
     assert counts.tolist() == [int(mask.sum()), mask.numel()]
     assert same(u, alone)
     if call.get("var"):
-        # float64 sums in another order: ν may differ in its last bit, and a rounding with it
+        # sums in another order, of 16-bit numbers in fp32: ν may differ in its last bits, and a rounding with it
         assert torch.equal(u != u, expected != expected)
         tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[x.dtype]
         finite = expected.isfinite() & u.isfinite()
@@ -230,6 +230,31 @@ def test_a_constant_token_keeps_its_values(value: float, backend: str) -> None:
         x = torch.full((2, 6 * 43), value, dtype=dtype)
         u, mask = prune(x, n=3, m=6, eta=eta, var=True, backend=backend, return_mask=True)
         assert same(u[mask], x[mask])
+
+
+@pytest.mark.parametrize("share", [0.02, 1.0])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (5, 6), (3, 8), (8, 16), (16, 32), (63, 64)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_that_differ_in_their_last_bits_alone_are_told_apart(backend: str, n: int, m: int, share: float) -> None:
+    x = draw(6, 960, dtype=torch.float32)
+    near = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < share
+    last = torch.randint(0, 9, x.shape, generator=torch.Generator().manual_seed(2)) * 2.0**-22
+    x = torch.where(near, 0.7 + last, x)
+    agree(backend, x, n=n, m=m, eta=torch.tensor(0.0))
+    agree(backend, x, n=n, m=m, weight=1 + torch.arange(960) % 3 * 2.0**-20)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("offset", "scale"), [(0.0, 1e-4), (0.0, 1e3), (1e3, 30.0), (-3.0, 0.004), (0.0, 1e-18), (0.0, 1e17)])  # fmt: skip
+@pytest.mark.parametrize("eta", [None, "median", "mean"])
+def test_nu_is_right_where_sums_in_fp32_would_not_be(
+    eta: str | None, offset: float, scale: float, dtype: torch.dtype
+) -> None:
+    x = (draw(4, 512, dtype=torch.float32) * scale + offset).to(dtype)
+    if x.isfinite().all() and x.any():
+        found, expected = (prune(x, n=1, m=4, eta=eta, var=True, backend=backend) for backend in ("cpu", "reference"))
+        size = expected.double().abs().max().clamp(min=1e-300)
+        torch.testing.assert_close(found / size, expected / size, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -20,18 +20,19 @@ from numba import types
 from torch import Tensor
 
 from .arguments import Arguments
-from .cpu_rows import general, plain
-from .cpu_select import LARGEST_M, block_kernel, compiled, lanes, source_stamp
+from .cpu_rows import general, layout, plain
+from .cpu_select import LARGEST_M, block_kernel, block_size, compiled, source_stamp, wide_kernel
 
 _STORAGE = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 _CENTRES = {"none": 0, "median": 1, "mean": 2}
-_CHUNK = 8192  # elements: the keys and masks of a chunk stay in the second-level cache
+_CHUNK = 4096  # elements: the keys and masks of a chunk stay in the second-level cache
 _ALONE = 16384  # elements below which waking a second thread costs more than it saves
 
 _FIELDS = [
     "next_chunk",
     "kept",
+    "threads",
     "n_chunks",
     "chunk",
     "x",
@@ -41,6 +42,7 @@ _FIELDS = [
     "m",
     "padded_m",
     "select",
+    "block",
     "weight",
     "rows_per_weight",
     "centre",
@@ -56,8 +58,9 @@ _FIELDS = [
     "wide_gain",
     "mask",
     "nu",
+    "scratch",
     "total",
-]  # the first two are shared by the threads; `chunk` is rows, or blocks in plain; `total` is rows, or elements
+]  # the first three are shared by the threads; `chunk` is rows, or blocks in plain; `total` is rows, or elements
 
 
 class _Call(ctypes.Structure):
@@ -88,31 +91,42 @@ def prune(
     magnitude = args.weight is None and args.eta is None and args.stat == "none"
     network = m <= LARGEST_M
     if magnitude and network and m & (m - 1) == 0 and mask is None and not args.var:
-        block = lanes(bits) * m
+        call.block = block_size(m, bits)
         call.select = _address(n, m, bits, call.infinity)
         call.total = total
-        call.chunk = max(1, 2 * _CHUNK // block)
-        call.n_chunks = -(-total // (call.chunk * block))
+        call.chunk = max(1, 2 * _CHUNK // call.block)
+        call.n_chunks = -(-total // (call.chunk * call.block))
         body = _plain_body(_STORAGE[dtype])
     else:
         hidden = x.shape[-1]
         narrow = magnitude and bits == 16
         held = _bind(call, args)  # noqa: F841  what the addresses in `call` point to
         call.total, call.var = total // hidden, args.var
-        call.padded_m = 1 << (m - 1).bit_length()
-        call.select = _address(n, call.padded_m, 16 if narrow else 32, -1) if network else 0
+        call.padded_m, call.block = m, 1
+        if network:
+            call.padded_m = 1 << (m - 1).bit_length()
+            call.block = block_size(call.padded_m, 16)
+            call.select = _address(n, call.padded_m, 16, -bits) if narrow else _wide_address(n, call.padded_m, bits)
         call.mask = mask.data_ptr() if mask is not None else 0
         call.nu = nu.data_ptr() if nu is not None else 0
         call.chunk = max(1, _CHUNK // hidden)
         call.n_chunks = -(-call.total // call.chunk)
+        size = layout(hidden, m, call.padded_m, call.block, call.chunk, 2 if narrow else 4, bits // 8)[-1]
+        scratch = torch.empty(_threads(total, call) * size, dtype=torch.uint8)
+        call.scratch = scratch.data_ptr()
         body = _general_body(
             _STORAGE[dtype], np.uint16 if bits == 16 else np.uint32, np.uint16 if narrow else np.uint32
         )
-    _run(body, call, 1 if total < _ALONE else min(torch.get_num_threads(), call.n_chunks))
+    _run(body, call, _threads(total, call))
     if counts is not None:
-        counts[0] += call.kept
-        counts[1] += total
+        counted = counts.numpy()  # sooner than four operations of torch
+        counted[0] += call.kept
+        counted[1] += total
     return u
+
+
+def _threads(total: int, call: _Call) -> int:
+    return 1 if total < _ALONE else min(torch.get_num_threads(), call.n_chunks)
 
 
 def _bind(call: _Call, args: Arguments) -> list[Tensor]:
@@ -152,6 +166,11 @@ def _bind_parts(call: _Call, args: Arguments) -> list[Tensor]:
 @cache
 def _address(n: int, m: int, bits: int, infinity: int) -> int:
     return int(block_kernel(n, m, bits, infinity).address)
+
+
+@cache
+def _wide_address(n: int, m: int, bits: int) -> int:
+    return int(wide_kernel(n, m, bits).address)
 
 
 @cache

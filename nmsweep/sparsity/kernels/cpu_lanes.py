@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.extending import intrinsic as numba_intrinsic
+from numba.core.extending import overload
 
 Compiled = Callable[..., Any]
 """What numba makes of a function: types are its own business, and annotations are for the reader."""
@@ -32,8 +34,24 @@ def jit_any_order(function: Callable[..., Any]) -> Compiled:
 
 
 def intrinsic(function: Callable[..., Any]) -> Compiled:
-    """A word whose code is written out in LLVM's language; its first parameter is the compiler's."""
-    compiled: Compiled = numba_intrinsic(function)
+    """A word whose code is written out in LLVM's language; its first parameter is the compiler's.
+
+    Functions that use it are compiled for vectors as wide as the network's, where LLVM would stop at half.
+    """
+
+    @wraps(function)
+    def typed(*arguments: Any) -> Any:
+        signature, codegen = function(*arguments)
+
+        def widely(context: Any, builder: Any, *rest: Any) -> Any:
+            set.add(
+                builder.function.attributes, f'"prefer-vector-width"="{VECTOR_BITS}"'
+            )  # llvmlite's own add knows other names
+            return codegen(context, builder, *rest)
+
+        return signature, widely
+
+    compiled: Compiled = numba_intrinsic(typed)
     return compiled
 
 
@@ -41,6 +59,38 @@ def literal_intrinsic(function: Callable[..., Any]) -> Compiled:
     """An intrinsic that is given the values of its constant arguments."""
     compiled: Compiled = numba_intrinsic(prefer_literal=True)(function)
     return compiled
+
+
+def at(values: Any, i: Any) -> Any:
+    """values[i]; a number is its own at every i."""
+    return values[i] if isinstance(values, np.ndarray) else values
+
+
+@overload(at)
+def _at(values: Any, i: Any) -> Any:
+    def element(values: Any, i: Any) -> Any:
+        return values[i]
+
+    def number(values: Any, i: Any) -> Any:
+        return values
+
+    return element if isinstance(values, types.Array) else number
+
+
+def comes_in_pairs(patterns: Any) -> Any:
+    """Whether an array of bit patterns can be read as pairs of bfloat16, which costs less than one by one."""
+    return patterns.dtype == np.uint16 and patterns.size % 2 == 0
+
+
+@overload(comes_in_pairs)
+def _comes_in_pairs(patterns: Any) -> Any:
+    def even(patterns: Any) -> Any:
+        return patterns.size % 2 == 0
+
+    def no(patterns: Any) -> Any:
+        return False
+
+    return even if patterns.dtype == types.uint16 else no
 
 
 @intrinsic
@@ -54,15 +104,15 @@ def pointer(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
-def call_blocks(typing: Any, function: Any, source: Any, target: Any, blocks: Any) -> Any:
+def call_blocks(typing: Any, function: Any, source: Any, short: Any, target: Any, blocks: Any) -> Any:
     """Call a block kernel of cpu_select by its address."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number = ir.IntType(64)
-        kind = ir.FunctionType(number, [number] * 3).as_pointer()
+        kind = ir.FunctionType(number, [number] * 4).as_pointer()
         return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
 
-    return types.int64(types.int64, types.int64, types.int64, types.int64), codegen
+    return types.int64(types.int64, types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -74,6 +124,29 @@ def fetch_add(typing: Any, address: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", place, arguments[1], "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _prefetch(typing: Any, address: Any, to_write: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (cgutils.voidptr_t,), kind)
+        place = builder.inttoptr(arguments[0], cgutils.voidptr_t)
+        write = builder.trunc(arguments[1], flag)
+        for constant in (0, 1):
+            with builder.if_then(builder.icmp_signed("==", write, ir.Constant(flag, constant))):
+                builder.call(function, [place, ir.Constant(flag, constant), ir.Constant(flag, 2), ir.Constant(flag, 1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@jit
+def prefetch(address: Any, size: Any, to_write: int) -> None:
+    """Have `size` bytes on their way to the cache, to be read or, to_write = 1, written soon."""
+    for line in range(address, address + size, 64):
+        _prefetch(line, to_write)
 
 
 @intrinsic
@@ -99,17 +172,22 @@ def from_float(typing: Any, value: Any, like: Any) -> Any:
         value = arguments[0]
         if like.dtype == types.int16:
             return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-        word = ir.IntType(32)
-        bits = builder.bitcast(value, word)
         if like.dtype == types.uint32:
-            return bits
-        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+            return builder.bitcast(value, ir.IntType(32))
+        word = ir.IntType(32)
+        rounded = _rounded(builder, builder.bitcast(value, word))
         nan = builder.fcmp_unordered("uno", value, value)
         rounded = builder.select(nan, ir.Constant(word, 0x7FC00000), rounded)
         return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
 
     return like.dtype(types.float32, like), codegen
+
+
+def _rounded(builder: Any, bits: Any) -> Any:
+    """Bits whose upper half is the bfloat16 nearest to the fp32 number with the given bits, ties to even."""
+    word = ir.IntType(32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+    return builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
 
 
 @intrinsic
@@ -126,30 +204,103 @@ def in_order(typing: Any, pattern: Any, like: Any) -> Any:
 
 
 @intrinsic
-def upper_half(typing: Any, key: Any, like: Any) -> Any:
-    """The upper half of the bits of an unsigned key, of the type of the array `like`."""
+def upper_halves(typing: Any, a: Any, b: Any) -> Any:
+    """The upper halves of the bits of two unsigned keys, side by side in one number of their width."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _halves(builder, arguments[0], like)[1]
+        return _side_by_side(builder, builder.lshr(arguments[0], _half(a)), builder.lshr(arguments[1], _half(a)), a)
 
-    return like.dtype(key, like), codegen
+    return a(a, b), codegen
 
 
 @intrinsic
-def lower_half(typing: Any, key: Any, upper: Any, like: Any) -> Any:
-    """The lower half of the bits of an unsigned key, of the type of the array `like`; PAD where the upper half is another one."""
+def lower_halves(typing: Any, a: Any, b: Any, upper: Any) -> Any:
+    """The lower halves of the bits of two unsigned keys, side by side; PAD for a key whose upper half is another one."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        low, high = _halves(builder, arguments[0], like)
-        ours = builder.icmp_unsigned("==", high, builder.trunc(arguments[1], high.type))
-        return builder.select(ours, low, ir.Constant(low.type, PAD & ((1 << low.type.width) - 1)))
+        kind = ir.IntType(a.bitwidth)
+        low = ir.Constant(kind, (1 << a.bitwidth // 2) - 1)
+        ours = builder.trunc(arguments[2], kind)
 
-    return like.dtype(key, types.int64, like), codegen
+        def lower(key: Any) -> Any:
+            is_ours = builder.icmp_unsigned("==", builder.lshr(key, _half(a)), ours)
+            return builder.select(is_ours, builder.and_(key, low), low)
+
+        return _side_by_side(builder, lower(arguments[0]), lower(arguments[1]), a)
+
+    return a(a, b, types.int64), codegen
 
 
-def _halves(builder: Any, key: Any, like: Any) -> tuple[Any, Any]:
-    half = ir.IntType(like.dtype.bitwidth)
-    return builder.trunc(key, half), builder.trunc(builder.lshr(key, ir.Constant(key.type, half.width)), half)
+def _half(kind: Any) -> Any:
+    return ir.Constant(ir.IntType(kind.bitwidth), kind.bitwidth // 2)
+
+
+def _side_by_side(builder: Any, low: Any, high: Any, kind: Any) -> Any:
+    return builder.or_(low, builder.shl(high, _half(kind)))
+
+
+@intrinsic
+def two_floats(typing: Any, pair: Any) -> Any:
+    """The fp32 values of two bfloat16 patterns in one uint32: the lower one, then the upper one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        low = builder.shl(arguments[0], ir.Constant(word, 16))
+        high = builder.and_(arguments[0], ir.Constant(word, 0xFFFF0000))
+        values = [builder.bitcast(bits, ir.FloatType()) for bits in (low, high)]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(types.float32, 2)(pair), codegen
+
+
+@intrinsic
+def two_patterns(typing: Any, low: Any, high: Any) -> Any:
+    """Two fp32 values rounded to bfloat16, in one uint32; a NaN stays one only if the lower half of its bits is 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        low, high = (_rounded(builder, builder.bitcast(value, word)) for value in arguments)
+        upper = builder.and_(high, ir.Constant(word, 0xFFFF0000))
+        return builder.or_(upper, builder.lshr(low, ir.Constant(word, 16)))
+
+    return types.uint32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def kept_of_two(typing: Any, low: Any, high: Any, mask: Any) -> Any:
+    """Two fp32 values, each 0 where its half of a uint32 of two masks is."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        *values, mask = arguments
+        word, half = ir.IntType(32), ir.Constant(ir.IntType(32), 16)
+        masks = [builder.ashr(builder.shl(mask, half), half), builder.ashr(mask, half)]
+        kept = [
+            builder.bitcast(builder.and_(builder.bitcast(value, word), each), ir.FloatType())
+            for value, each in zip(values, masks, strict=True)
+        ]
+        return context.make_tuple(builder, signature.return_type, kept)
+
+    return types.UniTuple(types.float32, 2)(low, high, mask), codegen
+
+
+@intrinsic
+def population(typing: Any, bits: Any) -> Any:
+    """How many bits of an int64 are set."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def trailing_zeros(typing: Any, bits: Any) -> Any:
+    """The place of the lowest bit that is set in an int64 that is not 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic
@@ -222,15 +373,17 @@ def kth_of_8(keys: Any, vectors: Any, k: Any) -> Any:
 def kth_of_16(keys: Any, count: Any, k: Any, octets: Any) -> Any:
     """The k-th smallest (from 0) of the uint16 keys[:count]: first its upper octet, then the lower one among the keys that share it.
 
+    keys: has room for one more.
     octets: uint8 scratch with room for padding.
     """
-    for i in range(count):
-        octets[i] = upper_half(keys[i], octets)
-    vectors = pad(octets, count)
+    pairs, half = octets.view(np.uint16), _even(keys, count)
+    for i in range(half):
+        pairs[i] = upper_halves(keys[i], keys[half + i])
+    vectors = pad(octets, 2 * half)
     upper = kth_of_8(octets, vectors, k)
     k -= count_below(octets, vectors, upper, 0)[0]
-    for i in range(count):
-        octets[i] = lower_half(keys[i], upper, octets)
+    for i in range(half):
+        pairs[i] = lower_halves(keys[i], keys[half + i], upper)
     return (upper << 8) | kth_of_8(octets, vectors, k)
 
 
@@ -238,13 +391,23 @@ def kth_of_16(keys: Any, count: Any, k: Any, octets: Any) -> Any:
 def kth_of_32(keys: Any, count: Any, k: Any, halves: Any, octets: Any) -> Any:
     """The k-th smallest (from 0) of the uint32 keys[:count]: first its upper half, then the lower one among the keys that share it.
 
+    keys: has room for one more.
     halves, octets: uint16 and uint8 scratch with room for padding.
     """
-    for i in range(count):
-        halves[i] = upper_half(keys[i], halves)
-    vectors = pad(halves, count)
-    upper = kth_of_16(halves, count, k, octets)
+    pairs, half = halves.view(np.uint32), _even(keys, count)
+    for i in range(half):
+        pairs[i] = upper_halves(keys[i], keys[half + i])
+    vectors = pad(halves, 2 * half)
+    upper = kth_of_16(halves, 2 * half, k, octets)
     k -= count_below(halves, vectors, upper, 0)[0]
-    for i in range(count):
-        halves[i] = lower_half(keys[i], upper, halves)
-    return (upper << 16) | kth_of_16(halves, count, k, octets)
+    for i in range(half):
+        pairs[i] = lower_halves(keys[i], keys[half + i], upper)
+    return (upper << 16) | kth_of_16(halves, 2 * half, k, octets)
+
+
+@jit
+def _even(keys: Any, count: Any) -> Any:
+    """Half the number of keys, after one more that is never below a candidate where it is odd."""
+    if count % 2 == 1:
+        keys[count] = -1
+    return (count + 1) // 2
