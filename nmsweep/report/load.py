@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +26,11 @@ FIELDS = (
 """What a cell is told apart by in a table."""
 
 _NUMERIC = ("value", "stderr", "n", "m", "n_items", "sparsity", "flops_share", "seed")
+_WORDS = tuple(name for name in METRIC_COLUMNS if name not in _NUMERIC)
 _NOT_A_SETTING = ("results_dir", "data.mirror", "baseline", "plugins", "force", "device", "eval.batch_tokens", "eval.skip_missing")  # fmt: skip
+_TOP_KEY = re.compile(r"(?<=\n)(?=[^ \-\n])")
+"""Where config.yaml is cut into blocks."""
+
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -90,11 +95,12 @@ def read_results(results_dir: Path) -> Results:
     blocks: dict[str, list[str]] = {}
     for one in files:
         cell_id = str(one.provenance.get("cell_id") or one.place.name.rpartition("_")[2])
-        configs.setdefault(cell_id, read_config(one.config))
-        blocks.setdefault(cell_id, list(config_blocks(one.config)))
+        blocks.setdefault(cell_id, _TOP_KEY.split(one.config))
+        configs.setdefault(cell_id, read_config(blocks[cell_id]))
         provenance.setdefault(cell_id, one.provenance)
         places.setdefault(cell_id, one.place)
     tidy = pd.concat(tables, ignore_index=True).drop_duplicates(["cell_id", "task", "metric"])
+    tidy = tidy.assign(**{name: _as_objects(tidy[name]) for name in _WORDS})
     tidy = tidy[tidy["cell_id"].isin(set(configs))]
     tidy = tidy.sort_values(
         ["model", "pattern", "criterion", "mitigation", "cell_id", "task", "metric"], ignore_index=True
@@ -112,10 +118,18 @@ def _because(problems: Sequence[str]) -> str:
     return f" that can be read ({problems[0]})" if problems else ""
 
 
+_SLOW = 1e-3
+"""Seconds a cell from which threads are worth it: a file server answers several at once, a near disk only waits for them."""
+
+
 def _read_cells(folders: Sequence[Path], problems: list[str]) -> list[_Files]:
-    with ThreadPoolExecutor(4) as pool:  # a file server answers several at once
-        chunks = [folders[at : at + 100] for at in range(0, len(folders), 100)]
-        found = [one for chunk in pool.map(lambda chunk: list(map(_read_one, chunk)), chunks) for one in chunk]
+    started = time.perf_counter()
+    found = [_read_one(folder) for folder in folders[:50]]
+    if time.perf_counter() - started > _SLOW * len(found):
+        with ThreadPoolExecutor(8) as pool:
+            found += pool.map(_read_one, folders[50:])
+    else:
+        found += map(_read_one, folders[50:])
     problems += [one for one in found if isinstance(one, str)]
     return [one for one in found if isinstance(one, _Files)]
 
@@ -168,11 +182,11 @@ def _table(text: bytes) -> pd.DataFrame:
     return table[list(METRIC_COLUMNS)]
 
 
-def read_config(text: str) -> Mapping[str, Any]:
-    """config.yaml; thousands of them share most of their blocks, and each distinct block is parsed once."""
+def read_config(blocks: Iterable[str]) -> Mapping[str, Any]:
+    """config.yaml by its blocks; thousands of files share most of them, and each distinct one is parsed once."""
     try:
         config: dict[str, Any] = {}
-        for block in config_blocks(text):
+        for block in blocks:
             config |= _parsed(block)
         return config
     except (yaml.YAMLError, TypeError):
@@ -184,18 +198,23 @@ def _parsed(block: str) -> Mapping[str, Any]:
     return yaml.load(block, Loader=_Loader) or {}
 
 
-def config_blocks(text: str) -> Iterator[str]:
-    """config.yaml cut where a top-level key begins."""
-    return iter(_TOP_KEY.split(text))
-
-
-_TOP_KEY = re.compile(r"(?<=\n)(?=[^ \-\n])")
+def _as_objects(words: pd.Series) -> pd.Series:
+    """Words as Python's, each distinct one once: they are looked at one by one, which Arrow is slow at."""
+    codes, distinct = pd.factorize(words)
+    return pd.Series(np.asarray(distinct, dtype=object)[codes], index=words.index, dtype=object)
 
 
 def _cells(tidy: pd.DataFrame, configs: Mapping[str, Any], places: Mapping[str, Path]) -> pd.DataFrame:
     cells = tidy.drop_duplicates("cell_id").set_index("cell_id")[[*FIELDS, "dense_cell_id", "sparsity", "flops_share", "status"]]  # fmt: skip
-    tasks = tidy.drop_duplicates(["cell_id", "task"]).groupby("cell_id", sort=False)["task"].agg("+".join)
-    return cells.assign(tasks=tasks, error="", place=pd.Series(places), status="done")
+    tasks: dict[str, dict[str, None]] = {}
+    for cell_id, task in zip(tidy["cell_id"].tolist(), tidy["task"].tolist(), strict=True):
+        tasks.setdefault(cell_id, {})[task] = None
+    return cells.assign(
+        tasks=pd.Series({cell_id: "+".join(one) for cell_id, one in tasks.items()}, dtype=object),
+        error="",
+        place=pd.Series(places),
+        status="done",
+    )
 
 
 def _failures(
@@ -208,7 +227,7 @@ def _failures(
         if cell_id in finished or place.name.startswith("."):
             continue
         try:
-            config = read_config((place / "config.yaml").read_text())
+            config = read_config(_TOP_KEY.split((place / "config.yaml").read_text()))
             parse_pattern(config.get("pattern", "dense"))
             provenance[cell_id] = json.loads((place / "provenance.json").read_bytes())
         except (OSError, ValueError, InputError) as error:
@@ -234,7 +253,11 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def variants(cells: pd.DataFrame, configs: Mapping[str, Mapping[str, Any]]) -> pd.Series:
     """For cells that no field tells apart, the settings that do (``eval.limit=32``); empty for the others."""
     found = dict.fromkeys(cells.index, "")
-    for _, same in cells.groupby([*FIELDS, "tasks"], sort=False, dropna=False).groups.items():
+    numbers = cells.groupby([*FIELDS, "tasks"], sort=False, dropna=False).ngroup()
+    groups: dict[int, list[str]] = {}
+    for cell_id, number in zip(cells.index, numbers.tolist(), strict=True):
+        groups.setdefault(number, []).append(cell_id)
+    for same in groups.values():
         if len(same) < 2:
             continue
         flat = {cell_id: dict(_flat(one)) for cell_id, one in zip(same, _not_shared(same, configs), strict=True)}

@@ -74,23 +74,18 @@ def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
 
 def cell_list(results: Results) -> pd.DataFrame:
     """One row a cell: what it is, how it went, the command that runs it again and the command that made it."""
-    rows = []
-    for cell in results.cells.reset_index(names="cell_id").to_dict("records"):
-        cell_id = str(cell["cell_id"])
-        known = results.provenance.get(cell_id, {})
-        rows.append(
-            {
-                "cell_id": cell_id,
-                **{name: cell[name] for name in (*FIELDS, "tasks", "variant", "dense_cell_id", "status", "error")},
-                "folder": cell["place"].name,
-                "sparsity": cell["sparsity"],
-                "flops_share": cell["flops_share"],
-                **{
-                    name: known.get(name)
-                    for name in ("time_s", "tokens", "peak_memory_bytes", "device", "finished", "git")
-                },
-                "rerun": rerun_command(results.configs.get(cell_id, {})),
-                "made_by": known.get("command", ""),
-            }
-        )
-    return pd.DataFrame(rows)
+    cells = results.cells
+    ids = [str(cell_id) for cell_id in cells.index]
+    known = [results.provenance.get(cell_id, {}) for cell_id in ids]
+    of_record = ("time_s", "tokens", "peak_memory_bytes", "device", "finished", "git")
+    return pd.DataFrame(
+        {
+            "cell_id": ids,
+            **{name: cells[name].array for name in (*FIELDS, "tasks", "variant", "dense_cell_id", "status", "error")},
+            "folder": [place.name for place in cells["place"]],
+            **{name: cells[name].array for name in ("sparsity", "flops_share")},
+            **{name: [one.get(name) for one in known] for name in of_record},
+            "rerun": [rerun_command(results.configs.get(cell_id, {})) for cell_id in ids],
+            "made_by": [one.get("command", "") for one in known],
+        }
+    )

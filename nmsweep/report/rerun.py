@@ -53,11 +53,13 @@ def _methods(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _differing(key: str, value: Any, default: Any) -> Iterator[str]:
+    if value == default:
+        return
     if isinstance(default, Mapping) and isinstance(value, Mapping):
         for name, one in value.items():
             if one != default.get(name):
                 yield _word(f"{key}.{name}", one)
-    elif value != default and list(value if isinstance(value, list | tuple) else [value]) != default:
+    elif list(value if isinstance(value, list | tuple) else [value]) != default:
         yield _word(key, value)
 
 
