@@ -7,7 +7,8 @@ import pandas as pd
 
 from nmsweep.pattern import Pattern, parse_pattern
 from nmsweep.report.load import Results
-from nmsweep.report.scores import QUANTITIES, Scores
+from nmsweep.report.quantities import QUANTITIES
+from nmsweep.report.scores import Scores
 from nmsweep.report.spec import kind_of
 
 _KEY = ["model", "targets", "dtype", "pattern"]

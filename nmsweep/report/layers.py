@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from nmsweep.report.scores import Quantity
+from nmsweep.report.quantities import Quantity
 from nmsweep.report.spec import MISSING, Entry, Table, TableSpec
 
 ERROR = Quantity("error", "relative output error", "relative_error", "", "", "lower", 1, False, 3)

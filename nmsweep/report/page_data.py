@@ -8,7 +8,8 @@ import pandas as pd
 
 from nmsweep.report.items import item_texts
 from nmsweep.report.load import FIELDS, Results
-from nmsweep.report.scores import QUANTITIES, Quantity, Scores
+from nmsweep.report.quantities import QUANTITIES, Quantity
+from nmsweep.report.scores import Scores
 from nmsweep.report.spec import metadata_bits_of, order
 
 _FIELDS = ("data", *FIELDS, "tasks", "variant", "status")

@@ -6,9 +6,9 @@ matrix product a task. The statistics are those of `nmsweep.evaluate.statistics`
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,33 +21,33 @@ from nmsweep.report.samples import Floats, Samples, TaskItems
 from nmsweep.report.workers import in_threads
 
 Matrix = NDArray[np.float32]
+_T = TypeVar("_T")
 
 _FEW = 500_000
 """Items × cells up to which 10,000 resamples are drawn; 2,000 beyond."""
 
 
+_FEW_ITEMS = 64
+"""Items up to which replicates are sooner worked out whenever they are wanted than kept."""
+
 _CHUNK = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replicates:
-    """Bootstrap replicates of cells, float32, one row a cell.
+    """Bootstrap replicates of cells that saw the same items, float32.
 
     Attributes:
         rows: row of a cell.
-        means: [cells, resamples], mean of the metric; for a text, mean loss a token in nats.
+        means: [cells, resamples] of some rows, mean of the metric; for a text, mean loss a token in nats.
     """
 
     rows: Mapping[str, int]
-    means: Matrix
+    means: Callable[[Sequence[int]], Matrix]
 
     def of(self, cells: Sequence[str]) -> Matrix:
-        """Rows of cells; one row, to be broadcast, where they are all the same cell. A view where they lie together."""
-        rows = [self.rows[cell] for cell in ([cells[0]] if len(set(cells)) == 1 else cells)]
-        start = rows[0]
-        return (
-            self.means[start : start + len(rows)] if rows == list(range(start, start + len(rows))) else self.means[rows]
-        )
+        """Replicates of cells, [cells, resamples]; may be a view."""
+        return self.means([self.rows[cell] for cell in cells])
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class PairedResults:
     Attributes:
         table: one row a pair, task and metric: `first`, `second`, `task`, `metric`, `n_items`, and what `compare` of
             `nmsweep.evaluate.comparison` gives, with Holm's `p_holm`.
-        replicates: by task and metric; a cell is in one of the list's elements (cells with other items are in others).
+        replicates: of the cells in pairs, by task and metric; a cell is in one of the list's elements (cells with other
+            items are in others).
         flips: by second cell and task, of the pair's metric: items right in the first cell only, in the second only.
         n_resamples: of every interval.
     """
@@ -67,9 +68,14 @@ class PairedResults:
     flips: Mapping[tuple[str, str], tuple[list[int], list[int]]] = field(default_factory=dict)
     n_resamples: int = 0
 
-    def group(self, task: str, metric: str, cell: str) -> Replicates | None:
-        """The replicates among which a cell is; None where it has no such items."""
-        return next((one for one in self.replicates.get((task, metric), ()) if cell in one.rows), None)
+    def groups(self, dense: str, cell: str, tasks: Sequence[tuple[str, str]]) -> tuple[Replicates, ...] | None:
+        """Of each task and metric, the replicates among which both cells are; None where a task has none."""
+        found = [
+            next((one for one in self.replicates.get(task, ()) if cell in one.rows and dense in one.rows), None)
+            for task in tasks
+        ]
+        known = tuple(one for one in found if one is not None)
+        return known if found and len(known) == len(found) else None
 
 
 def paired(
@@ -90,12 +96,15 @@ def paired(
     flips: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
     for task, names in metrics.items():
         for place, metric in enumerate(names):
-            groups = list(_same_items(samples, task, metric))
-            replicates[task, metric] = [_resampled(task, metric, group, n_resamples) for group in groups]
-            for group, drawn in zip(groups, replicates[task, metric], strict=True):
+            drawn = replicates.setdefault((task, metric), [])
+            for group in _same_items(samples, task, metric):
                 here = [pair for pair in pairs if pair.first in group and pair.second in group]
-                for chunk in chunks(here):
-                    jobs.append((task, metric, group, drawn, chunk))
+                if not here:
+                    continue
+                cells = list(dict.fromkeys(cell for pair in here for cell in (pair.first, pair.second)))
+                drawn.append(_resampled(task, metric, group, cells, n_resamples))
+                for chunk in _by_first(here):
+                    jobs.append((task, metric, group, drawn[-1], chunk))
                     if place == 0:
                         flips.update(flips_of(task, metric, group, chunk))
     table = _joined(in_threads(_rows, jobs))
@@ -113,13 +122,17 @@ def _joined(parts: Sequence[Mapping[str, Sequence[Any] | Floats]]) -> pd.DataFra
     return pd.DataFrame({name: np.concatenate(column) for name, column in columns.items()})
 
 
-def chunks(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Pairs with one first cell, few enough that their replicates stay in the processor's cache."""
+def chunks(cells: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """Few enough that their replicates stay in the processor's cache."""
+    return (cells[at : at + _CHUNK] for at in range(0, len(cells), _CHUNK))
+
+
+def _by_first(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
+    """Pairs with one first cell, chunk by chunk."""
     by_first: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_first.setdefault(pair.first, []).append(pair)
-    for same in by_first.values():
-        yield from (same[at : at + _CHUNK] for at in range(0, len(same), _CHUNK))
+    return (chunk for same in by_first.values() for chunk in chunks(same))
 
 
 def _same_items(samples: Mapping[str, Samples], task: str, metric: str) -> Iterator[dict[str, TaskItems]]:
@@ -133,23 +146,40 @@ def _same_items(samples: Mapping[str, Samples], task: str, metric: str) -> Itera
     yield from groups.values()
 
 
-def _resampled(task: str, metric: str, group: Mapping[str, TaskItems], n_resamples: int) -> Replicates:
+def _resampled(
+    task: str, metric: str, group: Mapping[str, TaskItems], cells: Sequence[str], n_resamples: int
+) -> Replicates:
     """Means over resampled items; a text's windows are its items, weighted by their tokens."""
-    cells = list(group)
+    name = "nll" if metric == PERPLEXITY else metric
+    sums = stacked(group, cells, name).astype(np.float32)
+    weights = np.ones(sums.shape[1], dtype=np.float32)
     if metric == PERPLEXITY:
-        sums, weights = stacked(group, cells, "nll"), group[cells[0]].values["n_tokens"]
-    else:
-        sums = stacked(group, cells, metric)
-        weights = np.ones(sums.shape[1])
-    sums, weights = sums.astype(np.float32), weights.astype(np.float32)
+        weights = group[cells[0]].values["n_tokens"].astype(np.float32)
+    draws = _draws(task, sums.shape[1], n_resamples)
+    rows = {cell: row for row, cell in enumerate(cells)}
+    if sums.shape[1] <= _FEW_ITEMS:
+        counts = np.ascontiguousarray(np.concatenate(list(draws)).T)
+        return Replicates(rows, lambda chosen: _means(sums[chosen], counts, weights))
     means = np.empty((len(cells), n_resamples), dtype=np.float32)
     at = 0
-    for counts in _draws(task, sums.shape[1], n_resamples):
-        part = means[:, at : at + len(counts)]
-        np.matmul(sums, counts.T, out=part)
-        part /= counts @ weights
-        at += len(counts)
-    return Replicates({cell: row for row, cell in enumerate(cells)}, means)
+    for some in draws:
+        means[:, at : at + len(some)] = _means(sums, some.T, weights)
+        at += len(some)
+    return Replicates(rows, lambda chosen: means[_as_slice(chosen)])
+
+
+def _means(sums: Matrix, counts: Matrix, weights: Matrix) -> Matrix:
+    """Means [cells, resamples] of items that each resample has some times, [items, resamples]."""
+    two = np.repeat(sums, 2, axis=0) if len(sums) == 1 else sums  # the product of a single row is rounded otherwise
+    means = two @ counts
+    means /= weights @ counts
+    return means[: len(sums)]
+
+
+def _as_slice(rows: Sequence[int]) -> slice | Sequence[int]:
+    """Rows that lie together as a slice, which copies nothing."""
+    start = rows[0]
+    return slice(start, start + len(rows)) if list(rows) == list(range(start, start + len(rows))) else rows
 
 
 def _draws(task: str, n: int, n_resamples: int) -> Iterator[Matrix]:
@@ -167,7 +197,7 @@ def ends(replicates: Matrix) -> tuple[Floats, Floats]:
     last = replicates.shape[1] - 1
     places = [last * (1 - LEVEL) / 2, last * (1 + LEVEL) / 2]
     part = np.sort(replicates, axis=1)  # vectorised, and sooner than a partition at four places
-    bad = np.isnan(replicates).any(axis=1)
+    bad = np.isnan(part[:, -1])
     found = []
     for place in places:
         below, above = (part[:, rounded(place)].astype(np.float64) for rounded in (math.floor, math.ceil))
@@ -182,7 +212,7 @@ def _rows(
     """Columns, of a task, a metric, the cells that saw the same items, their replicates, and at least one pair of them."""
     task, metric, group, drawn, pairs = job
     first, second = [pair.first for pair in pairs], [pair.second for pair in pairs]
-    a, b = drawn.of(first), drawn.of(second)
+    a, b = drawn.of(first[:1]), drawn.of(second)
     n = len(pairs)
     found: dict[str, Sequence[Any] | Floats] = {
         "first": np.array(first, dtype=object), "second": np.array(second, dtype=object),

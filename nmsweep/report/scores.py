@@ -1,60 +1,23 @@
 """The numbers of a report: each cell on each task against dense, and its means over tasks, with paired intervals."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import groupby, islice
 
 import numpy as np
 import pandas as pd
 
 from nmsweep.report.changes import Pair
 from nmsweep.report.load import Results
-from nmsweep.report.paired import Matrix, PairedResults, chunks, ends, paired
+from nmsweep.report.paired import Matrix, PairedResults, Replicates, chunks, ends, paired
+from nmsweep.report.quantities import QUANTITIES, Quantity
 from nmsweep.report.samples import Floats, Found, read_many
 from nmsweep.report.tidy import PERPLEXITY, drops, primary
 from nmsweep.report.workers import Here, in_threads
 
-
-@dataclass(frozen=True)
-class Quantity:
-    """Something a table can show.
-
-    Attributes:
-        name: the word of ``report.metric=``.
-        title: for captions and axes.
-        column: of `Scores.per_task` and `Scores.per_cell`.
-        low, high: columns of its interval; empty without one.
-        better: which direction is better.
-        scale: what a value is multiplied by to be shown (100 for points and percent).
-        text: whether it is about perplexity texts.
-        digits: shown after the point.
-    """
-
-    name: str
-    title: str
-    column: str
-    low: str
-    high: str
-    better: Literal["lower", "higher"]
-    scale: float
-    text: bool
-    digits: int
-
-
-QUANTITIES = {
-    quantity.name: quantity
-    for quantity in (
-        Quantity("drop", "drop (points)", "drop", "drop_low", "drop_high", "lower", 100, False, 1),
-        Quantity("relative", "relative drop (%)", "relative_drop", "relative_low", "relative_high", "lower", 100, False, 1),
-        Quantity("accuracy", "accuracy (%)", "value", "", "", "higher", 100, False, 1),
-        Quantity("ratio", "perplexity / dense", "ratio", "ratio_low", "ratio_high", "lower", 1, True, 3),
-        Quantity("perplexity", "perplexity", "value", "", "", "lower", 1, True, 2),
-        Quantity("kl", "KL(dense ‖ sparse) (nats)", "kl", "", "", "lower", 1, True, 4),
-        Quantity("agreement", "top-1 agreement (%)", "top1_agreement", "", "", "higher", 100, True, 1),
-        Quantity("flips", "flip rate (%)", "flip_rate", "", "", "lower", 100, False, 1),
-    )
-}  # fmt: skip
+_Part = tuple[str, str, tuple[tuple[str, str], ...]]
+"""A dense cell, a cell, and tasks with their metrics."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +36,30 @@ class Scores:
     per_cell: pd.DataFrame
     paired: PairedResults
     _tasks: Mapping[tuple[str, str, bool], tuple[str, Sequence[tuple[str, str]]]]
-    _known: dict[tuple[str, str, str, str | None], Matrix | None] = field(default_factory=dict)
+    _kept: dict[tuple[str, tuple[_Part, ...]], Matrix | None] = field(default_factory=dict)
+    """Means over seeds, which several tables show."""
 
-    def replicates(self, quantity: Quantity, cell: str, data: str, task: str | None) -> Matrix | None:
-        """Bootstrap replicates [resamples] of a quantity: of one task, or the mean over tasks; None where there are none."""
-        self.prepare(quantity, [cell], data, task)
-        return self._known[quantity.name, cell, data, task]
+    def replicates(
+        self, quantity: Quantity, entries: Sequence[Sequence[str]], data: str, task: str | None
+    ) -> list[Matrix | None]:
+        """Bootstrap replicates [resamples] of a quantity, of one task or the mean over tasks.
 
-    def prepare(self, quantity: Quantity, cells: Sequence[str], data: str, task: str | None) -> None:
-        """Work out the replicates of many cells at once, for `replicates` to find."""
-        same: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
-        for cell in cells:
-            if (quantity.name, cell, data, task) not in self._known:
-                dense, tasks = self._tasks.get((cell, data, quantity.text), ("", ()))
-                same.setdefault((dense, tuple(one for one in tasks if task in (None, one[0]))), []).append(cell)
-        for (dense, chosen), together in same.items():
-            found = mean_replicates(self.paired, quantity.name, dense, together, chosen)
-            for place, cell in enumerate(together):
-                self._known[quantity.name, cell, data, task] = None if found is None else found[place]
+        Args:
+            entries: the cells of each: those that differ by seed alone, whose mean is wanted.
+
+        Returns:
+            those of each entry; None where one of its cells has none.
+        """
+        keys = [(quantity.name, tuple(self._part(quantity, cell, data, task) for cell in cells)) for cells in entries]
+        new = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        rows = iter(_rows(self.paired, quantity.name, [part for _, parts in new for part in parts]))
+        found = {key: _mean(list(islice(rows, len(key[1])))) for key in new}
+        self._kept.update((key, mean) for key, mean in found.items() if len(key[1]) > 1)
+        return [found[key] if key in found else self._kept[key] for key in keys]
+
+    def _part(self, quantity: Quantity, cell: str, data: str, task: str | None) -> _Part:
+        dense, tasks = self._tasks.get((cell, data, quantity.text), ("", ()))
+        return dense, cell, tuple(one for one in tasks if task in (None, one[0]))
 
 
 def make_scores(
@@ -132,6 +101,8 @@ def make_scores(
 
 _MEAN_OF = ("value", "dense", "drop", "relative_drop", "ratio", "kl", "top1_agreement", "flip_rate", "mean_abs_delta")
 
+_ENDS = [end for name in ("drop", "relative", "ratio") for end in (QUANTITIES[name].low, QUANTITIES[name].high)]
+
 
 def _averages(per_task: pd.DataFrame) -> pd.DataFrame:
     """Unweighted means over tasks; perplexity texts apart. Index: cell_id, data, is_text."""
@@ -144,6 +115,8 @@ def _averages(per_task: pd.DataFrame) -> pd.DataFrame:
     incomplete = (grouped["drop"].count() < grouped.size()).to_numpy() & no_text
     for name in ("drop", "relative_drop"):
         means[name] = means[name].mask(incomplete)
+    one = grouped.size() == 1
+    means[_ENDS] = grouped[_ENDS].first().where(one)  # those of several are found from the items
     names: dict[tuple[str, str, bool], list[str]] = {}
     for *key, task in zip(*(table[name].tolist() for name in (*keys, "task")), strict=True):
         names.setdefault((key[0], key[1], key[2]), []).append(task)
@@ -168,21 +141,39 @@ def _tasks_of(per_task: pd.DataFrame) -> dict[tuple[str, str, bool], tuple[str, 
     return found
 
 
-def mean_replicates(
-    found: PairedResults, name: str, dense: str, cells: Sequence[str], tasks: Sequence[tuple[str, str]]
-) -> Matrix | None:
-    """Replicates [cells, resamples] of a quantity's mean over tasks, of cells with one dense cell; None if one lacks a task."""
-    if name not in _FORMULAS or not tasks:
+def _rows(found: PairedResults, name: str, parts: Sequence[_Part]) -> Iterator[Matrix | None]:
+    """Replicates of a quantity's mean over tasks, of each cell; None where there are none."""
+    for groups, run in groupby(parts, key=lambda part: found.groups(*part)):
+        dense, cells, _ = zip(*run, strict=True)
+        if groups and name in _FORMULAS:
+            yield from mean_replicates(name, groups, dense, cells)
+        else:
+            yield from [None] * len(cells)
+
+
+def _mean(rows: Sequence[Matrix | None]) -> Matrix | None:
+    known = [row for row in rows if row is not None]
+    if len(known) < len(rows):
         return None
+    return known[0] if len(known) == 1 else sum(known[1:], known[0]) / np.float32(len(known))
+
+
+def mean_replicates(name: str, groups: Sequence[Replicates], dense: Sequence[str], cells: Sequence[str]) -> Matrix:
+    """Replicates [cells, resamples] of a quantity's mean over tasks.
+
+    Args:
+        name: of the quantity.
+        groups: of each task, the replicates among which all the cells are.
+        dense: the dense cell of each cell, or the one of all.
+        cells: whose quantity it is.
+    """
     total: Matrix | None = None
-    for task, metric in tasks:
-        group = found.group(task, metric, cells[0])
-        if group is None or any(cell not in group.rows for cell in (dense, *cells)):
-            return None
+    for group in groups:
         with np.errstate(divide="ignore", invalid="ignore"):
-            one = _FORMULAS[name](group.of([dense]), group.of(cells))
+            one = _FORMULAS[name](group.of(dense), group.of(cells))
         total = one if total is None else total + one
-    return None if total is None else total / np.float32(len(tasks))
+    assert total is not None
+    return total if len(groups) == 1 else total / np.float32(len(groups))
 
 
 def _intervals(
@@ -190,33 +181,26 @@ def _intervals(
     found: PairedResults,
     tasks: Mapping[tuple[str, str, bool], tuple[str, Sequence[tuple[str, str]]]],
 ) -> None:
-    """Intervals of the means over tasks, added to `per_cell`."""
-    same: dict[tuple[str, bool, tuple[tuple[str, str], ...]], list[Pair]] = {}
-    for (cell, data, is_text), (dense, chosen) in tasks.items():
-        if cell != dense:
-            same.setdefault((data, is_text, tuple(chosen)), []).append(Pair(dense, cell))
+    """Intervals of the means over several tasks, put into `per_cell`."""
+    same: dict[tuple[bool, str, tuple[Replicates, ...]], list[tuple[str, str, bool]]] = {}
+    for key, (dense, chosen) in tasks.items():
+        if key[0] != dense and len(chosen) > 1 and (groups := found.groups(dense, key[0], chosen)):
+            same.setdefault((key[2], dense, groups), []).append(key)
     jobs = [
-        (quantity, data, is_text, chosen, chunk)
-        for (data, is_text, chosen), pairs in same.items()
-        for quantity in (QUANTITIES[name] for name in (("ratio",) if is_text else ("drop", "relative")))
-        for chunk in chunks(pairs)
+        (QUANTITIES[name], dense, groups, chunk)
+        for (is_text, dense, groups), keys in same.items()
+        for name in (("ratio",) if is_text else ("drop", "relative"))
+        for chunk in chunks(keys)
     ]
-    ends_of: dict[str, dict[tuple[str, str, bool], float]] = {}
-    for (quantity, data, is_text, _, chunk), both in zip(
-        jobs, in_threads(lambda job: _ends(found, job), jobs), strict=True
-    ):
-        keys = [(pair.second, data, is_text) for pair in chunk]
-        for column, values in zip((quantity.low, quantity.high), both, strict=False):
-            ends_of.setdefault(column, {}).update(zip(keys, values.tolist(), strict=True))
-    for name in ("drop", "relative", "ratio"):
-        for column in (QUANTITIES[name].low, QUANTITIES[name].high):
-            per_cell[column] = [ends_of.get(column, {}).get(key, np.nan) for key in per_cell.index]
+    known: dict[str, dict[tuple[str, str, bool], float]] = {}
+    for (quantity, _, _, chunk), both in zip(jobs, in_threads(_ends, jobs), strict=True):
+        for column, values in zip((quantity.low, quantity.high), both, strict=True):
+            known.setdefault(column, {}).update(zip(chunk, values.tolist(), strict=True))
+    for column, found_ends in known.items():
+        per_cell[column] = [found_ends.get(key, end) for key, end in zip(per_cell.index, per_cell[column], strict=True)]
 
 
-def _ends(
-    found: PairedResults, job: tuple[Quantity, str, bool, Sequence[tuple[str, str]], Sequence[Pair]]
-) -> tuple[Floats, ...]:
-    """Both ends of a mean's interval, of pairs with one dense cell; nothing where there are no replicates."""
-    quantity, _, _, chosen, chunk = job
-    replicates = mean_replicates(found, quantity.name, chunk[0].first, [pair.second for pair in chunk], chosen)
-    return () if replicates is None else ends(replicates)
+def _ends(job: tuple[Quantity, str, tuple[Replicates, ...], Sequence[tuple[str, str, bool]]]) -> tuple[Floats, Floats]:
+    """Both ends of a mean's interval, of cells with one dense cell."""
+    quantity, dense, groups, keys = job
+    return ends(mean_replicates(quantity.name, groups, [dense], [key[0] for key in keys]))

@@ -10,7 +10,7 @@ import pandas as pd
 from nmsweep.errors import InputError, nearest
 from nmsweep.pattern import parse_pattern
 from nmsweep.report.load import FIELDS
-from nmsweep.report.scores import QUANTITIES, Quantity
+from nmsweep.report.quantities import QUANTITIES, Quantity
 
 DIMENSIONS = (*FIELDS, "tasks", "variant", "task")
 """What rows and columns can be made of; `tasks` is the set of tasks that a mean is over, `task` one of them."""
@@ -138,12 +138,14 @@ def order(name: str, value: object) -> tuple[float, float, str]:
     return (0.0 if text == "none" else 1.0, 0.0, text)
 
 
+@cache
 def kind_of(pattern: str) -> str:
     """``dense``, ``n:m``, ``unstructured``, ``threshold``, or ``policy`` where each layer has a pattern of its own."""
     parsed = parse_pattern(pattern)
     return "policy" if parsed.policy else parsed.kind
 
 
+@cache
 def metadata_bits_of(pattern: str) -> float:
     """Theoretical bits of metadata an element; NaN unless all layers have one N:M pattern."""
     bits = parse_pattern(pattern).metadata_bits

@@ -9,7 +9,8 @@ import pandas as pd
 
 from nmsweep.report.load import FIELDS, Results
 from nmsweep.report.marks import mark
-from nmsweep.report.scores import QUANTITIES, Quantity, Scores
+from nmsweep.report.quantities import QUANTITIES, Quantity
+from nmsweep.report.scores import Scores
 from nmsweep.report.spec import DIMENSIONS, MISSING, PRESETS, Entry, Table, TableSpec, order
 from nmsweep.report.tidy import data_kind
 
@@ -20,13 +21,13 @@ def preset_tables(results: Results, scores: Scores) -> list[Table]:
     for spec in PRESETS:
         for metric in ("drop",) if "task" in spec.cols else ("drop", "ratio"):
             tables += make_tables(replace(spec, metric=metric), results, scores)
-    return [table for table in tables if _worth_it(table)]
+    return tables
 
 
-def _worth_it(table: Table) -> bool:
-    """A form about weight pruning or targets says nothing where only one is there."""
-    special = {"operand_pattern": "operand", "targets_pattern": "targets"}.get(table.spec.name)
-    return special is None or table.frame.index.get_level_values(special).nunique() > 1
+def _worth_it(spec: TableSpec, long: pd.DataFrame) -> bool:
+    """Whether there is a number; a form about weight pruning or targets says nothing where only one is there."""
+    special = {"operand_pattern": "operand", "targets_pattern": "targets"}.get(spec.name)
+    return bool(long["value"].notna().any()) and (special is None or long[special].nunique() > 1)
 
 
 def make_tables(spec: TableSpec, results: Results, scores: Scores) -> list[Table]:
@@ -36,7 +37,7 @@ def make_tables(spec: TableSpec, results: Results, scores: Scores) -> list[Table
         found = _numbers(spec, scores, data)
         if len(found):
             long = _allowed(spec, _long(spec, found, results, scores, data))
-            if long["value"].notna().any():
+            if _worth_it(spec, long):
                 tables.append(_table(spec, long, data, scores))
     return tables
 
@@ -88,9 +89,9 @@ def _failed(results: Results, data: str, quantity: Quantity, done: pd.DataFrame,
         }
         rows += [{**row, "task": task} for task in tasks] if by_task else [row] if tasks else []
     failed = pd.DataFrame(rows)
-    for name, key in (("operand", "criterion"), ("revision", "model")):
-        known = done.drop_duplicates(key).set_index(key)[name]
-        if len(failed):
+    if len(failed):
+        for name, key in (("operand", "criterion"), ("revision", "model")):
+            known = done.drop_duplicates(key).set_index(key)[name]
             failed[name] = failed[key].map(known).fillna("")
     return failed
 
@@ -133,12 +134,14 @@ def _table(spec: TableSpec, long: pd.DataFrame, data: str, scores: Scores) -> Ta
 def _front(dims: Sequence[str], long: pd.DataFrame) -> tuple[str, ...]:
     """Fields without which two different cells would share a place; cells that differ by seed alone are averaged."""
     front: list[str] = []
-    rest = [name for name in DIMENSIONS if name in long and name not in (*dims, "seed", "revision", "operand")]
     done = long[long["status"] == "done"]
-    for name in rest:
-        slots = done.groupby([*dims, *front], sort=False, dropna=False)[name]
-        if len(done) and slots.nunique(dropna=False).max() > 1:
+    keys = list(zip(*(done[name].tolist() for name in dims), strict=True))
+    for name in (one for one in DIMENSIONS if one in long and one not in (*dims, "seed", "revision", "operand")):
+        known: dict[tuple[object, ...], object] = {}
+        values = done[name].tolist()
+        if any(known.setdefault(key, value) != value for key, value in zip(keys, values, strict=True)):
             front.append(name)
+            keys = [(*key, value) for key, value in zip(keys, values, strict=True)]
     return tuple(front)
 
 
