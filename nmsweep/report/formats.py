@@ -10,10 +10,13 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from nmsweep.report.scores import Quantity
+from nmsweep.report.quantities import Quantity
 from nmsweep.report.spec import Entry, Table
 
 Escape = Callable[[object], str]
+
+MOST_ROWS = 200
+"""Rows that are shown; nobody reads more, and the CSV has them all."""
 
 _LONG = 45
 """Rows from which a LaTeX table may break over pages."""
@@ -84,9 +87,9 @@ def caption(table: Table) -> str:
 _USUAL = {("mitigation", "none"), ("targets", "all"), ("scope", "all"), ("profile", "strict")}
 
 
-def legend(table: Table) -> str:
-    """What the marks mean, only those that are there."""
-    entries = list(table.entries())
+def legend(table: Table, escape: Escape = plain) -> str:
+    """What the marks mean, only those that are there, and how many rows are left out; `escape` is for a name in it."""
+    entries = table.frame[:MOST_ROWS].to_numpy().ravel().tolist()
     words = []
     if any(entry.best for entry in entries):
         words.append("bold: best of its column" + (f" within {' and '.join(table.front)}" if table.front else ""))
@@ -100,12 +103,14 @@ def legend(table: Table) -> str:
         words.append("failed: its cell failed")
     if any(len(entry.cells) > 1 and entry.status == "done" for entry in entries):
         words.append("mean over seeds where there are several")
+    if (n_more := len(table.frame) - MOST_ROWS) > 0:
+        words.append(f"{n_more} more rows are left out: {escape(table.name)}.csv has them all")
     return "; ".join(words)
 
 
 def _frame(table: Table, escape: Escape) -> pd.DataFrame:
-    """The entries under escaped labels, made unique: two names may look alike once escaped."""
-    frame = table.frame.copy()
+    """The rows that are shown under escaped labels, made unique: two names may look alike once escaped."""
+    frame = table.frame[:MOST_ROWS].copy()
     frame.index = _labels(frame.index, escape)
     frame.columns = _labels(frame.columns, escape)
     return frame
@@ -131,7 +136,7 @@ def to_markdown(table: Table) -> str:
     if frame.columns.nlevels > 1:
         frame.columns = [" / ".join(key) for key in frame.columns]
     body = frame.reset_index().to_markdown(index=False, disable_numparse=True, colalign=_aligned(frame))
-    return f"### {markdown_text(caption(table))}\n\n{body}\n\n{legend(table)}\n"
+    return f"### {markdown_text(caption(table))}\n\n{body}\n\n{legend(table, markdown_text)}\n"
 
 
 def _aligned(frame: pd.DataFrame) -> list[str]:
@@ -146,26 +151,19 @@ def _markdown_entry(entry: Entry, quantity: Quantity) -> str:
 
 
 def to_csv(table: Table) -> pd.DataFrame:
-    """One row an entry, unscaled, with the cells that it comes from."""
-    rows = []
-    for key, row in zip(table.frame.index, table.frame.itertuples(index=False, name=None), strict=True):
-        for column, entry in zip(table.frame.columns, row, strict=True):
-            rows.append(
-                {
-                    **dict(zip(table.frame.index.names, key, strict=True)),
-                    **dict(zip(table.frame.columns.names, column, strict=True)),
-                    "data": table.data,
-                    "metric": table.quantity.name,
-                    "value": entry.value,
-                    "low": entry.low,
-                    "high": entry.high,
-                    "status": entry.status,
-                    "best": entry.best,
-                    "not_worse": entry.best or entry.tied,
-                    "cells": "+".join(entry.cells),
-                }
-            )
-    return pd.DataFrame(rows)
+    """One row an entry, unscaled, with the cells that it comes from; all of them."""
+    frame = table.frame
+    rows, columns = list(frame.index), list(frame.columns)
+    entries: list[Entry] = frame.to_numpy().ravel().tolist()
+    found: dict[str, Any] = {
+        str(name): [key[at] for key in rows for _ in columns] for at, name in enumerate(frame.index.names)
+    }
+    found |= {str(name): [key[at] for key in columns] * len(rows) for at, name in enumerate(frame.columns.names)}
+    found |= {"data": table.data, "metric": table.quantity.name}
+    found |= {name: [getattr(entry, name) for entry in entries] for name in ("value", "low", "high", "status", "best")}
+    found["not_worse"] = [entry.best or entry.tied for entry in entries]
+    found["cells"] = ["+".join(entry.cells) for entry in entries]
+    return pd.DataFrame(found)
 
 
 def to_latex(table: Table, label: str) -> str:

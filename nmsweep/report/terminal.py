@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from nmsweep.report.formats import caption, legend, number, plain, span
+from nmsweep.report.formats import MOST_ROWS, caption, legend, number, plain, span
 from nmsweep.report.load import FIELDS, Results
-from nmsweep.report.scores import QUANTITIES, Quantity, Scores
+from nmsweep.report.quantities import QUANTITIES, Quantity
+from nmsweep.report.scores import Scores
 from nmsweep.report.spec import Entry, Table, order
 
 _MOST_ROWS = 60
@@ -44,7 +45,8 @@ def show_table(out: Console, table: Table) -> None:
         rich_table.add_column(escape(str(name)))
     for key in table.frame.columns:
         rich_table.add_column(escape(plain(" / ".join(map(str, key)))), justify="right")
-    for key, row in zip(table.frame.index, table.frame.itertuples(index=False, name=None), strict=True):
+    shown = table.frame[:MOST_ROWS]
+    for key, row in zip(shown.index, shown.itertuples(index=False, name=None), strict=True):
         rich_table.add_row(*[escape(plain(part)) for part in key], *[_entry(entry, table.quantity) for entry in row])
     out.print(rich_table)
     out.print(escape(legend(table)), highlight=False, soft_wrap=True)

@@ -17,14 +17,16 @@ from nmsweep.errors import InputError
 from nmsweep.evaluate.comparison import compare
 from nmsweep.record import METRIC_COLUMNS, items_file
 from nmsweep.report import formats
+from nmsweep.report import paired as paired_module
 from nmsweep.report.changes import Pair
 from nmsweep.report.check import check_results
 from nmsweep.report.command import parse_words, report
 from nmsweep.report.contrast import contrast
 from nmsweep.report.load import Results, read_results
 from nmsweep.report.paired import paired
+from nmsweep.report.quantities import QUANTITIES
 from nmsweep.report.samples import read_many
-from nmsweep.report.scores import QUANTITIES, Scores, make_scores
+from nmsweep.report.scores import Scores, make_scores
 from nmsweep.report.spec import PRESETS, TableSpec, parse_spec
 from nmsweep.report.tables import make_tables, preset_tables
 from nmsweep.report.workers import Here
@@ -119,10 +121,49 @@ def test_resampled_means_are_centred_on_the_mean(results: Results) -> None:
     found = paired(samples, pairs, {"boolq": ["acc"], "wikitext2": ["perplexity"]})
     for (task, metric), groups in found.replicates.items():
         for group in groups:
-            for one, row in group.rows.items():
+            for one in group.rows:
                 items = samples[one][task]
                 own = items.values["nll"].sum() / items.values["n_tokens"].sum() if metric == "perplexity" else items.values[metric].mean()  # fmt: skip
-                assert group.means[row].mean() == pytest.approx(own, rel=0.02)
+                assert group.of([one]).mean() == pytest.approx(own, rel=0.02)
+
+
+def test_replicates_are_the_same_whether_kept_or_worked_out_when_wanted(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {str(one): place / "samples.parquet" for one, place in results.done["place"].items()}
+    samples = read_many(files, (), [], Here())
+    pairs = [Pair(str(dense), str(one)) for one, dense in results.done["dense_cell_id"].items() if dense != one]
+    found = []
+    for few in (0, 10**6):
+        monkeypatch.setattr(paired_module, "_FEW_ITEMS", few)
+        (group,) = paired(samples, pairs, {"boolq": ["acc"]}).replicates["boolq", "acc"]
+        cells = list(group.rows)
+        alone = np.concatenate([group.of([cell]) for cell in cells])
+        assert (alone == group.of(cells)).all(), "of one cell as of many"
+        found.append(alone)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_cell_that_is_in_no_pair_has_no_replicates(results: Results) -> None:
+    files = {str(one): place / "samples.parquet" for one, place in results.done["place"].items()}
+    samples = read_many(files, (), [], Here())
+    sparse = cell(results, pattern="2:4", criterion="wanda")
+    dense = str(results.cells.loc[sparse, "dense_cell_id"])
+    (group,) = paired(samples, [Pair(dense, sparse)], {"boolq": ["acc"]}).replicates["boolq", "acc"]
+    assert set(group.rows) == {dense, sparse}
+    assert paired(samples, [], {"boolq": ["acc"]}).replicates["boolq", "acc"] == []
+
+
+def test_a_cell_without_samples_takes_no_interval_from_others(tmp_path: Path) -> None:
+    make_results(tmp_path, Plan(models=("alpha",), patterns=("2:4", "8:16"), mitigations=("none", "shift")))
+    whole = make_scores(read_results(tmp_path), []).per_cell.set_index(["cell_id", "is_text"])
+    lost = next(place for place in sorted((tmp_path / "cells").iterdir()) if "_2-4_" in place.name)
+    (lost / "samples.parquet").unlink()
+    found = make_scores(read_results(tmp_path), []).per_cell.set_index(["cell_id", "is_text"])
+    is_lost = found.index.get_level_values("cell_id") == lost.name.rpartition("_")[2]
+    for column in ("drop_low", "relative_high", "ratio_low"):
+        assert found.loc[is_lost, column].isna().all()
+        pd.testing.assert_series_equal(found.loc[~is_lost, column], whole.loc[~is_lost, column], rtol=1e-6)
 
 
 def test_mini_and_real_are_never_in_one_table(results: Results, scores: Scores) -> None:
@@ -178,6 +219,26 @@ def test_cells_that_differ_by_a_setting_are_not_mixed(tmp_path: Path) -> None:
     (table,) = make_tables(parse_spec("pattern", "model", "drop"), found, make_scores(found, []))
     assert table.front == ("variant",)
     assert all(len(entry.cells) <= 1 for entry in table.entries())
+
+
+def test_a_long_table_is_cut_where_people_read_it_and_whole_as_csv(
+    results: Results, scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "MOST_ROWS", 3)
+    (table,) = [t for t in make_tables(parse_spec("mitigation+pattern", "model", "drop"), results, scores) if t.data == "mini"]  # fmt: skip
+    n_rows, n_columns = table.frame.shape
+    said = f"{n_rows - 3} more rows are left out: "
+    text = formats.to_markdown(table)
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 3
+    assert text.endswith(said + "custom\\_drop.csv has them all\n")
+    for label, key in zip(table.frame.index[:3], text.splitlines()[4:], strict=False):
+        assert all(str(part) in key.replace("\\", "") for part in label), "the first in reading order"
+    assert formats.html_document(table).count("<tr>") == 2 + 3
+    assert said + "custom_drop.csv" in formats.html_document(table)
+    assert said + r"custom\_drop.csv" in formats.to_latex(table, "tab:x")
+    assert len(formats.to_csv(table)) == n_rows * n_columns
+    monkeypatch.setattr(formats, "MOST_ROWS", n_rows)
+    assert "left out" not in formats.legend(table)
 
 
 @pytest.fixture(scope="session")
