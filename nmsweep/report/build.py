@@ -19,7 +19,8 @@ from nmsweep.report.layers import DATA as LAYERS
 from nmsweep.report.layers import Sensitivity, layer_tables, read_sensitivities
 from nmsweep.report.load import Results, read_results
 from nmsweep.report.manifest import cell_list, cell_provenance, manifest, warnings_of
-from nmsweep.report.page import make_page
+from nmsweep.report.page import make_page, script_json
+from nmsweep.report.page_data import page_data
 from nmsweep.report.samples import begin_reading
 from nmsweep.report.scores import Scores, make_scores
 from nmsweep.report.spec import Table, TableSpec
@@ -58,23 +59,12 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
         view = hardware_view(results, scores)
         cells = cell_list(results)
         write_numbers(results, cells, tables, view, made)
-        drawn = figures()
+        data = script_json(page_data(results, scores, dict(zip(cells["cell_id"], cells["rerun"], strict=True))))
+        _show(out, results, scores, [table for table in tables if asked and table.spec == asked], problems)
+        drawn = figures()  # all that needs none of them is done
         draw_layer_errors(layers, folder / "figures" / LAYERS, drawn)
-    write_text(
-        folder / "index.html",
-        make_page(
-            results,
-            scores,
-            tables,
-            drawn,
-            view,
-            made,
-            dict(zip(cells["cell_id"], cells["rerun"], strict=True)),
-            problems,
-        ),
-    )
+    write_text(folder / "index.html", make_page(results, scores, tables, drawn, view, made, data, problems))
     write_text(folder / "summary.md", summary(tables, drawn, problems))
-    _show(out, results, scores, [table for table in tables if asked and table.spec == asked], problems)
     for file in (results_dir / "tidy.csv", folder / "summary.md", folder / "index.html"):
         out.print(str(file), soft_wrap=True, highlight=False)
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from nmsweep.pattern import parse_pattern
 from nmsweep.report.formats import plain
-from nmsweep.report.scores import QUANTITIES, Quantity
+from nmsweep.report.quantities import QUANTITIES, Quantity
 from nmsweep.report.spec import order
 from nmsweep.report.style import legend_below, legend_room, look, panels
 
@@ -42,10 +42,12 @@ def _series(cells: pd.DataFrame, column: str) -> tuple[list[tuple[str, pd.DataFr
     names = [name for name in names if name != "operand"] or ["criterion"]
     other = (cells["criterion"] != "act") | (cells["mitigation"] != "none")
     grouped = cells.assign(_other=other).groupby(names, sort=False)
-    rank = grouped.agg(_other=("_other", "any"), _n=("_other", "size"), _mean=(column, "mean"))
-    rank = rank.sort_values(["_other", "_n", "_mean"], ascending=[True, False, True], kind="stable")
-    lines = [(key if isinstance(key, tuple) else (key,), grouped.get_group(key if isinstance(key, tuple) else (key,))) for key in rank.index[:MOST_SERIES]]  # fmt: skip
-    rest = f"; at most {MOST_SERIES} series a panel, the others are left out" if len(rank) > MOST_SERIES else ""
+    rank = pd.DataFrame({"_other": grouped["_other"].any(), "_n": grouped.size(), "_mean": grouped[column].mean()})
+    rank["_number"] = range(len(rank))
+    rank = rank.sort_values(["_other", "_n", "_mean"], ascending=[True, False, True], kind="stable")[:MOST_SERIES]
+    numbers = grouped.ngroup()
+    lines = [(key if isinstance(key, tuple) else (key,), cells[numbers == number]) for key, number in rank["_number"].items()]  # fmt: skip
+    rest = f"; at most {MOST_SERIES} series a panel, the others are left out" if grouped.ngroups > MOST_SERIES else ""
     return [(plain(", ".join(map(str, key))), same) for key, same in lines], rest
 
 

@@ -89,8 +89,9 @@ def points(results: Results, scores: Scores, data: str) -> pd.DataFrame:
     of_data = scores.per_cell[scores.per_cell["data"] == data].set_index("cell_id")
     tasks = of_data[~of_data["is_text"]].drop(columns=["is_text", "data", "ratio", "ratio_low", "ratio_high"])
     text = of_data[of_data["is_text"]][["value", "ratio", "ratio_low", "ratio_high"]].rename(columns={"value": "perplexity"})  # fmt: skip
-    cells = results.done[[*FIELDS, "variant", "sparsity", "flops_share", "place", "dense_cell_id"]]
+    cells = results.done[[*FIELDS, "variant", "sparsity", "flops_share", "place"]]
     cells = cells[cells.index.isin(of_data.index)].join(tasks.rename(columns={"value": "accuracy"})).join(text)
+    cells["place"] = cells["place"].map(str)  # a path is slow to send to another process
     cells["density"] = 1 - cells["sparsity"]
     cells["flops_density"] = 1 - cells["flops_share"] * cells["sparsity"]
     cells["bits"] = [metadata_bits_of(pattern) for pattern in cells["pattern"]]

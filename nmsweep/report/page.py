@@ -15,8 +15,8 @@ from nmsweep.report.figures import Figures
 from nmsweep.report.formats import caption, html_text, number, plain, span, to_html
 from nmsweep.report.hardware import COLUMNS
 from nmsweep.report.load import Results
-from nmsweep.report.page_data import page_data
-from nmsweep.report.scores import QUANTITIES, Scores
+from nmsweep.report.quantities import QUANTITIES
+from nmsweep.report.scores import Scores
 from nmsweep.report.spec import Entry, Table, order
 
 _TEMPLATE = Path(__file__).parent / "template"
@@ -29,7 +29,7 @@ def make_page(
     figures: Figures,
     hardware: pd.DataFrame,
     made: Mapping[str, Any],
-    rerun: Mapping[str, str],
+    data: str,
     warnings: Sequence[str],
 ) -> str:
     """The page as text.
@@ -39,7 +39,7 @@ def make_page(
         figures: whose PNG files are put into the page.
         hardware: of `hardware_view`.
         made: of `manifest`.
-        rerun: the command that runs each cell again.
+        data: of `page_data`, by `script_json`.
         warnings: shown at the top.
     """
     environment = Environment(loader=FileSystemLoader(_TEMPLATE), autoescape=True)
@@ -47,7 +47,7 @@ def make_page(
     return environment.get_template("page.html.jinja").render(
         css=Markup((_TEMPLATE / "page.css").read_text(encoding="utf-8")),
         js=Markup((_TEMPLATE / "page.js").read_text(encoding="utf-8")),
-        data=Markup(script_json(page_data(results, scores, rerun))),
+        data=Markup(data),
         title=plain(results.folder),
         n_done=int((status == "done").sum()),
         n_failed=int((status == "failed").sum()),

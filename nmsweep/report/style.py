@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")  # files only: a cluster node has no display
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends import backend_agg, backend_pdf  # noqa: F401 - imported once, before the processes part
 from matplotlib.figure import Figure
 
 COLUMN = 3.35
@@ -62,15 +60,12 @@ def panels(
     n_rows = -(-len(titles) // n_columns)
     height = 1.75 + _TOP + _XLABEL + below
     with mpl.rc_context(_RC):
-        figure = plt.figure(figsize=(COLUMN * n_columns, height * n_rows))
-        try:
-            axes = [_panel(figure, number, (n_rows, n_columns), below, left) for number in range(len(titles))]
-            for axis, title in zip(axes, titles, strict=True):
-                axis.set_title(title if len(titles) > 1 else "")
-            yield axes
-            _save(figure, files, place)
-        finally:
-            plt.close(figure)
+        figure = Figure(figsize=(COLUMN * n_columns, height * n_rows))
+        axes = [_panel(figure, number, (n_rows, n_columns), below, left) for number in range(len(titles))]
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title if len(titles) > 1 else "")
+        yield axes
+        _save(figure, files, place)
 
 
 def _panel(figure: Figure, number: int, grid: tuple[int, int], below: float, left: float) -> Axes:

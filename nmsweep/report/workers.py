@@ -16,9 +16,6 @@ _T = TypeVar("_T")
 MANY = 500
 """Cells from which other processes are worth their start."""
 
-_IMPORTED = ["nmsweep.report.samples", "nmsweep.report.drawings"]
-"""What the processes need; imported once, before they part."""
-
 
 class Here(Executor):
     """This process, at once."""
@@ -33,11 +30,16 @@ class Here(Executor):
 
 
 def get_ready(words: Sequence[str]) -> None:
-    """Begin the processes' common import beside this process's own, where the words ask for a report that needs them."""
+    """Begin the processes' common import beside this process's own, where the words ask for a report that needs them.
+
+    To be called before NumPy is imported: many small products are made beside the other processes, and a BLAS with threads
+    would spend more time on its threads' turns than on them.
+    """
     given = dict(word.removeprefix("--").removeprefix("report.").partition("=")[::2] for word in words)
     cells = Path(given.get("results_dir", "results")) / "cells"
     if {"check", "compare"} & set(given) or not cells.is_dir() or sum(1 for _ in os.scandir(cells)) < MANY:
         return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if _start().get_start_method() == "forkserver":
         from multiprocessing.forkserver import ensure_running
 
@@ -50,9 +52,16 @@ def workers(n_cells: int) -> Iterator[Executor]:
     if n_cells < MANY:
         yield Here()
         return
-    options: dict[str, Any] = {"max_workers": min(8, os.cpu_count() or 1), "mp_context": _start(), "initializer": gc.disable}  # fmt: skip
+    options: dict[str, Any] = {"max_workers": min(8, os.cpu_count() or 1), "mp_context": _start(), "initializer": _settle}  # fmt: skip
     with ProcessPoolExecutor(**options) as pool:
         yield pool
+
+
+def _settle() -> None:
+    """In another process: as in this one no search for cycles; and this one goes first, since in the end it has most to do."""
+    gc.disable()
+    if hasattr(os, "nice"):
+        os.nice(5)
 
 
 def _start() -> Any:
@@ -60,7 +69,7 @@ def _start() -> Any:
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED)
+    context.set_forkserver_preload(["nmsweep.report.preload"])
     return context
 
 
