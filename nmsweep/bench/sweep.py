@@ -1,5 +1,7 @@
 """What a sweep costs beside its cells: time against their number, one process against two, and the commands on thousands."""
 
+import csv
+import io
 import json
 import os
 import secrets
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,14 @@ MITIGATIONS = ("none", "shift", "var", "shift+var")
 CRITERIA = ("act", "wina")
 COMMON = (
     "--multirun", "model=tiny-llama", "dtype=float32", "device=cpu", "eval.limit=8", "eval.seqlen=64",
-    "tasks=mini_science+mini_prose", "baseline=false",
+    "tasks=mini_science+mini_prose",
 )  # fmt: skip
+N_MODELS = 8
+"""Models of a folder of many records."""
 
 
-def grid(n_cells: int) -> list[str]:
-    """The words of a sweep of 8, 16, 32 or 64 cells of the tiny model."""
+def grid(n_cells: int, *, baseline: bool = False) -> list[str]:
+    """The words of a sweep of 8, 16, 32 or 64 cells of the tiny model, and their dense cell if `baseline`."""
     n_mitigations = min(len(MITIGATIONS), max(1, n_cells // len(PATTERNS)))
     n_criteria = max(1, n_cells // (len(PATTERNS) * len(MITIGATIONS)))
     return [
@@ -35,6 +40,7 @@ def grid(n_cells: int) -> list[str]:
         f"pattern={','.join(PATTERNS)}",
         f"mitigation={','.join(MITIGATIONS[:n_mitigations])}",
         f"criterion={','.join(CRITERIA[:n_criteria])}",
+        f"baseline={str(baseline).lower()}",
     ]
 
 
@@ -103,8 +109,9 @@ def _workers(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 def _commands(folder: Path, n_records: int) -> list[dict[str, Any]]:
     """`status` and `report` on a results folder of many records."""
-    results = folder / "many"
-    multiply(folder / "n64-0", results, n_records)
+    source, results = folder / "source", folder / "many"
+    _timed(*grid(64, baseline=True), f"results_dir={source}")
+    multiply(source, results, n_records)
     return [
         {"what": f"nmsweep {name}", "cells": n_records, "seconds": _timed(name, f"results_dir={results}")}
         for name in ("status", "report")
@@ -112,17 +119,26 @@ def _commands(folder: Path, n_records: int) -> list[dict[str, Any]]:
 
 
 def multiply(source: Path, results: Path, n_records: int) -> Plan:
-    """Fill a results folder with copies of another one's cells under new ids, and with the plan that they are of."""
+    """Fill a results folder as a sweep over models and seeds would: with another folder's cells, over and over.
+
+    Each copy of all of them, the dense cell included, has a model and a seed of its own in every file but the samples.
+
+    Args:
+        source: of one sweep, whole.
+        results: is made.
+        n_records: cells; the last copy may lack some.
+
+    Returns:
+        The plan that the new cells are of.
+    """
     plan = load(source, plan_ids(source)[0])
-    folders = {folder.name: folder for folder in cell_folders(source)}
-    cells: list[PlannedCell] = []
     (results / "cells").mkdir(parents=True)
-    for at in range(n_records):
-        cell = plan.cells[at % len(plan.cells)]
-        new = secrets.token_hex(6)
-        name = cell.name.replace(cell.cell_id, new)
-        _copy(folders[cell.name], results / "cells" / name, cell.cell_id, new)
-        cells.append(replace(cell, cell_id=new, part_id=secrets.token_hex(6), name=name))
+    cells: list[PlannedCell] = []
+    for number in range(-(-n_records // len(plan.cells))):
+        ids = {cell.cell_id: secrets.token_hex(6) for cell in plan.cells}
+        for cell in plan.cells[: n_records - len(cells)]:
+            cells.append(_renamed(cell, ids, number))
+            _copy(source / "cells" / cell.name, results / "cells" / cells[-1].name, cells[-1])
     if (source / "items").is_dir():
         shutil.copytree(source / "items", results / "items")
     made = Plan(plan.words, tuple(cells), results)
@@ -130,13 +146,43 @@ def multiply(source: Path, results: Path, n_records: int) -> Plan:
     return made
 
 
-def _copy(source: Path, place: Path, old: str, new: str) -> None:
+def _renamed(cell: PlannedCell, ids: Mapping[str, str], number: int) -> PlannedCell:
+    """A planned cell in the copy of that number."""
+    old, seed = cell.config["model"]["name"], number // N_MODELS
+    model = f"{old}-{number % N_MODELS}"
+    return replace(
+        cell,
+        name=cell.name.replace(old, model).replace(cell.cell_id, ids[cell.cell_id]),
+        cell_id=ids[cell.cell_id],
+        part_id=secrets.token_hex(6),
+        dense_cell_id=ids[cell.dense_cell_id],
+        config={**cell.config, "model": {**cell.config["model"], "name": model}, "seed": seed},
+    )
+
+
+def _copy(source: Path, place: Path, cell: PlannedCell) -> None:
+    """The files of a finished cell as those of another one."""
     place.mkdir()
-    for name in ("config.yaml", "samples.parquet"):
-        os.link(source / name, place / name)
+    os.link(source / "samples.parquet", place / "samples.parquet")
+    provenance = _provenance(source)
+    model, seed = cell.config["model"]["name"], cell.config["seed"]
+    config = (source / "config.yaml").read_text().replace(f"\nseed: {provenance['seed']}\n", f"\nseed: {seed}\n")
+    old = provenance["model"]["name"]
+    (place / "config.yaml").write_text(config.replace(f"\n  name: {old}\n", f"\n  name: {model}\n"))
+    ids = {"cell_id": cell.cell_id, "dense_cell_id": cell.dense_cell_id}
     for name in ("metrics.csv", "layers.csv"):
-        (place / name).write_text((source / name).read_text().replace(old, new))
-    provenance = json.loads((source / "provenance.json").read_text().replace(old, new))
-    for name in ("metrics.csv", "layers.csv"):
-        provenance["files"][name]["sha256"] = file_digest(place / name)
-    (place / "provenance.json").write_text(json.dumps(provenance))
+        (place / name).write_text(_with((source / name).read_text(), {**ids, "model": model, "seed": seed}))
+    provenance |= {**ids, "part_id": cell.part_id, "seed": seed, "model": {**provenance["model"], "name": model}}
+    for name in provenance["files"]:
+        provenance["files"][name] = {"bytes": (place / name).stat().st_size, "sha256": file_digest(place / name)}
+    (place / "provenance.json").write_text(json.dumps(provenance, indent=1))
+
+
+def _with(table: str, values: Mapping[str, object]) -> str:
+    """CSV text with other values in the columns that it has."""
+    rows = csv.DictReader(io.StringIO(table))
+    columns, text = rows.fieldnames or (), io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | {name: values[name] for name in values if name in columns} for row in rows)
+    return text.getvalue()

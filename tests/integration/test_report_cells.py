@@ -12,11 +12,13 @@ import pytest
 from rich.console import Console
 from support.results_folder import Plan, make_results
 
+from nmsweep.bench import sweep
 from nmsweep.cell import identify
 from nmsweep.compose import cells_of
 from nmsweep.report import workers
 from nmsweep.report.build import make_report
 from nmsweep.report.load import read_results
+from nmsweep.report.scores import make_scores
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "eval.limit=4", "eval.seqlen=32")
@@ -60,6 +62,32 @@ def test_a_report_of_real_cells_writes_everything(nmsweep: Call, real: Path) -> 
     assert view.loc["2:4", "combinatorial_bits"] == 0.75
     assert view.loc["2:4", "compressed"] == pytest.approx(0.5 + 0.75 / 32)
     assert 0.5 < view.loc["2:4", "linear_flops_kept"] < 1
+
+
+def test_a_multiplied_folder_is_that_of_a_sweep_over_models_and_seeds(
+    nmsweep: Call, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "N_MODELS", 2)
+    folder = tmp_path / "results"
+    made = sweep.multiply(real, folder, 4 * 3 + 2)
+    done = read_results(folder).done
+    assert set(done.index) == {cell.cell_id for cell in made.cells}
+    copies = done.groupby(["model", "seed"]).size()
+    assert copies.to_dict() == {("tiny-llama-0", 0): 3, ("tiny-llama-1", 0): 3, ("tiny-llama-0", 1): 3, ("tiny-llama-1", 1): 3, ("tiny-llama-0", 2): 2}  # fmt: skip
+    dense = done.loc[done["dense_cell_id"]]
+    assert set(dense["pattern"]) == {"dense"}
+    assert (dense[["model", "seed"]].to_numpy() == done[["model", "seed"]].to_numpy()).all()
+    results = read_results(folder)
+    for cell_id, config in results.configs.items():
+        known = results.provenance[cell_id]
+        assert (config["model"]["name"], config["seed"]) == (known["model"]["name"], known["seed"])
+        assert results.cells.loc[cell_id, "place"].name.startswith(f"{config['model']['name']}_")
+    assert "14 done" in nmsweep("status", f"results_dir={folder}")[1]
+    code, out, err = nmsweep("report", f"results_dir={folder}", "--check")
+    assert code == 0, out + err
+    assert "0 differ, 0 cannot be recomputed" in out
+    scores = make_scores(results, [])
+    assert scores.per_task.loc[scores.per_task["cell_id"] != scores.per_task["dense_cell_id"], "dense"].notna().all()
 
 
 def test_the_command_of_a_cell_gives_that_cell(real: Path) -> None:
