@@ -12,6 +12,7 @@ from numba import carray
 
 from .cpu_lanes import (
     OCTETS,
+    as_words,
     at,
     call_blocks,
     comes_in_pairs,
@@ -21,6 +22,7 @@ from .cpu_lanes import (
     in_order,
     jit,
     jit_any_order,
+    jit_in_place,
     kept_of_two,
     kth_of_16,
     kth_of_32,
@@ -78,12 +80,13 @@ def layout(hidden: int, m: int, padded_m: int, block: int, chunk: int, key_size:
     at_masks = at_short + (room * 2 + block // 8 + vector - 1) // vector * vector  # and the bitmap of one block
     at_made = at_masks + (room * size + vector - 1) // vector * vector
     at_eta = at_made + (chunk * hidden * size + vector - 1) // vector * vector
-    at_ordered = at_eta + (chunk * size + vector - 1) // vector * vector
+    at_nu = at_eta + (chunk * size + vector - 1) // vector * vector
+    at_ordered = at_nu + (chunk * 4 + vector - 1) // vector * vector
     at_halves = at_ordered + (hidden * size + 2 * vector - 1) // vector * vector
     at_octets = at_halves + (hidden * 2 + 2 * vector) // vector * vector
     at_candidates = at_octets + (hidden + 2 * vector) // vector * vector
     end = at_candidates + (m * key_size + 2 * vector - 1) // vector * vector
-    return room, at_short, at_masks, at_made, at_eta, at_ordered, at_halves, at_octets, at_candidates, end
+    return room, at_short, at_masks, at_made, at_eta, at_nu, at_ordered, at_halves, at_octets, at_candidates, end
 
 
 _layout = jit(layout)
@@ -100,7 +103,7 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
     mask_out = carray(pointer(call.mask), (call.total, hidden), np.uint8)
     nu_out = carray(pointer(call.nu), (call.total,), np.float32)
     key_size, size = np.empty(0, key_type).itemsize, np.empty(0, storage).itemsize
-    room, at_short, at_masks, at_made, at_eta, at_ordered, at_halves, at_octets, at_candidates, end = _layout(
+    room, at_short, at_masks, at_made, at_eta, at_nu, at_ordered, at_halves, at_octets, at_candidates, end = _layout(
         hidden, call.m, call.padded_m, call.block, call.chunk, key_size, size
     )
     base = (
@@ -111,6 +114,7 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
     masks = carray(pointer(base + at_masks), (room,), unsigned)
     made = carray(pointer(base + at_made), (call.chunk, hidden), storage)
     token_eta = carray(pointer(base + at_eta), (call.chunk,), storage)
+    token_nu = carray(pointer(base + at_nu), (call.chunk,), np.float32)
     ordered = carray(pointer(base + at_ordered), (hidden + 1,), unsigned)
     halves = carray(pointer(base + at_halves), ((at_octets - at_halves) // 2,), np.uint16)
     octets = carray(pointer(base + at_octets), (at_candidates - at_octets,), np.uint8)
@@ -118,6 +122,7 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
     eta = carray(pointer(call.eta), (hidden if call.eta_step != 0 else 1,), np.float32)
     patterns = carray(pointer(call.eta_bits), (eta.size,), storage)
     _set(token_eta, patterns[0] if call.eta != 0 else patterns.dtype.type(0))
+    _set(token_nu, np.float32(1))
     kept = 0
     chunk = fetch_add(shared, 1)
     while chunk < call.n_chunks:
@@ -143,14 +148,23 @@ def general(p: Any, storage: Any, unsigned: Any, key_type: Any, stamp: int) -> N
             else:
                 _keys_of_row(call, first + r, row, to_float(token_eta[r]), row_keys)
         kept += _select(call, rows * (hidden // call.m), keys, short, masks, candidates, halves, octets)
+        if (
+            call.var != 0
+        ):  # in a loop of its own: the processor adds up the next row while it still divides for this one
+            for r in range(rows):
+                row_mask = masks[r * hidden : (r + 1) * hidden]
+                if call.eta_step != 0:
+                    token_nu[r] = _variance_ratio(tokens[r], eta, row_mask)
+                else:
+                    token_nu[r] = _variance_ratio(tokens[r], to_float(token_eta[r]), row_mask)
         for r in range(rows):
             row_mask = masks[r * hidden : (r + 1) * hidden]
             if call.eta_step != 0:
-                nu = _finish(call, tokens[r], eta, patterns, row_mask, u[first + r])
+                _finish(tokens[r], eta, patterns, token_nu[r], row_mask, u[first + r])
             else:
-                nu = _finish(call, tokens[r], to_float(token_eta[r]), token_eta[r], row_mask, u[first + r])
+                _finish(tokens[r], to_float(token_eta[r]), token_eta[r], token_nu[r], row_mask, u[first + r])
             if call.nu != 0:
-                nu_out[first + r] = nu
+                nu_out[first + r] = token_nu[r]
             if call.mask != 0:
                 _write_mask(row_mask, mask_out[first + r])
     fetch_add(shared + 8, kept)
@@ -176,9 +190,7 @@ def _make(call: Any, x: Any, begin: int, end: int, made: Any) -> None:
         else:
             factors = gains[begin:stop] if call.gain_step != 0 else gains[channel : channel + stop - begin]
             if pairs:
-                _multiply_pairs(
-                    values.view(np.uint32), scale, call.scale != 0, factors.view(np.uint32), out.view(np.uint32)
-                )
+                _multiply_pairs(as_words(values), scale, call.scale != 0, as_words(factors), as_words(out))
             elif call.scale != 0:
                 _scale_and_multiply(values, scale, factors, out)
             else:
@@ -227,7 +239,7 @@ def _scale_and_multiply(x: Any, scale: Any, gain: Any, made: Any) -> None:
         made[i] = from_float(scaled * to_float(gain[i]), made)
 
 
-@jit
+@jit_in_place
 def _keys_of_row(call: Any, number: int, row: Any, eta: Any, keys: Any) -> None:
     """Keys of one token, by its number; η is one number or one for each channel."""
     if keys.itemsize == 2:
@@ -262,17 +274,15 @@ def _select(
     return kept - call.n * (blocks * call.block // padded_m - n_groups)  # the groups of the padding
 
 
-@jit
-def _finish(call: Any, row: Any, eta: Any, fill: Any, mask: Any, out: Any) -> Any:
-    """Write one token pruned, with η and its bit pattern one number or one for each channel; its ν."""
-    nu = _variance_ratio(row, eta, mask) if call.var != 0 else np.float32(1)
+@jit_in_place
+def _finish(row: Any, eta: Any, fill: Any, nu: Any, mask: Any, out: Any) -> None:
+    """Write one token pruned, with η and its bit pattern one number or one for each channel."""
     if nu == np.float32(1):
         _write(row, mask, fill, out)
     elif comes_in_pairs(row) and 1 < nu < np.inf:
-        _rescale_pairs(row.view(np.uint32), mask.view(np.uint32), eta, fill, nu, out.view(np.uint32))
+        _rescale_pairs(as_words(row), as_words(mask), eta, fill, nu, as_words(out))
     else:
         _rescale(row, mask, eta, fill, nu, out)
-    return nu
 
 
 @jit
@@ -443,20 +453,19 @@ def _mean(row: Any) -> Any:
     return row.dtype.type(0) if to_float(pattern) == np.float32(0) else pattern
 
 
-@jit
+@jit_in_place
 def _variance_ratio(row: Any, eta: Any, mask: Any) -> Any:
     """ν of one token of which at least one channel is pruned, so that Var k⊙z is 0 only if k⊙z is."""
     if row.itemsize == 2:
         if comes_in_pairs(row):
-            dense, dense_squares, sparse, sparse_squares = _sums_of_pairs(
-                row.view(np.uint32), eta, mask.view(np.uint32)
-            )
+            dense, dense_squares, sparse, sparse_squares = _sums_of_pairs(as_words(row), eta, as_words(mask))
         else:
             dense, dense_squares, sparse, sparse_squares = _sums(row, eta, mask, np.float32(0), np.float32(0))
-        dense_variance = dense_squares - dense * dense / row.size
-        sparse_variance = sparse_squares - sparse * sparse / row.size
+        share = np.float32(1) / np.float32(row.size)
+        dense_variance = dense_squares - dense * dense * share
+        sparse_variance = sparse_squares - sparse * sparse * share
         if _is_sound(dense_variance, dense_squares) and _is_sound(sparse_variance, sparse_squares):
-            return np.float32(np.sqrt(np.float64(dense_variance) / np.float64(sparse_variance)))
+            return np.sqrt(dense_variance / sparse_variance)
     dense, dense_squares, sparse, sparse_squares = _sums(row, eta, mask, np.float64(to_float(row[0]) - at(eta, 0)), 0.0)
     dense_variance = dense_squares - dense * dense / row.size
     sparse_variance = sparse_squares - sparse * sparse / row.size
@@ -468,7 +477,7 @@ def _variance_ratio(row: Any, eta: Any, mask: Any) -> Any:
 @jit
 def _is_sound(variance: Any, squares: Any) -> Any:
     """Whether fp32 sums gave a variance that is right to far less than a 16-bit number's last bit: little cancelled, no square out of range."""
-    return variance > squares / 8 and 1e-20 < squares < 1e30
+    return variance > squares * np.float32(0.125) and np.float32(1e-20) < squares < np.float32(1e30)
 
 
 @jit_any_order
