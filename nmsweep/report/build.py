@@ -26,6 +26,7 @@ from nmsweep.report.scores import Scores, make_scores
 from nmsweep.report.spec import Table, TableSpec
 from nmsweep.report.tables import make_tables, preset_tables
 from nmsweep.report.terminal import show_results, show_table
+from nmsweep.report.tidy import write_csv
 from nmsweep.report.workers import collector_paused, workers
 
 
@@ -48,6 +49,7 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
         # another process may not be up yet: this one reads the small files meanwhile
         begun = beside.submit(begin_reading, [place / "samples.parquet" for place in places], pool)
         results = read_results(results_dir)
+        tidy = pool.submit(write_csv, results_dir / "tidy.csv", results.tidy)
         problems = list(results.problems)
         scores = make_scores(results, problems, pool, lambda: begun.result()())
         figures = draw_figures(all_points(results, scores), folder / "figures", pool)
@@ -61,6 +63,7 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
         write_numbers(results, cells, tables, view, made)
         data = script_json(page_data(results, scores, dict(zip(cells["cell_id"], cells["rerun"], strict=True))))
         _show(out, results, scores, [table for table in tables if asked and table.spec == asked], problems)
+        tidy.result()
         drawn = figures()  # all that needs none of them is done
         draw_layer_errors(layers, folder / "figures" / LAYERS, drawn)
     write_text(folder / "index.html", make_page(results, scores, tables, drawn, view, made, data, problems))
@@ -82,12 +85,11 @@ def draw_layer_errors(layers: Sequence[Sensitivity], folder: Path, drawn: Figure
 def write_numbers(
     results: Results, cells: pd.DataFrame, tables: Sequence[Table], view: pd.DataFrame, made: Mapping[str, Any]
 ) -> None:
-    """Every file that holds numbers or where they come from."""
+    """Every file that holds numbers or where they come from, but tidy.csv."""
     folder = results.folder / "report"
-    write_text(results.folder / "tidy.csv", results.tidy.to_csv(index=False))
-    write_text(folder / "cells.csv", cells.to_csv(index=False))
+    write_csv(folder / "cells.csv", cells)
     write_text(folder / "manifest.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
-    write_text(folder / "hardware.csv", view.to_csv(index=False))
+    write_csv(folder / "hardware.csv", view)
     write_tables(folder / "tables", tables)
 
 

@@ -5,13 +5,15 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from pandas.io.formats.style import Styler
 
 from nmsweep.report.quantities import Quantity
 from nmsweep.report.spec import Entry, Table
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
 
 Escape = Callable[[object], str]
 
@@ -239,7 +241,9 @@ def _html_entry(entry: Entry, quantity: Quantity) -> str:
     return text + (f" <small>{interval}</small>" if interval else "")
 
 
-def _styled(frame: pd.DataFrame, show: Callable[[Entry], str]) -> Styler:
+def _styled(frame: pd.DataFrame, show: Callable[[Entry], str]) -> "Styler":
+    from pandas.io.formats.style import Styler  # and Jinja, which the processes that draw go without
+
     formatter: Any = show
     return Styler(frame, cell_ids=False).format(formatter)
 

@@ -1,5 +1,6 @@
 """The hardware view: what N:M formats would need and save, from patterns and layer shapes alone. Theory, not measured."""
 
+import csv
 import math
 from pathlib import Path
 
@@ -76,10 +77,11 @@ def hardware_view(results: Results, scores: Scores) -> pd.DataFrame:
 def _input_bytes(place: Path, dtype: str) -> float:
     """Bytes a token of the inputs that the target layers read, each layer by itself; NaN without its record."""
     try:
-        layers = pd.read_csv(place / "layers.csv")
-    except (OSError, ValueError):
+        with open(place / "layers.csv", newline="", encoding="utf-8") as file:
+            widths = [int(layer["in_features"]) for layer in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError):
         return math.nan
-    return float(layers["in_features"].sum()) * _BITS.get(dtype, 16) / 8 if len(layers) else math.nan
+    return float(sum(widths)) * _BITS.get(dtype, 16) / 8 if widths else math.nan
 
 
 def _measured(cells: pd.DataFrame, scores: Scores) -> dict[str, pd.Series]:

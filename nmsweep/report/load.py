@@ -136,14 +136,19 @@ def _read_cells(folders: Sequence[Path], problems: list[str]) -> list[_Files]:
 
 def _read_one(folder: Path) -> _Files | str | None:
     try:
-        provenance = json.loads((folder / "provenance.json").read_bytes())
+        provenance = json.loads(_bytes(folder, "provenance.json"))
         if provenance.get("schema", 1) > SCHEMA:
             return f"record {folder.name}: schema {provenance['schema']}, of a newer nmsweep; at most {SCHEMA} is understood here; update nmsweep"
-        return _Files(folder, (folder / "metrics.csv").read_bytes(), (folder / "config.yaml").read_text(), provenance)
+        return _Files(folder, _bytes(folder, "metrics.csv"), _bytes(folder, "config.yaml").decode(), provenance)
     except (OSError, ValueError, AttributeError) as error:
         if not folder.is_dir():
             return None
         return f"record {folder.name}: {type(error).__name__}: {error}; remove the folder and run its cell again"
+
+
+def _bytes(folder: Path, name: str) -> bytes:
+    with open(f"{folder}/{name}", "rb") as file:  # making a path costs as much as reading it
+        return file.read()
 
 
 def _parse_metrics(files: list[_Files], problems: list[str]) -> list[pd.DataFrame]:

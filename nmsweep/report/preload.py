@@ -3,6 +3,7 @@
 import gc
 
 import nmsweep.report.drawings
-import nmsweep.report.samples  # noqa: F401
+import nmsweep.report.samples
+import nmsweep.report.tidy  # noqa: F401
 
 gc.freeze()  # a collection in a process that parted would write to, and so copy, the pages that all share

@@ -84,13 +84,10 @@ class _Block:
 
 def _columns(file: str, with_chars: bool) -> pa.Table:
     """The columns of one file that a report needs."""
-    parquet = pq.ParquetFile(pa.BufferReader(Path(file).read_bytes()))
-    lists = list(_LISTS) if with_chars else ["loglikelihoods"]
-    wanted = [
-        name
-        for name in parquet.schema_arrow.names
-        if name in ("task", "item", *_TEXT, *lists) or name.startswith(METRIC_PREFIX)
-    ]
+    with open(file, "rb") as opened:
+        parquet = pq.ParquetFile(pa.BufferReader(opened.read()))
+    wanted = ["task", "item", *_TEXT, *(_LISTS if with_chars else ["loglikelihoods"])]  # those that there are
+    wanted += [name for name in parquet.schema.names if name.startswith(METRIC_PREFIX)]
     return parquet.read(columns=wanted, use_threads=False)
 
 

@@ -1,7 +1,11 @@
 """One metric a task, and every sparse number next to its dense one."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
+
+from nmsweep.disk.storage import write_text
 
 PERPLEXITY = "perplexity"
 
@@ -39,3 +43,8 @@ def drops(tidy: pd.DataFrame) -> pd.DataFrame:
     table["relative_drop"] = table["drop"] / table["dense"].where(table["dense"] != 0)
     table["ratio"] = np.where(text & ~own, table["value"] / table["dense"], np.nan)
     return table
+
+
+def write_csv(file: Path, table: pd.DataFrame) -> None:
+    """A table as a file that is there whole or not at all."""
+    write_text(file, table.to_csv(index=False))
