@@ -1,5 +1,6 @@
 """Where the work of a report is done: in this process, or for many cells in others beside it."""
 
+import atexit
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ def get_ready(words: Sequence[str]) -> None:
     if {"check", "compare"} & set(given) or not cells.is_dir() or sum(1 for _ in os.scandir(cells)) < MANY:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    atexit.register(gc.freeze)  # at the end nothing is worth a last search for cycles, which takes a tenth of a second
     if _start().get_start_method() == "forkserver":
         from multiprocessing.forkserver import ensure_running
 

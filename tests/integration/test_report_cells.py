@@ -1,5 +1,7 @@
 """The report of real, tiny cells: its check, its commands, and a folder that a sweep writes to meanwhile."""
 
+import atexit
+import gc
 import io
 import shlex
 import shutil
@@ -149,6 +151,7 @@ def test_other_processes_find_the_same_numbers(tmp_path: Path, monkeypatch: pyte
     for many in (10**6, 2):
         monkeypatch.setattr(workers, "MANY", many)
         workers.get_ready([f"results_dir={folder}"])
+        atexit.unregister(gc.freeze)  # other tests' libraries do search for what is left at the end
         make_report(folder, out=Console(file=io.StringIO()))
         files = [file for file in sorted((folder / "report").rglob("*")) if file.is_file()]
         written.append({file.relative_to(folder): file.read_bytes() for file in files})
