@@ -43,7 +43,7 @@ def agree(backend: str, x: Tensor, **call: Any) -> None:
     assert counts.tolist() == [int(mask.sum()), mask.numel()]
     assert same(u, alone)
     if call.get("var"):
-        # sums in another order, of 16-bit numbers in fp32: ν may differ in its last bits, and a rounding with it
+        # sums in another order, of bfloat16s in fp32: ν may differ in its last bits, and a rounding with it
         assert torch.equal(u != u, expected != expected)
         tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[x.dtype]
         finite = expected.isfinite() & u.isfinite()
@@ -245,12 +245,12 @@ def test_scores_that_differ_in_their_last_bits_alone_are_told_apart(backend: str
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("offset", "scale"), [(0.0, 1e-4), (0.0, 1e3), (1e3, 30.0), (-3.0, 0.004), (0.0, 1e-18), (0.0, 1e17)])  # fmt: skip
+@pytest.mark.parametrize(("offset", "scale"), [(0.0, 1e-4), (0.0, 1e3), (1e3, 30.0), (2.6, 7e-4), (0.0, 1e-18), (0.0, 1e17)])  # fmt: skip
 @pytest.mark.parametrize("eta", [None, "median", "mean"])
 def test_nu_is_right_where_sums_in_fp32_would_not_be(
     eta: str | None, offset: float, scale: float, dtype: torch.dtype
 ) -> None:
-    x = (draw(4, 512, dtype=torch.float32) * scale + offset).to(dtype)
+    x = (draw(4, 8192, dtype=torch.float32) * scale + offset).to(dtype)
     if x.isfinite().all() and x.any():
         found, expected = (prune(x, n=1, m=4, eta=eta, var=True, backend=backend) for backend in ("cpu", "reference"))
         size = expected.double().abs().max().clamp(min=1e-300)

@@ -456,17 +456,14 @@ def _mean(row: Any) -> Any:
 @jit_in_place
 def _variance_ratio(row: Any, eta: Any, mask: Any) -> Any:
     """ν of one token of which at least one channel is pruned, so that Var k⊙z is 0 only if k⊙z is."""
-    if row.itemsize == 2:
-        if comes_in_pairs(row):
-            dense, dense_squares, sparse, sparse_squares = _sums_of_pairs(as_words(row), eta, as_words(mask))
-        else:
-            dense, dense_squares, sparse, sparse_squares = _sums(row, eta, mask, np.float32(0), np.float32(0))
+    if comes_in_pairs(row):
+        dense, dense_squares, sparse, sparse_squares = _sums_of_pairs(as_words(row), eta, as_words(mask))
         share = np.float32(1) / np.float32(row.size)
         dense_variance = dense_squares - dense * dense * share
         sparse_variance = sparse_squares - sparse * sparse * share
         if _is_sound(dense_variance, dense_squares) and _is_sound(sparse_variance, sparse_squares):
             return np.sqrt(dense_variance / sparse_variance)
-    dense, dense_squares, sparse, sparse_squares = _sums(row, eta, mask, np.float64(to_float(row[0]) - at(eta, 0)), 0.0)
+    dense, dense_squares, sparse, sparse_squares = _sums(row, eta, mask)
     dense_variance = dense_squares - dense * dense / row.size
     sparse_variance = sparse_squares - sparse * sparse / row.size
     if dense_variance == 0 or sparse_variance == 0:
@@ -476,18 +473,19 @@ def _variance_ratio(row: Any, eta: Any, mask: Any) -> Any:
 
 @jit
 def _is_sound(variance: Any, squares: Any) -> Any:
-    """Whether fp32 sums gave a variance that is right to far less than a 16-bit number's last bit: little cancelled, no square out of range."""
+    """Whether fp32 sums gave a variance that is right to far less than a bfloat16's last bit: little cancelled, no square out of range."""
     return variance > squares * np.float32(0.125) and np.float32(1e-20) < squares < np.float32(1e30)
 
 
 @jit_any_order
-def _sums(row: Any, eta: Any, mask: Any, origin: Any, zero: Any) -> Any:
-    """Sum and sum of squares of z less an origin, and of z where kept, in the type of `zero`."""
-    dense, dense_squares, sparse, sparse_squares = zero, zero, zero, zero
+def _sums(row: Any, eta: Any, mask: Any) -> Any:
+    """Sum and sum of squares, in float64, of z less its first value, and of z where kept."""
+    first = np.float64(to_float(row[0]) - at(eta, 0))
+    dense, dense_squares, sparse, sparse_squares = 0.0, 0.0, 0.0, 0.0
     for i in range(row.size):
-        z = zero + (to_float(row[i]) - at(eta, i))
-        shifted = z - origin
-        kept = z if mask[i] else zero
+        z = np.float64(to_float(row[i]) - at(eta, i))
+        shifted = z - first
+        kept = z if mask[i] else 0.0
         dense += shifted
         dense_squares += shifted * shifted
         sparse += kept
@@ -497,7 +495,7 @@ def _sums(row: Any, eta: Any, mask: Any, origin: Any, zero: Any) -> Any:
 
 @jit_any_order
 def _sums_of_pairs(row: Any, eta: Any, mask: Any) -> Any:
-    """`_sums` in fp32 about 0."""
+    """Sum and sum of squares, in fp32, of z, and of z where kept."""
     zero = np.float32(0)
     dense, dense_squares, sparse, sparse_squares = zero, zero, zero, zero
     for i in range(row.size):
