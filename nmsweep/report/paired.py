@@ -23,8 +23,8 @@ from nmsweep.report.workers import in_threads
 Matrix = NDArray[np.float32]
 _T = TypeVar("_T")
 
-_FEW = 500_000
-"""Items × cells up to which 10,000 resamples are drawn; 2,000 beyond."""
+_FEW, _FEW_CELLS = 500_000, 1_000
+"""Items × cells, and cells, up to which 10,000 resamples are drawn; 2,000 beyond."""
 
 
 _FEW_ITEMS = 64
@@ -90,7 +90,7 @@ def paired(
     """
     pairs = [pair for pair in pairs if pair.first in samples and pair.second in samples]
     n_items = sum(len(items.item) for one in samples.values() for items in one.values())
-    n_resamples = 10_000 if n_items <= _FEW else 2_000
+    n_resamples = 10_000 if n_items <= _FEW and len(samples) <= _FEW_CELLS else 2_000
     jobs: list[tuple[str, str, Mapping[str, TaskItems], Replicates, Sequence[Pair]]] = []
     replicates: dict[tuple[str, str], list[Replicates]] = {}
     flips: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
