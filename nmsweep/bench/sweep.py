@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from nmsweep.errors import NmsweepError
 from nmsweep.record import cell_folders, file_digest
 from nmsweep.sweep.plan import Plan, PlannedCell, load, plan_ids, store
 
@@ -61,9 +62,15 @@ def run(n_records: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def _timed(*words: str) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "nmsweep", *words], check=True, capture_output=True)
-    return time.perf_counter() - started
+    """Seconds until the command has ended; what it says goes to a file, since processes that it leaves would hold a pipe open."""
+    with tempfile.TemporaryFile() as said:
+        started = time.perf_counter()
+        code = subprocess.run([sys.executable, "-m", "nmsweep", *words], stdout=said, stderr=said).returncode
+        seconds = time.perf_counter() - started
+        if code != 0:
+            said.seek(0)
+            raise NmsweepError(f"bench sweep: nmsweep {words[0]} ended with {code}: {said.read().decode()[-2000:]}")
+    return seconds
 
 
 def _scaling(folder: Path, rounds: int) -> list[dict[str, Any]]:
