@@ -17,7 +17,7 @@ Compiled = Callable[..., Any]
 """What numba makes of a function: types are its own business, and annotations are for the reader."""
 
 VECTOR_BITS = 512  # lowered to two halves where the CPU has 256
-LANES, OCTETS = VECTOR_BITS // 16, VECTOR_BITS // 8  # lanes of one vector
+OCTETS = VECTOR_BITS // 8  # lanes of one vector
 PAD = 0xFFFF  # fills a buffer of keys up to whole vectors: never below a candidate
 
 

@@ -347,7 +347,10 @@ def wide_kernel(n: int, m: int, size: int) -> Any:
 
 @jit
 def mend(keys: Any, bitmap: Any, lanes: Any, channels: Any, n: Any, m: Any) -> None:
-    """Clear the bits of the lowest keys, of equals the last, in groups of m with more than n, in the lanes whose bits are set."""
+    """Clear the bits of the lowest keys, of equals the last, in groups of m with more than n bits.
+
+    keys: int32 [lanes · channels]; bitmap: uint8 with a bit for each; lanes: int64, a bit for each lane to look at.
+    """
     while lanes != 0:
         lane = trailing_zeros(lanes)
         lanes &= lanes - 1
