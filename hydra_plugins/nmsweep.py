@@ -22,7 +22,7 @@ class NMSweeper(BasicSweeper):
         super().__init__(max_batch_size=max_batch_size, params=params)
 
     def sweep(self, arguments: list[str]) -> Any:
-        from nmsweep.application import sweep_cells
+        from nmsweep.commands.run import sweep_cells
 
         return sweep_cells(self.launcher, arguments, self.config)
 

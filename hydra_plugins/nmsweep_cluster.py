@@ -21,8 +21,8 @@ from typing import Any
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 
-from nmsweep.disk.interrupt import Terminated
 from nmsweep.errors import InputError
+from nmsweep.results.interrupt import Terminated
 
 try:
     from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
@@ -200,7 +200,7 @@ class LocalJobs(_Tolerant, LocalLauncher):  # type: ignore[misc]
     _EXECUTOR = "local"
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from nmsweep.application import SEEN_GPUS
+        from nmsweep.commands.run import SEEN_GPUS
 
         if not self.params.get("gpus_per_node"):
             os.environ[SEEN_GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")

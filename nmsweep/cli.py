@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nmsweep.commands.words import key_values
 from nmsweep.errors import InputError, NmsweepError
-from nmsweep.words import key_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,8 +63,8 @@ def _application(words: list[str]) -> int:
     if config_dir and not config_dir.is_dir():
         raise InputError(f"--config-dir: {config_dir} is no folder; name one with criterion/, mitigations/, model/, …")
 
-    from nmsweep.application import hand_to_hydra, run_cells
-    from nmsweep.compose import prepare
+    from nmsweep.commands.run import hand_to_hydra, run_cells
+    from nmsweep.config.compose import prepare
 
     prepare(config_dir)
     if (
@@ -83,14 +83,14 @@ def _report(words: Sequence[str]) -> int:
     from nmsweep.report.workers import get_ready
 
     get_ready(words)
-    from nmsweep.report.command import report
+    from nmsweep.commands.report import report
 
     return report(words)
 
 
 def _list(words: Sequence[str]) -> int:
     given = key_values(words, ["config_dir"])
-    from nmsweep.commands.listing import show_list
+    from nmsweep.commands.list import show_list
 
     show_list(Path(given["config_dir"]) if "config_dir" in given else None)
     return 0
@@ -106,23 +106,23 @@ def _inspect(words: Sequence[str]) -> int:
     limit = given.get("limit", "10")
     if not limit.isdigit():
         raise InputError(f"limit: {limit!r} is no number of items; pass limit=20")
-    from nmsweep.commands.inspection import show_flips
+    from nmsweep.commands.inspect import show_flips
 
     show_flips(Path(given.get("results_dir", "results")), cells[0], given.get("task"), int(limit))
     return 0
 
 
 def _prefetch(words: Sequence[str]) -> int:
-    from nmsweep.application import silence_libraries
-    from nmsweep.commands.prefetching import prefetch
+    from nmsweep.commands.prefetch import prefetch
+    from nmsweep.commands.run import silence_libraries
 
     silence_libraries()
     return prefetch(words)
 
 
 def _bench(words: Sequence[str]) -> int:
-    from nmsweep.application import silence_libraries
-    from nmsweep.bench.command import bench
+    from nmsweep.commands.bench import bench
+    from nmsweep.commands.run import silence_libraries
 
     silence_libraries()
     return bench(words)
@@ -134,15 +134,15 @@ def _sensitivity(words: Sequence[str]) -> int:
     value = key_values(own, ["skip"]).get("skip", "0")
     if not value.isdigit():
         raise InputError(f"skip: {value!r} is no number of layers; allowed: 0, 1, 2, …")
-    from nmsweep.application import silence_libraries, unwritable
-    from nmsweep.compose import cells_of
+    from nmsweep.commands.run import silence_libraries, unwritable
+    from nmsweep.config.compose import cells_of
 
     [cfg] = cells_of([word for word in words if word not in own], multirun=False, config_dir=None)
     if errors := unwritable(cfg.results_dir):
         raise InputError(*errors)
     silence_libraries()
+    from nmsweep.cell.session import Session
     from nmsweep.commands.sensitivity import sensitivity, summary
-    from nmsweep.session import Session
 
     session = Session()
     with session.display:

@@ -16,14 +16,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 
 from nmsweep.calibrate.text import check_items
-from nmsweep.catalogue import options
-from nmsweep.cell import Cell, check_method, identify, scope_errors, sees_text
-from nmsweep.compose import cells_of
-from nmsweep.config import RunConfig
+from nmsweep.cell.identity import Cell, check_method, identify, scope_errors, sees_text
+from nmsweep.cell.prepare import allocated, calibration
+from nmsweep.cell.session import Session
+from nmsweep.config.catalogue import options
+from nmsweep.config.compose import cells_of
+from nmsweep.config.schema import RunConfig
 from nmsweep.errors import InputError, NmsweepError
 from nmsweep.evaluate import lm
-from nmsweep.fitting import allocated, calibration
-from nmsweep.session import Session
 from nmsweep.sparsity.install import installed
 
 _OF_LM_EVAL = ("eval", "baseline", "force", "cluster", "loggers", "hydra")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from nmsweep.record import cell_folders
+from nmsweep.results.record import cell_folders
 
 HERE = Path(__file__).parent
 COLUMNS = (

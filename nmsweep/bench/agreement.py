@@ -20,13 +20,13 @@ from nmsweep.bench.exact import keep_float64
 from nmsweep.bench.replay import Masks
 from nmsweep.bench.scoring import task_requests
 from nmsweep.bench.timing import machine
-from nmsweep.cell import device_kind, identify, model_spec
-from nmsweep.compose import cells_of
-from nmsweep.config import RunConfig
+from nmsweep.cell.identity import device_kind, identify, model_spec
+from nmsweep.config.compose import cells_of
+from nmsweep.config.schema import RunConfig
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import InputError
 from nmsweep.evaluate.lm import NMSweepLM, Scoring, quiet
-from nmsweep.evaluate.rows import Request
+from nmsweep.evaluate.packed.rows import Request
 from nmsweep.models import LoadedModel, load_model
 from nmsweep.sparsity.api import sparsify
 from nmsweep.sparsity.install import Installed

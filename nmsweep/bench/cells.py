@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nmsweep.bench.timing import machine
-from nmsweep.cell import device_kind
-from nmsweep.compose import cells_of
-from nmsweep.config import RunConfig
+from nmsweep.cell.identity import device_kind
+from nmsweep.cell.run import run
+from nmsweep.cell.session import Session
+from nmsweep.config.compose import cells_of
+from nmsweep.config.schema import RunConfig
 from nmsweep.errors import InputError
-from nmsweep.run import run
-from nmsweep.session import Session
 
 CELLS = (
     ("pattern=dense",),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nmsweep.bench.timing import Contender, interleave, ratios
-from nmsweep.pattern import parse_pattern
-from nmsweep.sparsity.kernels import prune
+from nmsweep.config.pattern import parse_pattern
+from nmsweep.kernels import prune
 from nmsweep.sparsity.linear import budget
 
 FORMS: dict[str, Callable[[Tensor], dict[str, Any]]] = {

@@ -10,8 +10,8 @@ from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import InputError
 from nmsweep.evaluate.kept import kept_task
 from nmsweep.evaluate.lm import NMSweepLM, quiet
+from nmsweep.evaluate.packed.rows import Request
 from nmsweep.evaluate.requests import templates_compiled_once
-from nmsweep.evaluate.rows import Request
 
 WARM_UP = 32
 """Requests that are answered before the clock runs."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmsweep.bench.timing import Contender, interleave, ratios
-from nmsweep.sparsity.kernels import prune
+from nmsweep.kernels import prune
 
 SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 """(in, out) of the linear layers of an 8B Llama: q and o, k and v, gate and up, down."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nmsweep.errors import NmsweepError
-from nmsweep.record import cell_folders, file_digest
+from nmsweep.results.record import cell_folders, file_digest
 from nmsweep.sweep.plan import Plan, PlannedCell, load, plan_ids, store
 
 PATTERNS = ("2:4", "4:8", "8:16", "16:32", "1:4", "3:4", "1:8", "3:8")

@@ -9,12 +9,12 @@ from torch import Tensor
 from nmsweep.calibrate.blocks import Blocks, frozen, gradients
 from nmsweep.calibrate.learn import Loss, train, train_end_to_end
 from nmsweep.calibrate.store import Calibrated
-from nmsweep.config import CalibrationConfig
+from nmsweep.config.schema import CalibrationConfig
 from nmsweep.errors import InputError
+from nmsweep.methods.base import SLOT_ORDER, Fitter, Layer, Slots, Stage, Tokens
+from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models.targets import input_groups
 from nmsweep.sparsity.install import Surgery, dense_targets
-from nmsweep.sparsity.method import SLOT_ORDER, Fitter, Layer, Slots, Stage, Tokens
-from nmsweep.sparsity.sparsification import Sparsification
 
 
 def fit(

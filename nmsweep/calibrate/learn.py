@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmsweep.config import CalibrationConfig
+from nmsweep.config.pattern import Pattern
+from nmsweep.config.schema import CalibrationConfig
 from nmsweep.errors import NonFiniteError
-from nmsweep.pattern import Pattern
 from nmsweep.sparsity.linear import TokenView
 
 BETAS = (0.9, 0.95)

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
+from nmsweep.calibrate.policy import density_of, greedy
 from nmsweep.calibrate.sensitivity import output_errors
-from nmsweep.config import AllocationConfig, CalibrationConfig
+from nmsweep.config.pattern import Pattern
+from nmsweep.config.recipe import Recipe
+from nmsweep.config.schema import AllocationConfig, CalibrationConfig
+from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models.targets import linear_flops
-from nmsweep.pattern import Pattern
-from nmsweep.recipe import Recipe
-from nmsweep.sparsity.policy import density_of, greedy
-from nmsweep.sparsity.sparsification import Sparsification
 
 
 def search(

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmsweep.calibrate.fit import fit
-from nmsweep.config import CalibrationConfig
+from nmsweep.config.pattern import Pattern
+from nmsweep.config.schema import CalibrationConfig
+from nmsweep.methods.base import Layer, State, WeightCriterion
+from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models.targets import input_groups
-from nmsweep.pattern import Pattern
 from nmsweep.sparsity.install import dense_targets, sparse_layers
 from nmsweep.sparsity.linear import TokenView
-from nmsweep.sparsity.method import Layer, State, WeightCriterion
 from nmsweep.sparsity.scope import Scope
-from nmsweep.sparsity.sparsification import Sparsification
 
 
 def output_errors(

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nmsweep.calibrate.learn import Loss
-from nmsweep.disk.storage import whole_file
 from nmsweep.errors import InputError
-from nmsweep.sparsity.method import State
+from nmsweep.methods.base import State
+from nmsweep.results.storage import whole_file
 
 VERSION = 1
 """Raised when calibration gives other numbers; part of every key."""

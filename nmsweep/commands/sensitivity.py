@@ -7,14 +7,14 @@ from pathlib import Path
 import pandas as pd
 
 from nmsweep.calibrate.sensitivity import output_errors
-from nmsweep.cell import calibration_text, check, identify, sparsification_of
-from nmsweep.config import RunConfig, short_hash
+from nmsweep.cell.identity import calibration_text, check, identify, sparsification_of
+from nmsweep.cell.prepare import calibration_windows
+from nmsweep.cell.session import Session
+from nmsweep.config.pattern import Pattern
+from nmsweep.config.schema import RunConfig, short_hash
 from nmsweep.errors import InputError
-from nmsweep.fitting import calibration_windows
 from nmsweep.models import linear_flops, target_linears
-from nmsweep.pattern import Pattern
-from nmsweep.record import cell_folder
-from nmsweep.session import Session
+from nmsweep.results.record import cell_folder
 
 COLUMNS = (
     "layer",

@@ -5,15 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nmsweep.application import planned, run_plan
-from nmsweep.compose import prepare
+from nmsweep.commands.run import planned, run_plan
+from nmsweep.commands.words import key_values
+from nmsweep.config.compose import prepare
 from nmsweep.errors import InputError
-from nmsweep.record import cell_index
+from nmsweep.results.leftovers import leftovers, remove
+from nmsweep.results.record import cell_index
 from nmsweep.sweep.estimate import duration, measured
-from nmsweep.sweep.leftovers import leftovers, remove
 from nmsweep.sweep.plan import Plan, PlannedCell, load, plan_ids, store
 from nmsweep.sweep.status import missing, read_status, show_status
-from nmsweep.words import key_values
 
 
 def plan(words: Sequence[str]) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 from nmsweep.data.examples import fewshot_split, needs_split
 from nmsweep.data.hub import hub_rows, hub_size, why_unreachable
 from nmsweep.data.tasks import TRAINING_FILES, TaskSource, file_sha256, find_task, task_names
-from nmsweep.disk.storage import whole_file, write_text
 from nmsweep.errors import DataError
+from nmsweep.results.storage import whole_file, write_text
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
 from nmsweep.data.tasks import TaskSource
 from nmsweep.data.yamls import listed
 from nmsweep.errors import DataError
-from nmsweep.evaluate.comparison import WEIGHT_PREFIX
 from nmsweep.evaluate.result import TaskResult
-from nmsweep.record import Metric
+from nmsweep.results.record import Metric
+from nmsweep.statistics.comparison import WEIGHT_PREFIX
 
 
 def numbered(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

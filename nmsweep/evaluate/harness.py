@@ -18,7 +18,7 @@ from nmsweep.evaluate.lm import NMSweepLM, Scoring, quiet
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.evaluate.requests import templates_compiled_once, tokenizer_identity
 from nmsweep.evaluate.result import Advance, TaskResult
-from nmsweep.record import Metric
+from nmsweep.results.record import Metric
 
 _BOOTSTRAP = 100
 """Resamples for the standard error of a metric that is no mean; means have a closed form."""

@@ -7,15 +7,15 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 
-from nmsweep.config import short_hash
+from nmsweep.config.schema import short_hash
 from nmsweep.data.tasks import TaskSource
-from nmsweep.disk.claims import claimed
-from nmsweep.disk.storage import whole_file
 from nmsweep.errors import Busy
 from nmsweep.evaluate.groups import numbered
 from nmsweep.evaluate.kept import KeptTask, kept_task
 from nmsweep.evaluate.prompting import Prompting
-from nmsweep.record import items_file
+from nmsweep.results.claims import claimed
+from nmsweep.results.record import items_file
+from nmsweep.results.storage import whole_file
 
 WAIT_S = 0.2
 """Between looks at what another process is writing."""

@@ -11,12 +11,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from nmsweep.evaluate.attention import why_single_rows
+from nmsweep.evaluate.packed.attention import why_single_rows
+from nmsweep.evaluate.packed.rows import Group, Request
+from nmsweep.evaluate.packed.scoring import Budget, out_of_memory, plan, score
 from nmsweep.evaluate.requests import encoded_pairs, tokenizer_identity
 from nmsweep.evaluate.result import Advance
-from nmsweep.evaluate.rows import Group, Request
-from nmsweep.evaluate.scoring import Budget, out_of_memory, plan, score
-from nmsweep.sparsity.method import counting
+from nmsweep.methods.base import counting
 
 Scoring = Literal["packed", "stock"]
 

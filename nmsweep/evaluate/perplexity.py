@@ -17,7 +17,7 @@ from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.errors import DataError, NonFiniteError
 from nmsweep.evaluate.logits import decoder, divergence, token_logprobs
 from nmsweep.evaluate.result import Advance, TaskResult
-from nmsweep.record import Metric
+from nmsweep.results.record import Metric
 
 
 def adds_bos(tokenizer: Any) -> bool:

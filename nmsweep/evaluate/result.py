@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from nmsweep.record import Metric
+from nmsweep.results.record import Metric
 
 Advance = Callable[[int], None]
 """Called with the number of tokens that were just computed, for the progress display."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nmsweep.errors import NonFiniteError
+from nmsweep.evaluate.packed.scoring import out_of_memory
 from nmsweep.evaluate.result import TaskResult
-from nmsweep.evaluate.scoring import out_of_memory
 
 
 def within_memory(evaluate: Callable[[int], TaskResult], batch_tokens: int, least: int) -> TaskResult:

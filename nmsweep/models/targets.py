@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nmsweep.config import TARGET_PRESETS, split_names
+from nmsweep.config.schema import TARGET_PRESETS, split_names
 from nmsweep.errors import InputError, nearest
 
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

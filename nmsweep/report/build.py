@@ -9,25 +9,25 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from nmsweep.disk.storage import write_text
-from nmsweep.evaluate.identity import identical
-from nmsweep.record import cell_folders
-from nmsweep.report import formats
-from nmsweep.report.figures import Figures, all_points, draw_figures
-from nmsweep.report.hardware import hardware_view
-from nmsweep.report.layers import DATA as LAYERS
-from nmsweep.report.layers import Sensitivity, layer_tables, read_sensitivities
-from nmsweep.report.load import Results, read_results
-from nmsweep.report.manifest import cell_list, cell_provenance, manifest, warnings_of
-from nmsweep.report.page import make_page, script_json
-from nmsweep.report.page_data import page_data
-from nmsweep.report.samples import begin_reading
-from nmsweep.report.scores import Scores, make_scores
-from nmsweep.report.spec import Table, TableSpec
-from nmsweep.report.tables import make_tables, preset_tables
-from nmsweep.report.terminal import show_results, show_table
-from nmsweep.report.tidy import write_csv
+from nmsweep.report.numbers.hardware import hardware_view
+from nmsweep.report.numbers.layers import DATA as LAYERS
+from nmsweep.report.numbers.layers import Sensitivity, layer_tables, read_sensitivities
+from nmsweep.report.numbers.samples import begin_reading
+from nmsweep.report.numbers.scores import Scores, make_scores
+from nmsweep.report.page.data import page_data
+from nmsweep.report.page.manifest import cell_list, cell_provenance, manifest, warnings_of
+from nmsweep.report.page.page import make_page, script_json
+from nmsweep.report.show import formats
+from nmsweep.report.show.figures import Figures, all_points, draw_figures
+from nmsweep.report.show.spec import Table, TableSpec
+from nmsweep.report.show.tables import make_tables, preset_tables
+from nmsweep.report.show.terminal import show_results, show_table
 from nmsweep.report.workers import collector_paused, workers
+from nmsweep.results.read import Results, read_results
+from nmsweep.results.record import cell_folders
+from nmsweep.results.storage import write_text
+from nmsweep.results.tidy import write_csv
+from nmsweep.statistics.identity import identical
 
 
 @collector_paused()
@@ -77,7 +77,9 @@ def draw_layer_errors(layers: Sequence[Sensitivity], folder: Path, drawn: Figure
     if not layers:
         drawn.skipped.append("error (layers): no error by layer is recorded; `nmsweep sensitivity` measures it")
         return
-    from nmsweep.report.layer_figure import draw_layers  # matplotlib, which most reports draw with in other processes
+    from nmsweep.report.show.layer_figure import (
+        draw_layers,  # matplotlib, which most reports draw with in other processes
+    )
 
     drawn.made.append(draw_layers(layers, folder))
 

@@ -2,8 +2,8 @@
 
 import gc
 
-import nmsweep.report.drawings
-import nmsweep.report.samples
-import nmsweep.report.tidy  # noqa: F401
+import nmsweep.report.numbers.samples
+import nmsweep.report.show.drawings
+import nmsweep.results.tidy  # noqa: F401
 
 gc.freeze()  # a collection in a process that parted would write to, and so copy, the pages that all share

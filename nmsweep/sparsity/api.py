@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from nmsweep.catalogue import find_method
-from nmsweep.config import Method, parse_scope, split_names
+from nmsweep.config.catalogue import find_method
+from nmsweep.config.pattern import Pattern, parse_pattern
+from nmsweep.config.recipe import read_recipe
+from nmsweep.config.schema import Method, parse_scope, split_names
 from nmsweep.errors import InputError
-from nmsweep.pattern import Pattern, parse_pattern
-from nmsweep.recipe import read_recipe
+from nmsweep.methods.base import State
+from nmsweep.methods.sparsification import Sparsification, build_sparsification
 from nmsweep.sparsity.install import Installed, installed
-from nmsweep.sparsity.method import State
-from nmsweep.sparsity.sparsification import Sparsification, build_sparsification
 
 
 @contextmanager

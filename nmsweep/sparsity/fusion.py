@@ -16,7 +16,7 @@ import torch
 import torch.nn.modules.module as every_module
 from torch import Tensor, nn
 
-from nmsweep.sparsity.kernels.reference import make
+from nmsweep.kernels.reference import make
 from nmsweep.sparsity.linear import SharedInput, SparseLinear
 
 Forward = Callable[[Tensor], Tensor]

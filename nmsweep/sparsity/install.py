@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from nmsweep.config.pattern import Pattern
 from nmsweep.errors import InputError
+from nmsweep.methods.base import Layer, Slots, State, Tokens, WeightCriterion, counted_as
+from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models.targets import input_groups, linear_flops, target_linears
-from nmsweep.pattern import Pattern
-from nmsweep.record import LayerCount
+from nmsweep.results.record import LayerCount
 from nmsweep.sparsity.fusion import Forward, joined, replaced
 from nmsweep.sparsity.linear import SharedInput, SparseLinear, TokenView
-from nmsweep.sparsity.method import Layer, Slots, State, Tokens, WeightCriterion, counted_as
 from nmsweep.sparsity.scope import Scope
-from nmsweep.sparsity.sparsification import Sparsification
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmsweep.pattern import Pattern
-from nmsweep.sparsity.kernels import add_counts, prune
-from nmsweep.sparsity.kernels.reference import centre, keep, variance_ratio
-from nmsweep.sparsity.method import Memory, Slots, Tokens, as_tensor
+from nmsweep.config.pattern import Pattern
+from nmsweep.kernels import add_counts, prune
+from nmsweep.kernels.reference import centre, keep, variance_ratio
+from nmsweep.methods.base import Memory, Slots, Tokens, as_tensor
 from nmsweep.sparsity.scope import Scope
 
 

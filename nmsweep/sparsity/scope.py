@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nmsweep.sparsity.method import Tokens
+from nmsweep.methods.base import Tokens
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nmsweep.config import ClusterConfig
-from nmsweep.disk.claims import Claim, all_claims, is_void
+from nmsweep.config.schema import ClusterConfig
 from nmsweep.errors import InputError, NmsweepError
 from nmsweep.progress import Display
-from nmsweep.record import cell_index, failure_folder, failure_of
+from nmsweep.results.claims import Claim, all_claims, is_void
+from nmsweep.results.record import cell_index, failure_folder, failure_of
 from nmsweep.sweep.plan import Plan, PlannedCell, indices_text, load, parse_indices
 from nmsweep.sweep.work import Outcome, session, work
 from nmsweep.sweep.workers import grouped, n_local_workers, share_machine, shares_out_gpus

@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nmsweep.config import RunConfig, from_plain, short_hash
-from nmsweep.disk.storage import write_text
+from nmsweep.config.schema import RunConfig, from_plain, short_hash
 from nmsweep.errors import InputError
+from nmsweep.results.storage import write_text
 
 SCHEMA = 1
 """Version of a plan's file."""

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nmsweep.cell import check, identify
-from nmsweep.config import RunConfig, short_hash, to_plain
+from nmsweep.cell.identity import check, identify
+from nmsweep.cell.session import device_of, model_key
+from nmsweep.config.schema import RunConfig, short_hash, to_plain
 from nmsweep.errors import InputError
-from nmsweep.record import cell_index
-from nmsweep.session import device_of, model_key
+from nmsweep.results.record import cell_index
 from nmsweep.sweep.plan import Plan, PlannedCell, ordered
 
 

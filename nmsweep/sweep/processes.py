@@ -14,9 +14,9 @@ from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from nmsweep.disk.interrupt import EXIT_CODE, interruptible
+from nmsweep.results.interrupt import EXIT_CODE, interruptible
 
-IMPORTED = ["nmsweep.sweep.launching", "nmsweep.sparsity.kernels.cpu", "hydra_plugins.hydra_joblib_launcher._core"]
+IMPORTED = ["nmsweep.sweep.launching", "nmsweep.kernels.cpu.backend", "hydra_plugins.hydra_joblib_launcher._core"]
 """What the processes need."""
 
 

@@ -4,10 +4,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nmsweep.damage import damage
-from nmsweep.disk.claims import all_claims, claims_folder, looks_void
-from nmsweep.disk.owner import server_clock
-from nmsweep.record import cell_index, failure_folder, failure_of
+from nmsweep.results.claims import all_claims, claims_folder, looks_void
+from nmsweep.results.owner import server_clock
+from nmsweep.results.quarantine import damage
+from nmsweep.results.record import cell_index, failure_folder, failure_of
 from nmsweep.sweep.estimate import duration, measured
 from nmsweep.sweep.plan import Plan, PlannedCell
 

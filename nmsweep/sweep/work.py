@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nmsweep.config import RunConfig
-from nmsweep.damage import damage
-from nmsweep.disk.claims import find
+from nmsweep.cell.run import run
+from nmsweep.cell.session import Session
+from nmsweep.config.schema import RunConfig
 from nmsweep.errors import Busy, NmsweepError, StorageError
-from nmsweep.record import failure_folder, failure_of, write_failure
-from nmsweep.run import run
-from nmsweep.session import Session
+from nmsweep.results.claims import find
+from nmsweep.results.quarantine import damage
+from nmsweep.results.record import failure_folder, failure_of, write_failure
 from nmsweep.sweep.plan import Plan, PlannedCell
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 
-from nmsweep.cell import model_bytes
+from nmsweep.cell.identity import model_bytes
 from nmsweep.sweep.machine import available_bytes, n_cores
 from nmsweep.sweep.plan import Plan
 

@@ -27,7 +27,7 @@ WORDS = [
 
 def tidy(results: Path) -> bytes:
     """The bytes of the tidy table."""
-    from nmsweep.report.load import read_results
+    from nmsweep.results.read import read_results
 
     return read_results(results).tidy.to_csv(index=False).encode()
 

@@ -9,13 +9,13 @@ import torch
 from numpy_reading import Array, Reading, amber, kernel_density_peak, sparsegpt, svd_product
 from torch import Tensor, nn
 
-from nmsweep.catalogue import find_method
-from nmsweep.pattern import parse_pattern
+from nmsweep.config.catalogue import find_method
+from nmsweep.config.pattern import parse_pattern
+from nmsweep.methods.base import Layer, State, Tokens
+from nmsweep.methods.mitigations.shift_static import mode
+from nmsweep.methods.sparsification import Sparsification, build_sparsification
+from nmsweep.methods.weights.sparsegpt import prune_columns
 from nmsweep.sparsity.linear import SharedInput, SparseLinear, TokenView, pruned, rotated
-from nmsweep.sparsity.method import Layer, State, Tokens
-from nmsweep.sparsity.mitigations.shift_static import mode
-from nmsweep.sparsity.sparsification import Sparsification, build_sparsification
-from nmsweep.sparsity.weights.sparsegpt import prune_columns
 
 WIDTH, OUT, BATCH, SEQ = 48, 20, 2, 7
 PATTERNS = ("1:4", "2:4", "3:4", "2:8", "50%", "4:4")

@@ -9,8 +9,8 @@ import torch
 from nmsweep.bench import agreement
 from nmsweep.bench.exact import keep_float64
 from nmsweep.bench.scoring import task_requests
-from nmsweep.cell import model_spec
-from nmsweep.compose import cells_of
+from nmsweep.cell.identity import model_spec
+from nmsweep.config.compose import cells_of
 from nmsweep.data.tasks import find_task
 from nmsweep.models import load_model
 

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nmsweep.calibrate import Calibrated, calibrate, fit
-from nmsweep.config import CalibrationConfig
+from nmsweep.config.schema import CalibrationConfig
+from nmsweep.methods.fitters import order_statistic
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity.api import sparsification_from_names
-from nmsweep.sparsity.fitters import order_statistic
 from nmsweep.sparsity.install import installed
 
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-gemma3")

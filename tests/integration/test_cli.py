@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nmsweep.record import METRIC_COLUMNS, cell_folders, read_cell
+from nmsweep.results.record import METRIC_COLUMNS, cell_folders, read_cell
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "eval.limit=4", "eval.seqlen=32")
@@ -127,7 +127,7 @@ def test_a_failed_cell_is_recorded_and_the_sweep_goes_on(
 
 
 def test_a_model_that_gives_nan_is_a_failed_cell(nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nmsweep import session
+    from nmsweep.cell.identity import session
 
     load = session.load_model
 
@@ -243,7 +243,7 @@ def test_a_users_own_criterion_is_one_file_and_one_yaml(
     (tmp_path / "mine" / "__init__.py").write_text(
         "from dataclasses import dataclass\n"
         "import torch\n"
-        "from nmsweep.sparsity.method import Criterion\n\n"
+        "from nmsweep.methods.base import Criterion\n\n"
         "@dataclass(frozen=True)\n"
         "class First(Criterion):\n"
         "    '''Keeps the lower channels of a group. Source: nobody.'''\n"
@@ -277,7 +277,7 @@ def test_a_users_own_criterion_is_one_file_and_one_yaml(
 def test_a_model_that_cannot_be_loaded_is_tried_once(
     nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nmsweep import session
+    from nmsweep.cell.identity import session
     from nmsweep.errors import ModelError
 
     tried = []

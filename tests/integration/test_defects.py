@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from nmsweep.calibrate import fit
 from nmsweep.calibrate.text import check_disjoint, find_source
-from nmsweep.catalogue import options
+from nmsweep.config.catalogue import options
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import DataError, InputError
 from nmsweep.evaluate.perplexity import perplexity
+from nmsweep.methods.base import Layer, Tokens
+from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity.api import sparsification_from_names, sparsify
 from nmsweep.sparsity.install import installed
 from nmsweep.sparsity.linear import pruned
-from nmsweep.sparsity.method import Layer, Tokens
-from nmsweep.sparsity.sparsification import Sparsification
 
 CRITERIA, MITIGATIONS = tuple(options("criterion")), tuple(options("mitigations"))
 WEIGHTS = ("wt", "wanda", "sparsegpt")

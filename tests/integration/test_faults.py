@@ -14,10 +14,10 @@ import pytest
 import torch
 from processes import Run, run
 
-from nmsweep.damage import damage
-from nmsweep.disk.claims import take
-from nmsweep.record import SCHEMA, cell_folders
-from nmsweep.report.load import read_results
+from nmsweep.results.claims import take
+from nmsweep.results.quarantine import damage
+from nmsweep.results.read import read_results
+from nmsweep.results.record import SCHEMA, cell_folders
 from nmsweep.sweep.plan import load, plan_ids
 from nmsweep.sweep.work import attempt
 
@@ -38,7 +38,7 @@ def error_of(results: Path) -> str:
 @pytest.fixture
 def broken_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
     """Let a function spoil every model that is loaded."""
-    from nmsweep import session
+    from nmsweep.cell.identity import session
 
     load = session.load_model
 
@@ -159,8 +159,8 @@ def test_a_full_disk_stops_the_sweep_and_nothing_is_half_written(nmsweep: Call, 
 
 
 def test_a_file_that_may_not_grow_is_a_full_disk_too(tmp_path: Path) -> None:
-    from nmsweep.disk.storage import write_text
     from nmsweep.errors import StorageError
+    from nmsweep.results.storage import write_text
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

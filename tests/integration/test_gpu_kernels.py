@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmsweep.kernels import prune
+from nmsweep.kernels.norms import channel_squares
+from nmsweep.kernels.reference import make
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.models.attention import sdpa
 from nmsweep.sparsity.api import sparsify
-from nmsweep.sparsity.kernels import prune
-from nmsweep.sparsity.kernels.norms import channel_squares
-from nmsweep.sparsity.kernels.reference import make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")]
 

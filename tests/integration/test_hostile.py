@@ -12,12 +12,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from nmsweep.config import short_hash
+from nmsweep.config.schema import short_hash
 from nmsweep.data.lines import LONGEST_BYTES
 from nmsweep.data.tasks import find_task
-from nmsweep.disk.owner import Owner
 from nmsweep.errors import DataError, InputError
-from nmsweep.record import failure_folder, write_failure
+from nmsweep.results.owner import Owner
+from nmsweep.results.record import failure_folder, write_failure
 from nmsweep.sweep.launching import Batch
 from nmsweep.sweep.plan import load, plan_ids
 
@@ -83,7 +83,7 @@ def criterion(target: str, **params: Any) -> dict[str, Any]:
     [
         (criterion("os.system"), "allowed: nmsweep and what"),
         (criterion("nmsweep.__main__.main"), "name the class"),
-        (criterion("nmsweep.run.run"), "neither a Criterion nor a Mitigation"),
+        (criterion("nmsweep.cell.run.run"), "neither a Criterion nor a Mitigation"),
         ({"plugins": ["os"]}, "it runs code of os; if it is yours, add trust=true"),
         ({"eval": {"include_path": "/tmp/tasks"}}, "tasks in /tmp/tasks may name"),
         ({"model": {"trust_remote_code": True}}, "brings along"),
@@ -109,7 +109,7 @@ def test_what_a_plan_names_is_not_called_before_it_is_known_to_be_a_method(
 ) -> None:
     trace = tmp_path / "trace"
     assert nmsweep(*TINY, "pattern=2:4", f"results_dir={results}")[0] == 0
-    target = "nmsweep.disk.storage.write_text"
+    target = "nmsweep.results.storage.write_text"
     forged_failure(results, lambda content: merge(content["common"], criterion(target, place=str(trace), text="x")))
     code, _, err = nmsweep("retry", f"results_dir={results}")
     assert code == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nmsweep.models import ModelSpec, load_model
-from nmsweep.record import cell_folders, read_cell
+from nmsweep.results.record import cell_folders, read_cell
 
 N_WINDOWS, SEQLEN = 3, 512
 
@@ -71,7 +71,7 @@ def test_dense_and_8_16_perplexity_equal_an_independent_computation(
         for record in map(read_cell, cell_folders(results))
     }
 
-    from nmsweep.compose import cells_of
+    from nmsweep.config.compose import cells_of
 
     (cfg,) = cells_of([], multirun=False, config_dir=None)
     loaded = load_model(ModelSpec.from_node(cfg.model), dtype="float32", device="cpu")

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from nmsweep.calibrate import Calibrated, fit
-from nmsweep.catalogue import options
-from nmsweep.config import CalibrationConfig
+from nmsweep.config.catalogue import options
+from nmsweep.config.schema import CalibrationConfig
+from nmsweep.methods.base import Mitigation
+from nmsweep.methods.sparsification import Sparsification, build
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity.api import sparsification_from_names
 from nmsweep.sparsity.install import installed
-from nmsweep.sparsity.method import Mitigation
-from nmsweep.sparsity.sparsification import Sparsification, build
 
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-gemma3")
 CRITERIA, MITIGATIONS = tuple(options("criterion")), tuple(options("mitigations"))
@@ -26,7 +26,7 @@ INEXACT = {"larosa", "rsparse", "scale_learned", "bias_learned", "bias_static"}
 
 
 def slot(mitigation: str) -> str:
-    from nmsweep.catalogue import find_method
+    from nmsweep.config.catalogue import find_method
 
     made = build(find_method("mitigations", mitigation, {}))
     assert isinstance(made, Mitigation)

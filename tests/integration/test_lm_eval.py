@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from nmsweep.data.tasks import MINI_FOLDER
 from nmsweep.errors import InputError
 from nmsweep.lm_eval import NMSweepLM, model_words
-from nmsweep.record import CellRecord, cell_folders, read_cell
+from nmsweep.results.record import CellRecord, cell_folders, read_cell
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nmsweep import loggers
-from nmsweep.record import cell_folders, read_cell
+from nmsweep.cell.identity import loggers
+from nmsweep.results.record import cell_folders, read_cell
 from nmsweep.sweep.plan import plan_ids
 
 Call = Callable[..., tuple[int, str, str]]

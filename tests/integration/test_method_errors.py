@@ -52,8 +52,8 @@ def test_calibrating_on_the_evaluated_text_is_refused(nmsweep: CLI, results: Pat
 
 
 def test_a_criterion_that_looks_ahead_is_refused_where_text_is_generated() -> None:
-    from nmsweep.cell import _scope_errors
-    from nmsweep.compose import cells_of
+    from nmsweep.cell.identity import _scope_errors
+    from nmsweep.config.compose import cells_of
     from nmsweep.data.tasks import TaskSource
 
     source = TaskSource("writing", "harness", {"output_type": "generate_until"}, None, {}, "test")

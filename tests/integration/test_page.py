@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.results_folder import HOSTILE, REAL, Plan, make_results
 
-from nmsweep.report.command import report
+from nmsweep.commands.report import report
 
 pytestmark = pytest.mark.browser
 

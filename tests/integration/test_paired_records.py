@@ -16,16 +16,16 @@ import pandas as pd
 import pytest
 import torch
 
-from nmsweep.commands.inspection import task_lines
+from nmsweep.commands.inspect import task_lines
 from nmsweep.data.tasks import find_task
 from nmsweep.evaluate import items, perplexity
-from nmsweep.evaluate.comparison import compare
-from nmsweep.evaluate.identity import identical, scores_sha256
 from nmsweep.evaluate.perplexity import windows
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
-from nmsweep.record import CellRecord, cell_folders, items_file, read_cell
+from nmsweep.results.record import CellRecord, cell_folders, items_file, read_cell
 from nmsweep.sparsity.api import sparsify
+from nmsweep.statistics.comparison import compare
+from nmsweep.statistics.identity import identical, scores_sha256
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "device=cpu", "eval.seqlen=64", "eval.limit=16")

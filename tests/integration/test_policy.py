@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
+from nmsweep.calibrate.policy import density_of, greedy
 from nmsweep.calibrate.sensitivity import output_errors
 from nmsweep.commands.sensitivity import summary
+from nmsweep.config.pattern import Pattern, parse_pattern
+from nmsweep.config.recipe import Recipe, read_recipe
 from nmsweep.errors import InputError
 from nmsweep.models import ModelSpec, linear_flops, load_model
-from nmsweep.pattern import Pattern, parse_pattern
-from nmsweep.recipe import Recipe, read_recipe
 from nmsweep.sparsity.api import sparsification_from_names, sparsify
 from nmsweep.sparsity.install import installed
-from nmsweep.sparsity.policy import density_of, greedy
 
 CLI = Callable[..., tuple[int, str, str]]
 LADDER = [parse_pattern(word) for word in ("1:4", "2:4", "3:4", "4:4")]

@@ -10,7 +10,7 @@ import yaml
 
 from nmsweep.data import prefetch, tasks
 from nmsweep.data.tasks import MINI_FOLDER, TEXT_TASKS, file_sha256, find_task
-from nmsweep.record import cell_folders
+from nmsweep.results.record import cell_folders
 
 Call = Callable[..., tuple[int, str, str]]
 

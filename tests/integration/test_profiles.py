@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmsweep.compose import cells_of
+from nmsweep.config.compose import cells_of
+from nmsweep.methods.sparsification import build_sparsification
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity.install import installed
-from nmsweep.sparsity.sparsification import build_sparsification
 
 CLI = Callable[..., tuple[int, str, str]]
 

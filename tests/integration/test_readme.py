@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nmsweep.cli import SUBCOMMANDS
-from nmsweep.compose import cells_of, is_multirun
+from nmsweep.config.compose import cells_of, is_multirun
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -139,7 +139,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_python_of_the_readme_runs() -> None:
     import torch
 
-    from nmsweep.catalogue import options
+    from nmsweep.config.catalogue import options
     from nmsweep.models.loading import load_model
     from nmsweep.models.spec import ModelSpec
 

@@ -15,12 +15,12 @@ from rich.console import Console
 from support.results_folder import Plan, make_results
 
 from nmsweep.bench import sweep
-from nmsweep.cell import identify
-from nmsweep.compose import cells_of
+from nmsweep.cell.identity import identify
+from nmsweep.config.compose import cells_of
 from nmsweep.report import workers
 from nmsweep.report.build import make_report
-from nmsweep.report.load import read_results
-from nmsweep.report.scores import make_scores
+from nmsweep.report.numbers.scores import make_scores
+from nmsweep.results.read import read_results
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "eval.limit=4", "eval.seqlen=32")
@@ -112,7 +112,7 @@ def test_the_command_of_a_cell_gives_that_cell(real: Path) -> None:
     ],
 )
 def test_the_command_keeps_every_setting(words: tuple[str, ...]) -> None:
-    from nmsweep.report.rerun import rerun_command
+    from nmsweep.report.page.rerun import rerun_command
 
     (cfg,) = cells_of([*TINY, *words], multirun=False, config_dir=None)
     again = shlex.split(rerun_command(cfg.dump()))[1:]

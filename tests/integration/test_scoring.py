@@ -15,19 +15,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from nmsweep.bench.replay import Masks
 from nmsweep.calibrate.fit import fit
-from nmsweep.catalogue import find_method, options
-from nmsweep.config import CalibrationConfig
+from nmsweep.config.catalogue import find_method, options
+from nmsweep.config.schema import CalibrationConfig
 from nmsweep.data.tasks import MINI_FOLDER, find_task
 from nmsweep.errors import ModelError
-from nmsweep.evaluate import logits, packing, perplexity, rows, scoring
+from nmsweep.evaluate import logits, perplexity
 from nmsweep.evaluate.lm import NMSweepLM
-from nmsweep.evaluate.rows import Request
-from nmsweep.evaluate.segments import Segments
+from nmsweep.evaluate.packed import packing, rows, scoring
+from nmsweep.evaluate.packed.rows import Request
+from nmsweep.evaluate.packed.segments import Segments
+from nmsweep.methods.sparsification import build
 from nmsweep.models import attention
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.sparsity.api import sparsification_from_names, sparsify
 from nmsweep.sparsity.install import Installed, installed
-from nmsweep.sparsity.sparsification import build
 
 SHAPES = ["tiny-llama", "tiny-qwen2", "tiny-gemma3"]  # Gemma3's sliding window is 16 tokens, shorter than most contexts
 Answers = list[tuple[float, bool]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster.local_slurm import LocalSlurm, why_not
 
-from nmsweep.record import cell_folders
+from nmsweep.results.record import cell_folders
 
 pytestmark = pytest.mark.slurm
 

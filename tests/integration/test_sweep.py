@@ -17,12 +17,12 @@ import pytest
 from chaos.kill import chaos
 from processes import Run, run
 
-from nmsweep.application import unwritable
-from nmsweep.config import ClusterConfig
-from nmsweep.disk.claims import take
-from nmsweep.disk.owner import Owner, temporary_name
-from nmsweep.record import cell_folders, failure_folder, failure_of, write_failure
-from nmsweep.report.load import read_results
+from nmsweep.commands.run import unwritable
+from nmsweep.config.schema import ClusterConfig
+from nmsweep.results.claims import take
+from nmsweep.results.owner import Owner, temporary_name
+from nmsweep.results.read import read_results
+from nmsweep.results.record import cell_folders, failure_folder, failure_of, write_failure
 from nmsweep.sweep import launching, work
 from nmsweep.sweep.launching import Launch
 from nmsweep.sweep.plan import indices_text, load, parse_indices, plan_ids
@@ -351,8 +351,8 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     code = f"""
 import os, signal, sys, time
 from pathlib import Path
-from nmsweep.disk.interrupt import interruptible
-from nmsweep.disk.storage import whole_folder
+from nmsweep.results.interrupt import interruptible
+from nmsweep.results.storage import whole_folder
 with interruptible(), whole_folder(Path({str(tmp_path / "cells" / "one")!r})) as place:
     (place / "a").write_text("a")
     print("writing", flush=True)

@@ -16,16 +16,16 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from nmsweep.cell import task_identity, task_sources
-from nmsweep.compose import cells_of
+from nmsweep.cell.identity import task_identity, task_sources
+from nmsweep.config.compose import cells_of
 from nmsweep.data import extras
 from nmsweep.data.tasks import MINI_FOLDER, find_task
 from nmsweep.evaluate import harness
-from nmsweep.evaluate.comparison import compare
 from nmsweep.evaluate.kept import kept_task
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
-from nmsweep.record import cell_folders, read_cell
+from nmsweep.results.record import cell_folders, read_cell
+from nmsweep.statistics.comparison import compare
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float64", "device=cpu")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from processes import Run, run
 
-from nmsweep.disk.claims import all_claims
-from nmsweep.disk.owner import Owner
-from nmsweep.record import cell_folders
-from nmsweep.report.load import read_results
+from nmsweep.results.claims import all_claims
+from nmsweep.results.owner import Owner
+from nmsweep.results.read import read_results
+from nmsweep.results.record import cell_folders
 from nmsweep.sweep import processes
 
 SWEEP = (

@@ -9,8 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nmsweep.sparsity.kernels import prune
-from nmsweep.sparsity.kernels.reference import make
+from nmsweep.kernels import prune
+from nmsweep.kernels.reference import make
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ODD = [0.0, -0.0, 1.0, -1.0, 0.5, float("inf"), float("-inf"), float("nan"), 1e-42]

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nmsweep.config import CalibrationConfig, DataConfig, EvalConfig, short_hash
-from nmsweep.evaluate.identity import METHOD, SCORES, method_id
-from nmsweep.pattern import parse_pattern
-from nmsweep.record import LayerCount, Metric, cell_folder, failure_folder, write_cell, write_failure
+from nmsweep.config.pattern import parse_pattern
+from nmsweep.config.schema import CalibrationConfig, DataConfig, EvalConfig, short_hash
+from nmsweep.results.record import LayerCount, Metric, cell_folder, failure_folder, write_cell, write_failure
+from nmsweep.statistics.identity import METHOD, SCORES, method_id
 
 MINI = ("mini_cloze", "mini_continuation", "mini_prose", "mini_science", "mini_yesno")
 REAL = ("arc_easy", "boolq", "hellaswag", "wikitext2")

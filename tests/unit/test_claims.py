@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from nmsweep.disk import claims
-from nmsweep.disk.claims import LEASE_S, all_claims, claimed, find, is_void, take
-from nmsweep.disk.owner import STALE_S, Owner, me, parse_owner, server_time, temporary_name
 from nmsweep.errors import Busy, StorageError
-from nmsweep.sweep.leftovers import leftovers, remove_abandoned
+from nmsweep.results import claims
+from nmsweep.results.claims import LEASE_S, all_claims, claimed, find, is_void, take
+from nmsweep.results.leftovers import leftovers, remove_abandoned
+from nmsweep.results.owner import STALE_S, Owner, me, parse_owner, server_time, temporary_name
 
 ELSEWHERE = Owner("othernode", "0" * 8, 4242, 17)
 
@@ -41,7 +41,7 @@ def watch(results: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> Non
 
 def dead_process() -> Owner:
     """A process of this machine that has ended."""
-    code = "from nmsweep.disk.owner import me; print(me())"
+    code = "from nmsweep.results.owner import me; print(me())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     owner = parse_owner(said)
     assert owner is not None

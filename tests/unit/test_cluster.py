@@ -9,8 +9,8 @@ import pytest
 import submitit
 
 from hydra_plugins.nmsweep_cluster import LocalJobs, SlurmJobs, _private
-from nmsweep.disk.interrupt import Terminated
 from nmsweep.errors import InputError
+from nmsweep.results.interrupt import Terminated
 
 
 class Interrupted:

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from nmsweep.compose import Composer, _compose, _loader, _plain, asks_for_gpus, cells_of, prepare
+from nmsweep.config.compose import Composer, _compose, _loader, _plain, asks_for_gpus, cells_of, prepare
 
 VALUES = {
     "pattern": ("2:4", "8:16", "'50%'", "dense"),

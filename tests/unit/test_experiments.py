@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from nmsweep.catalogue import options
-from nmsweep.compose import cells_of
-from nmsweep.config import RunConfig, to_plain
+from nmsweep.config.catalogue import options
+from nmsweep.config.compose import cells_of
+from nmsweep.config.schema import RunConfig, to_plain
 
 EXPERIMENTS = options("experiment")
 

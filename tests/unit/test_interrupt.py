@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from nmsweep.disk.interrupt import interruptible, uninterrupted
+from nmsweep.results.interrupt import interruptible, uninterrupted
 
 
 class _InterruptedWhileCollected:

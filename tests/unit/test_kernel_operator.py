@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from nmsweep.kernels import prune
+from nmsweep.kernels.norms import channel_squares
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity.api import sparsify
-from nmsweep.sparsity.kernels import prune
-from nmsweep.sparsity.kernels.norms import channel_squares
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

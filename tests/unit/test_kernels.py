@@ -12,8 +12,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nmsweep.errors import InputError
-from nmsweep.sparsity.kernels import prune
-from nmsweep.sparsity.kernels.reference import make
+from nmsweep.kernels import prune
+from nmsweep.kernels.reference import make
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -186,7 +186,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("name", ["8:16", "16:32", "50%", "median+var"])
 def test_a_gpu_without_words_of_two_numbers_agrees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nmsweep.sparsity.kernels import triton
+    from nmsweep.kernels.triton import backend as triton
 
     def refused(*args: Any) -> None:
         raise AssertionError("a kernel of words")

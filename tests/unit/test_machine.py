@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nmsweep.application import SEEN_GPUS, see_gpus
-from nmsweep.session import place_of
+from nmsweep.cell.session import place_of
+from nmsweep.commands.run import SEEN_GPUS, see_gpus
 from nmsweep.sweep import workers
 from nmsweep.sweep.machine import available_bytes, n_cores
 from nmsweep.sweep.workers import n_local_workers, share_machine, shares_out_gpus

@@ -49,7 +49,7 @@ def test_a_ratio_is_of_paired_windows(table: dict[str, Any]) -> None:
 
 
 def test_the_table_has_every_method_at_both_patterns(table: dict[str, Any]) -> None:
-    from nmsweep.catalogue import options
+    from nmsweep.config.catalogue import options
 
     rows = table["read_table"]()
     wanted = {(name, "none") for name in options("criterion")} | {("act", name) for name in options("mitigations")}

@@ -1,7 +1,7 @@
 import pytest
 
+from nmsweep.config.pattern import Pattern, parse_pattern
 from nmsweep.errors import InputError
-from nmsweep.pattern import Pattern, parse_pattern
 
 
 @pytest.mark.parametrize("text", ["dense", "2:4", "8:16", "16:32", "1:1", "3:4", "50%", "12.5%", "threshold:50%"])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nmsweep.disk.storage import put_back, whole_folder, write_text
 from nmsweep.errors import InputError, StorageError
-from nmsweep.record import (
+from nmsweep.results.leftovers import leftovers, remove_abandoned, restore
+from nmsweep.results.record import (
     LAYER_COLUMNS,
     METRIC_COLUMNS,
     LayerCount,
@@ -24,7 +24,7 @@ from nmsweep.record import (
     write_cell,
     write_failure,
 )  # fmt: skip
-from nmsweep.sweep.leftovers import leftovers, remove_abandoned, restore
+from nmsweep.results.storage import put_back, whole_folder, write_text
 
 METRICS = [Metric("boolq", "acc", 0.5, 0.1, 4), Metric("wikitext2", "perplexity", 12.25, None, 3)]
 LAYERS = [LayerCount("model.layers.0.q", 8, 4, 100, 50, 0.25)]
@@ -100,7 +100,7 @@ def test_what_is_replaced_survives_a_kill_between_the_two_renames(tmp_path: Path
     code = f"""
 import os
 from pathlib import Path
-from nmsweep.disk import storage
+from nmsweep.results import storage
 place, rename = Path({str(place)!r}), os.rename
 def killed(source, target):
     if Path(target) == place and place.parent.glob(".old_*"):

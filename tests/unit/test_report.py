@@ -13,23 +13,23 @@ import pandas as pd
 import pytest
 from support.results_folder import HOSTILE, MINI, REAL, Plan, make_results
 
+from nmsweep.commands.report import parse_words, report
 from nmsweep.errors import InputError
-from nmsweep.evaluate.comparison import compare
-from nmsweep.record import METRIC_COLUMNS, items_file
-from nmsweep.report import formats
-from nmsweep.report import paired as paired_module
-from nmsweep.report.changes import Pair
-from nmsweep.report.check import check_results
-from nmsweep.report.command import parse_words, report
-from nmsweep.report.contrast import contrast
-from nmsweep.report.load import Results, read_results
-from nmsweep.report.paired import paired
-from nmsweep.report.quantities import QUANTITIES
-from nmsweep.report.samples import read_many
-from nmsweep.report.scores import Scores, make_scores
-from nmsweep.report.spec import PRESETS, TableSpec, parse_spec
-from nmsweep.report.tables import make_tables, preset_tables
+from nmsweep.report.numbers.check import check_results
+from nmsweep.report.numbers.contrast import contrast
+from nmsweep.report.numbers.quantities import QUANTITIES
+from nmsweep.report.numbers.samples import read_many
+from nmsweep.report.numbers.scores import Scores, make_scores
+from nmsweep.report.show import formats
+from nmsweep.report.show.spec import PRESETS, TableSpec, parse_spec
+from nmsweep.report.show.tables import make_tables, preset_tables
 from nmsweep.report.workers import Here
+from nmsweep.results.read import Results, read_results
+from nmsweep.results.record import METRIC_COLUMNS, items_file
+from nmsweep.statistics import paired as paired_module
+from nmsweep.statistics.changes import Pair
+from nmsweep.statistics.comparison import compare
+from nmsweep.statistics.paired import paired
 
 PLAN = Plan(models=("alpha", "beta"), patterns=("2:4", "8:16", "50%"), mitigations=("none", "shift"), failed_every=5, missing_every=7)  # fmt: skip
 

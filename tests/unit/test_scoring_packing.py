@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nmsweep.errors import DataError
-from nmsweep.evaluate.packing import Cost, batches, cheapest, pack, prefixes
-from nmsweep.evaluate.rows import Group, Request, one_each, queries
+from nmsweep.evaluate.packed.packing import Cost, batches, cheapest, pack, prefixes
+from nmsweep.evaluate.packed.rows import Group, Request, one_each, queries
 
 ANY = 10**6
 

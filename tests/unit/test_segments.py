@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmsweep.evaluate.rows import Request, Row, make_row, one_each, queries
-from nmsweep.evaluate.segments import Segments, runs_of
+from nmsweep.evaluate.packed.rows import Request, Row, make_row, one_each, queries
+from nmsweep.evaluate.packed.segments import Segments, runs_of
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 

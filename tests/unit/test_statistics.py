@@ -11,8 +11,8 @@ from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from nmsweep.errors import InputError
-from nmsweep.evaluate.comparison import compare, holm_by_task
-from nmsweep.evaluate.statistics import Pairs, average, bootstrap_means, holm, interval, mcnemar
+from nmsweep.statistics.comparison import compare, holm_by_task
+from nmsweep.statistics.statistics import Pairs, average, bootstrap_means, holm, interval, mcnemar
 
 JOINT = (0.55, 0.12, 0.06, 0.27)
 """Share of items right in both cells, only in the dense one, only in the sparse one, in neither."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from support.results_folder import HOSTILE, REAL, Plan, make_results
 
-from nmsweep.report import formats
-from nmsweep.report.load import read_results
-from nmsweep.report.scores import make_scores
-from nmsweep.report.spec import Table
-from nmsweep.report.tables import preset_tables
+from nmsweep.report.numbers.scores import make_scores
+from nmsweep.report.show import formats
+from nmsweep.report.show.spec import Table
+from nmsweep.report.show.tables import preset_tables
+from nmsweep.results.read import read_results
 
 HERE = Path(__file__).parent
 WANTED = ("pattern_model_drop", "criterion_pattern_drop", "mitigation_pattern_ratio", "operand_pattern_drop")

@@ -1,0 +1,78 @@
+"""Which layer gets which pattern under one budget: a greedy choice by output error."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+from nmsweep.config.pattern import Pattern
+from nmsweep.errors import InputError
+
+VERSION = 1
+"""Raised when the choice changes; part of every cell that makes it."""
+
+
+def density_of(layers: Mapping[str, Pattern], cost: Mapping[str, int]) -> float:
+    """The average density of some layers, weighted by their multiply-adds, 0 to 1."""
+    return sum((1 - pattern.sparsity) * cost[name] for name, pattern in layers.items()) / sum(
+        cost[name] for name in layers
+    )
+
+
+def check_budget(patterns: Sequence[Pattern], density: float) -> None:
+    """See that some choice of the patterns is within the budget, and that a choice is left.
+
+    Raises:
+        InputError: the strictest pattern everywhere is above the budget, or the loosest within it.
+    """
+    strictest, loosest = (pick(patterns, key=lambda pattern: pattern.sparsity) for pick in (max, min))
+    if 1 - strictest.sparsity > density + 1e-9:
+        raise InputError(
+            f"allocation.density: {density:g} is below the strictest pattern {strictest}, which keeps "
+            f"{1 - strictest.sparsity:g}; raise it, or add a stricter pattern to allocation.patterns"
+        )
+    if 1 - loosest.sparsity <= density + 1e-9:
+        raise InputError(
+            f"allocation.density: {density:g} lets every layer have the loosest pattern {loosest}; lower it, or add a looser "
+            "pattern to allocation.patterns"
+        )
+
+
+def greedy(
+    errors: Mapping[str, Mapping[Pattern, float]], cost: Mapping[str, int], patterns: Sequence[Pattern], density: float
+) -> dict[str, Pattern]:
+    """Give each layer the strictest pattern that the others leave it.
+
+    All layers begin with the loosest pattern. The layer whose next stricter one adds the least squared relative error for
+    each multiply-add that it saves takes that step, until the average density is within the budget. Ties go to the layer
+    that runs first.
+
+    Args:
+        errors: layer -> pattern -> relative output error, ‖ŷ−y‖/‖y‖.
+        cost: layer -> multiply-adds a token.
+        patterns: what may be given, in any order.
+        density: the budget, the average of the layers' densities weighted by `cost`.
+
+    Returns:
+        layer -> pattern; the average density is at most `density`.
+
+    Raises:
+        InputError: a budget that no choice or every choice meets.
+
+    Source: ours.
+    """
+    check_budget(patterns, density)
+    ladder = sorted(dict.fromkeys(patterns), key=lambda pattern: pattern.sparsity)
+    place = dict.fromkeys(errors, 0)
+
+    def step(name: str, order: int) -> tuple[float, int, str]:
+        now, after = ladder[place[name]], ladder[place[name] + 1]
+        saved = (after.sparsity - now.sparsity) * cost[name]
+        return ((errors[name][after] ** 2 - errors[name][now] ** 2) / saved, order, name)
+
+    steps = [step(name, order) for order, name in enumerate(errors)]
+    heapq.heapify(steps)
+    while density_of({name: ladder[at] for name, at in place.items()}, cost) > density + 1e-9:
+        _, order, name = heapq.heappop(steps)
+        place[name] += 1
+        if place[name] + 1 < len(ladder):
+            heapq.heappush(steps, step(name, order))
+    return {name: ladder[at] for name, at in place.items()}

@@ -1,0 +1,100 @@
+"""Weights & Biases and MLflow: one run a finished cell, grouped by sweep. Off by default; whatever they do, the cell stands.
+
+The records in the results folder stay the truth: a logger is told of a cell after its record is written, in a thread of its own
+and for a limited time, and what it raises is one line.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nmsweep.config.schema import RunConfig
+from nmsweep.results.record import CellRecord
+
+TIMEOUT_S = 60.0
+"""Seconds that a logger may take for one cell."""
+
+log = logging.getLogger(__name__)
+
+Logger = Callable[[RunConfig, CellRecord, str], None]
+
+
+def log_cell(cfg: RunConfig, record: CellRecord, sweep: str, say: Callable[[str], None]) -> None:
+    """Tell the loggers that are on about a finished cell.
+
+    Args:
+        cfg: the cell.
+        record: what was written of it.
+        sweep: id of its plan; the group of its run.
+        say: told why a logger failed.
+    """
+    for name, send in LOGGERS.items():
+        if getattr(cfg.loggers, name).enabled and (problem := _in_time(send, cfg, record, sweep)):
+            log.warning("logger %s: %s", name, problem)
+            say(f"    {name} was not told ({problem}); the record is complete")
+
+
+def _in_time(send: Logger, cfg: RunConfig, record: CellRecord, sweep: str) -> str:
+    """Run a logger; what went wrong, empty for nothing."""
+    problems = [f"no answer in {TIMEOUT_S:.0f} s"]
+
+    def run() -> None:
+        try:
+            send(cfg, record, sweep)
+            problems.clear()
+        except BaseException as error:  # a library of others, after the fact: nothing of it may reach the cell
+            problems[0] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+    thread = threading.Thread(target=run, daemon=True, name="logger")
+    thread.start()
+    thread.join(TIMEOUT_S)
+    return "; ".join(problems)
+
+
+def metrics_of(record: CellRecord) -> dict[str, float]:
+    """The cell's numbers by ``task/metric``, with what it cost."""
+    names = record.metrics["task"] + "/" + record.metrics["metric"]
+    numbers = dict(zip(names, record.metrics["value"].astype(float), strict=True))
+    return {**numbers, "time_s": float(record.provenance["time_s"]), "tokens": float(record.provenance["tokens"])}
+
+
+def params_of(cfg: RunConfig) -> dict[str, str]:
+    """The words that tell cells apart."""
+    keys = ("pattern", "mitigation", "targets", "scope", "profile", "tasks", "dtype", "seed")
+    dump: Mapping[str, Any] = cfg.dump()
+    shown = {key: dump[key] for key in keys} | {"model": cfg.model_name}
+    shown["criterion"] = cfg.criterion.name if cfg.criterion else "none"
+    return {key: str(value) for key, value in shown.items()}
+
+
+def _to_mlflow(cfg: RunConfig, record: CellRecord, sweep: str) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=cfg.loggers.mlflow.tracking_uri)
+    name = cfg.loggers.mlflow.experiment
+    experiment = client.get_experiment_by_name(name)
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+    tags = {"sweep": sweep, "cell_id": record.cell_id}
+    run = client.create_run(experiment_id, run_name=record.folder.name, tags=tags)
+    for key, value in params_of(cfg).items():
+        client.log_param(run.info.run_id, key, value)
+    for key, number in metrics_of(record).items():
+        client.log_metric(run.info.run_id, key, number)
+    client.set_terminated(run.info.run_id)
+
+
+def _to_wandb(cfg: RunConfig, record: CellRecord, sweep: str) -> None:
+    import wandb
+
+    chosen = cfg.loggers.wandb
+    run = wandb.init(
+        project=chosen.project, entity=chosen.entity, mode=chosen.mode, group=sweep, name=record.folder.name,
+        config=params_of(cfg), reinit="create_new", dir=str(cfg.results_dir / ".runs"),
+        settings=wandb.Settings(silent=True, console="off"),
+    )  # fmt: skip
+    run.log(metrics_of(record))
+    run.finish()
+
+
+LOGGERS: dict[str, Logger] = {"wandb": _to_wandb, "mlflow": _to_mlflow}

@@ -1,0 +1,169 @@
+"""How to arrange sequences in rows and rows in batches so that scoring them takes least time. No torch."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmsweep.evaluate.packed.rows import Group, Ints, Query, Row, make_row, shared
+
+PREFIX_SHARE = 4
+"""A cached prefix token takes about this part of a computed one's memory: keys and values, but no MLP."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is computed costs, in tokens: one is the time that all linear layers take for a token.
+
+    Attributes:
+        attention_ratio: length of a context whose attention costs a token as much as all linear layers do.
+        pass_tokens: cost of a forward pass beside its tokens.
+        least_prefix: a shorter prefix is not computed apart.
+    """
+
+    attention_ratio: float
+    pass_tokens: float
+    least_prefix: int = 1
+
+    def row(self, width: Any, prefix: int = 0) -> Any:
+        """One row of `width` tokens after a cached prefix; numbers or arrays of them."""
+        return width * (1 + (width + prefix) / self.attention_ratio)
+
+    def saved(self, prefix: int, below: float, n: int, max_tokens: int) -> float:
+        """What caching a prefix saves; 0 or less if it does not.
+
+        Args:
+            prefix: its tokens.
+            below: tokens of the prefix tree below it, of `n` sequences.
+            max_tokens: tokens that a row should not exceed.
+        """
+        if prefix < self.least_prefix:
+            return 0.0
+        alone = below / n
+        cheapest = math.sqrt(prefix * (prefix + self.attention_ratio))  # length below, of rows with the prefix in each
+        length = max(min(cheapest, below, max_tokens - prefix), alone)
+        apart = below / length * self.row(prefix + length)
+        together = self.row(prefix) + n * self.row(alone, prefix)
+        return float(apart - together - 2 * self.pass_tokens)  # the prefix's pass, and a batch that nothing else fills
+
+
+def pack(sequences: Sequence[Query], cost: Cost, max_tokens: int) -> list[Group]:
+    """Arrange sorted sequences in rows so that little is computed twice.
+
+    Args:
+        sequences: sorted, distinct.
+        cost: what rows cost.
+        max_tokens: tokens that a row should not exceed.
+
+    Returns:
+        Groups of rows; the group without a prefix first.
+    """
+    cached = prefixes(sequences, cost, max_tokens)
+    bounds = [0, *(bound for start, stop, _ in cached for bound in (start, stop)), len(sequences)]
+    rest = [sequences[start:stop] for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
+    alone = [row for part in rest for row in cut(part, 0, cost, max_tokens)]
+    groups = [Group(np.empty(0, np.int64), alone)]
+    for start, stop, depth in cached:
+        rows = cut(sequences[start:stop], depth, cost, max_tokens)
+        groups.append(Group(sequences[start].ids[:depth], rows))
+    return [Group(group.prefix, sorted(group.rows, key=len, reverse=True)) for group in groups if group.rows]
+
+
+def prefixes(sequences: Sequence[Query], cost: Cost, max_tokens: int) -> list[tuple[int, int, int]]:
+    """Ranges of sequences whose shared prefix is worth computing once: (start, stop, depth), disjoint, in order.
+
+    Every node of the prefix tree is a range of the sorted sequences. Of a node and those inside it, what saves more is
+    taken.
+    """
+    if len(sequences) < 2:
+        return []
+    common = _common(sequences)
+    first = np.array([query.first for query in sequences])
+    depths = np.minimum(common, np.minimum(first[:-1], first[1:])).tolist()
+    lengths = [len(query.ids) for query in sequences]
+    new = np.concatenate([[0], np.cumsum(lengths - np.concatenate([[0], common]))])  # tree tokens before sequence i
+    # Intervals of equal depth, by a stack: each entry is open on the right and carries the best choice inside it.
+    stack: list[tuple[int, int, float, list[tuple[int, int, int]]]] = []  # depth, start, saved, chosen
+    best: tuple[float, list[tuple[int, int, int]]] = (0.0, [])
+    for i, depth in enumerate([*depths, -1]):
+        start, inner = i, (0.0, list[tuple[int, int, int]]())
+        while stack and stack[-1][0] > depth:
+            node_depth, start, saved, chosen = stack.pop()
+            inner = (saved + inner[0], chosen + inner[1])
+            below = float(new[i + 1] - new[start + 1]) + lengths[start] - node_depth
+            own = cost.saved(node_depth, below, i + 1 - start, max_tokens)
+            if own > inner[0]:
+                inner = (own, [(start, i + 1, node_depth)])
+        if stack and stack[-1][0] == depth:
+            node_depth, node_start, saved, chosen = stack.pop()
+            stack.append((node_depth, node_start, saved + inner[0], chosen + inner[1]))
+        elif depth >= 0:
+            stack.append((depth, start, *inner))
+        else:
+            best = inner
+    return best[1]
+
+
+def cut(sequences: Sequence[Query], prefix: int, cost: Cost, max_tokens: int) -> list[Row]:
+    """Cut sorted sequences into rows at the least cost: tokens that rows share against attention's width."""
+    lengths = np.array([len(query.ids) - prefix for query in sequences])
+    grown = np.concatenate([[0], np.cumsum(lengths[1:] - _common(sequences) + prefix)])  # by joining the row before
+
+    def costs(start: int) -> NDArray[np.float64]:
+        room = max(max_tokens - lengths[start], 0)
+        stop = np.searchsorted(grown, grown[start] + room, side="right")
+        return np.asarray(cost.row(lengths[start] + grown[start:stop] - grown[start], prefix), dtype=np.float64)
+
+    bounds = cheapest(len(sequences), costs)
+    return [make_row(sequences[start:stop], prefix) for start, stop in pairwise(bounds)]
+
+
+def batches(rows: Sequence[Row], prefix: int, cost: Cost, budget: int) -> list[list[Row]]:
+    """Divide rows, longest first, into batches at the least cost: padding against forward passes.
+
+    Args:
+        rows: longest first.
+        prefix: cached tokens before each.
+        cost: what batches cost.
+        budget: tokens of a batch with its padding; only a single row may exceed it.
+    """
+    lengths = [len(row) for row in rows]
+    counts = np.arange(1, len(rows) + 1)
+
+    def costs(start: int) -> NDArray[np.float64]:
+        width = lengths[start]
+        n_fitting = max(1, budget // (width + prefix // PREFIX_SHARE))
+        return np.asarray(
+            counts[: min(n_fitting, len(rows) - start)] * cost.row(width, prefix) + cost.pass_tokens, dtype=np.float64
+        )
+
+    return [list(rows[start:stop]) for start, stop in pairwise(cheapest(len(rows), costs))]
+
+
+def cheapest(n: int, costs: Callable[[int], NDArray[np.float64]]) -> list[int]:
+    """Bounds of the cheapest division of `n` things into parts of neighbours, 0 and `n` included.
+
+    Args:
+        costs: of the parts that start at a thing, [k] for those of 1, 2, … k things; no longer part is possible.
+    """
+    best = np.full(n + 1, np.inf)
+    best[0] = 0
+    origin = np.zeros(n + 1, dtype=np.int64)
+    for start in range(n):
+        found = best[start] + costs(start)
+        reached = slice(start + 1, start + 1 + len(found))
+        origin[reached][found < best[reached]] = start
+        best[reached] = np.minimum(best[reached], found)
+    bounds = [n]
+    while bounds[-1]:
+        bounds.append(int(origin[bounds[-1]]))
+    return bounds[::-1]
+
+
+def _common(sequences: Sequence[Query]) -> Ints:
+    """Length of the common beginning of each sequence and the next, [n - 1]."""
+    return np.array([shared(a.ids, b.ids) for a, b in pairwise(sequences)], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""The fused primitive on CPUs, compiled by numba."""

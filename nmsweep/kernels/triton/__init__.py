@@ -1,0 +1,1 @@
+"""The fused primitive on GPUs, written in Triton."""

@@ -1,0 +1,276 @@
+"""The kernels of the Triton backend without ν: groups as one stream, and one token without groups (with ν too).
+
+ETA says what η is: 0 none, 1 a scalar, 2 [hidden], 3 [token].
+"""
+
+# triton's compiler reads no annotations of the future
+import triton
+import triton.language as tl
+
+from nmsweep.kernels.triton.network import keep_of_groups, load, sign, store
+from nmsweep.kernels.triton.numbers import from_float, magnitude, ratio_of_sums, score, to_float
+from nmsweep.kernels.triton.parts import load_patterns
+from nmsweep.kernels.triton.select import next_bits, part_of_keys
+
+
+@triton.jit
+def filling(
+    eta_ptr,
+    row,
+    start,
+    valid,
+    ETA: tl.constexpr,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """η as fp32 and as bit pattern, for groups [G] that begin at channel `start` of token `row` ([] or [G, 1]). ETA: 0 none, 1 scalar, 2 [hidden], 3 [token]."""
+    if ETA == 0:
+        eta = 0.0
+        fill = tl.full((), 0, tl.int16 if KIND < 2 else tl.int32)
+    elif ETA == 1:
+        eta = tl.load(eta_ptr)
+        fill = from_float(eta, KIND)
+    elif ETA == 2:
+        eta = load(eta_ptr, start, valid, 0.0, M, P, PIECE)
+        fill = from_float(eta, KIND)
+    else:
+        eta = tl.load(eta_ptr + row)
+        fill = from_float(eta, KIND)
+    return eta, fill
+
+
+@triton.jit
+def keys(
+    x,
+    z,
+    weight_ptr,
+    place,
+    valid,
+    ETA: tl.constexpr,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """What orders the channels of groups [G, P] of bit patterns x and values z, whose weights begin at `place` [G]."""
+    if weight_ptr is None and ETA == 0 and KIND < 2:
+        key = magnitude(x, KIND)
+    else:
+        weight = 1.0
+        if weight_ptr is not None:
+            weight = load(weight_ptr, place, valid, 0.0, M, P, PIECE)
+        key = score(z, weight, weight_ptr is None and ETA == 0)
+    return key
+
+
+@triton.jit
+def chosen(kept, x, fill):
+    """Bit pattern of x where all bits of `kept` are set, of the fill where none is."""
+    kept = kept.to(x.dtype)
+    return (x & kept) | (fill & ~kept)
+
+
+@triton.jit
+def to_rescale(x, eta, KIND: tl.constexpr):
+    """What a kept channel holds until ν is known: x; where η is no finite number NaN, which its rescaled value will be."""
+    nan: tl.constexpr = 0x7FC0 if KIND == 0 else 0x7E00 if KIND == 1 else 0x7FC00000
+    return tl.where(eta - eta == 0.0, x, nan).to(x.dtype)
+
+
+@triton.jit
+def rescaled(u, eta, fill, nu, KIND: tl.constexpr, GUARD: tl.constexpr):
+    """u of channels that `to_rescale` kept, away from η by ν times as much; where z is 0, and the fill, pass if GUARD sees to it."""
+    value = to_float(u, KIND)
+    z = value - eta
+    found = from_float(value + (nu - 1.0) * z, KIND)
+    if GUARD:
+        found = tl.where(z == 0.0, u, tl.where(u == fill, u, found)).to(u.dtype)
+    return found
+
+
+@triton.jit
+def flat_kernel(
+    x_ptr,
+    u_ptr,
+    scale_ptr,
+    gain_ptr,
+    weight_ptr,
+    eta_ptr,
+    mask_ptr,
+    counts_ptr,
+    rows_per_weight,
+    n_groups,
+    groups_per_row,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    KIND: tl.constexpr,
+    ETA: tl.constexpr,
+    GAIN: tl.constexpr,
+    PIECE: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+):
+    """G groups a program, across tokens."""
+    group = tl.program_id(0) * G + tl.arange(0, G)
+    valid = group < n_groups
+    base = group.to(tl.int64) * M
+    row = tl.minimum(group, n_groups - 1) // groups_per_row
+    start = (group - row * groups_per_row) * M
+    x = load_patterns(x_ptr, scale_ptr, gain_ptr, base, row, start, valid, GAIN, KIND, M, P, PIECE)
+    eta, fill = filling(eta_ptr, row[:, None], start, valid, ETA, KIND, M, P, PIECE)
+    place = (row // rows_per_weight).to(tl.int64) * (groups_per_row * M) + start
+    key = keys(x, to_float(x, KIND) - eta, weight_ptr, place, valid, ETA, KIND, M, P, PIECE)
+    kept = keep_of_groups(key, N, M, P)
+    store(u_ptr, base, valid, chosen(kept, x, fill), M, P, PIECE)
+    if mask_ptr is not None:
+        store(mask_ptr, base, valid, (kept & 1).to(tl.int8), M, P, PIECE)
+    if counts_ptr is not None:
+        n_kept = tl.sum(tl.where(valid, -tl.sum(kept, axis=1), 0), axis=0)
+        tl.atomic_add(counts_ptr, n_kept.to(tl.int64), sem="relaxed")
+        if tl.program_id(0) == 0:
+            tl.atomic_add(counts_ptr + 1, tl.full((), M, tl.int64) * n_groups, sem="relaxed")
+
+
+@triton.jit
+def _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
+    """Bit patterns, z, keys (−1 beyond the token) and fills of channels [B] of a token."""
+    inside = channel < hidden
+    x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
+    eta, fill = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
+    z = to_float(x, KIND) - eta
+    weight = 1.0
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + weight_row * hidden + channel, mask=inside, other=0.0)
+    key = tl.where(inside, score(z, weight, weight_ptr is None and ETA == 0), -1)
+    return x, z, key, fill
+
+
+@triton.jit
+def _filling(eta_ptr, row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
+    """η of channels [B] of a token, as fp32 and as bit pattern."""
+    if ETA == 0:
+        eta = 0.0
+        fill = tl.full((), 0, tl.int16 if KIND < 2 else tl.int32)
+    else:
+        if ETA == 2:
+            eta = tl.load(eta_ptr + channel, mask=channel < hidden, other=0.0)
+        else:
+            eta = tl.load(eta_ptr + (row if ETA == 3 else 0))
+        fill = from_float(eta, KIND)
+    return eta, fill
+
+
+@triton.jit
+def _more_bits(
+    x_ptr,
+    weight_ptr,
+    eta_ptr,
+    row,
+    weight_row,
+    hidden,
+    found,
+    k,
+    ETA: tl.constexpr,
+    KIND: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    T: tl.constexpr,
+):
+    """`next_bits` of the keys of a token; those of channels i and i + T are the halves of a word."""
+    low = tl.arange(0, T)
+    zero = found >> 31  # which the compiler does not know: it reads again instead of keeping the keys in registers
+    _, _, a, _ = _channels(x_ptr, weight_ptr, eta_ptr, row + zero, weight_row + zero, low, hidden, ETA, KIND)
+    _, _, b, _ = _channels(x_ptr, weight_ptr, eta_ptr, row + zero, weight_row + zero, low + T, hidden, ETA, KIND)
+    words = part_of_keys(a, found, SHIFT, BITS) | (part_of_keys(b, found, SHIFT, BITS) << 16)
+    return next_bits(words, found, k, SHIFT, BITS)
+
+
+@triton.jit(do_not_specialize=["N"])
+def row_kernel(
+    x_ptr,
+    u_ptr,
+    weight_ptr,
+    eta_ptr,
+    mask_ptr,
+    counts_ptr,
+    nu_ptr,
+    rows_per_weight,
+    hidden,
+    N,
+    KIND: tl.constexpr,
+    ETA: tl.constexpr,
+    VAR: tl.constexpr,
+    T: tl.constexpr,
+    B: tl.constexpr,
+):
+    """One token a program, without groups: of its channels, at most 2·T, the N highest are kept.
+
+    The lowest key that is kept is found in parts, until no key below it begins as it does; then B channels at a time are written.
+    Each of these reads the token again, from the nearest cache.
+    """
+    MAGNITUDES: tl.constexpr = weight_ptr is None and ETA == 0 and KIND == 0  # 15 bits and 16 zeros, but for NaN
+    row = tl.program_id(0).to(tl.int64)
+    weight_row = row // rows_per_weight
+    found, k = tl.full((), 0, tl.int32), hidden - N
+    if MAGNITUDES:
+        found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 23, 8, T)
+        found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 16, 7, T)
+        if found == 0x7F800000:  # infinity, or a NaN
+            found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 0, 8, T)
+    else:
+        found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 17, 14, T)
+        if k > 0:
+            found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 8, 9, T)
+        if k > 0:
+            found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 0, 8, T)
+    room = n - k  # for keys that equal the lowest one kept: those of lower channels
+    first = tl.full((), 0.0, tl.float32)
+    if VAR:  # any z, so that a constant token has variance 0
+        first = to_float(tl.load(x_ptr + row * hidden), KIND)
+        if ETA == 3:
+            first -= tl.load(eta_ptr + row)
+        elif ETA > 0:
+            first -= tl.load(eta_ptr)
+    dense, dense_squares = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
+    sparse, sparse_squares = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
+    n_kept = tl.zeros((B,), tl.int32)
+    for start in range(0, hidden, B):
+        channel = start + tl.arange(0, B)
+        inside = channel < hidden
+        x, z, key, fill = _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA, KIND)
+        equal = (key == found).to(tl.int32)
+        if k > 0:
+            n_here = tl.sum(equal)
+            equal = tl.where(tl.cumsum(equal, axis=0) <= room, equal, 0)
+            room -= n_here
+        kept = (sign(found - key) - equal) & sign(channel - hidden)
+        n_kept -= kept
+        eta, _ = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
+        passed = to_rescale(x, eta, KIND) if VAR and ETA > 0 else x
+        tl.store(u_ptr + row * hidden + channel, chosen(kept, passed, fill), mask=inside)
+        if mask_ptr is not None:
+            tl.store(mask_ptr + row * hidden + channel, (kept & 1).to(tl.int8), mask=inside)
+        if VAR:
+            shifted = tl.where(inside, z.to(tl.float64) - first.to(tl.float64), 0.0)
+            z_kept = (z.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True).to(tl.float64)
+            dense += shifted
+            dense_squares = tl.fma(shifted, shifted, dense_squares)
+            sparse += z_kept
+            sparse_squares = tl.fma(z_kept, z_kept, sparse_squares)
+    if counts_ptr is not None:
+        tl.atomic_add(counts_ptr, tl.sum(n_kept).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")
+    if VAR:
+        nu = ratio_of_sums(tl.sum(dense), tl.sum(dense_squares), tl.sum(sparse), tl.sum(sparse_squares), hidden)
+        if nu_ptr is not None:
+            tl.store(nu_ptr + row, nu)
+        if nu != 1.0:
+            tl.debug_barrier()
+            for start in range(0, hidden, B):
+                channel = start + tl.arange(0, B)
+                u = tl.load(u_ptr + row * hidden + channel, mask=channel < hidden, other=0)
+                eta, fill = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
+                u = rescaled(u, eta, fill, nu, KIND, True)
+                tl.store(u_ptr + row * hidden + channel, u, mask=channel < hidden)

@@ -1,0 +1,144 @@
+"""The selection of the Triton backend: an axis that lies within a thread, and a sorting network along it.
+
+`halves` and `weave` split and join a tensor along an axis that lies within a thread, so they only rename registers, and a comparator is
+one minimum and one maximum, nothing else; LLVM drops the comparators that do not reach the n-th largest.
+"""
+
+# triton's compiler reads no annotations of the future
+import triton
+import triton.language as tl
+
+from nmsweep.kernels.triton.numbers import EMULATE
+
+
+@triton.jit
+def halves(x, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """[G, OUTER·2·INNER] -> two [G, OUTER, INNER], apart on the middle axis."""
+    G: tl.constexpr = x.shape[0]
+    return tl.split(tl.permute(tl.reshape(x, (G, OUTER, 2, INNER)), (0, 1, 3, 2)))
+
+
+@triton.jit
+def weave(a, b, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Undo halves."""
+    G: tl.constexpr = a.shape[0]
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (G, OUTER * 2 * INNER))
+
+
+@triton.jit
+def reverse(x, P: tl.constexpr, RUN: tl.constexpr):
+    """Reverse every run of RUN channels of [G, P]."""
+    if RUN > 1:
+        a, b = halves(x, P // RUN, RUN // 2)
+        x = reverse(weave(b, a, P // RUN, RUN // 2), P, RUN // 2)
+    return x
+
+
+@triton.jit
+def settle(x, P: tl.constexpr, STEP: tl.constexpr):
+    """Sort every bitonic run of 2·STEP channels."""
+    if STEP > 0:
+        a, b = halves(x, P // (2 * STEP), STEP)
+        x = settle(weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * STEP), STEP), P, STEP // 2)
+    return x
+
+
+@triton.jit
+def sort(x, P: tl.constexpr, RUN: tl.constexpr):
+    """Sort [G, P] along channels, ascending, where runs of RUN channels are sorted already."""
+    if RUN < P:
+        G: tl.constexpr = x.shape[0]
+        a, b = halves(x, P // (2 * RUN), RUN)
+        b = tl.reshape(reverse(tl.reshape(b, (G, P // 2)), P // 2, RUN), (G, P // (2 * RUN), RUN))
+        x = weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * RUN), RUN)
+        x = sort(settle(x, P, RUN // 2), P, RUN * 2)
+    return x
+
+
+@triton.jit
+def running_sum(x, P: tl.constexpr):
+    """Inclusive sums along the channels of [G, P]."""
+    if P > 1:
+        G: tl.constexpr = x.shape[0]
+        even, odd = halves(x, P // 2, 1)
+        pairs = tl.reshape(running_sum(tl.reshape(even + odd, (G, P // 2)), P // 2), (G, P // 2, 1))
+        x = weave(pairs - odd, pairs, P // 2, 1)
+    return x
+
+
+@triton.jit
+def sum_of_squares(x, P: tl.constexpr):
+    """Of each row of [G, P]: [G]."""
+    if P > 1:
+        a, b = halves(x, 1, P // 2)
+        if P > 2:
+            a, c = halves(tl.reshape(a, (x.shape[0], P // 2)), 1, P // 4)
+            b, d = halves(tl.reshape(b, (x.shape[0], P // 2)), 1, P // 4)
+            squares = tl.fma(a, a, tl.fma(b, b, tl.fma(c, c, d * d)))
+        else:
+            squares = tl.fma(a, a, b * b)
+        found = tl.sum(tl.sum(squares, axis=2), axis=1)
+    else:
+        found = tl.sum(x * x, axis=1)
+    return found
+
+
+@triton.jit
+def load(ptr, base, valid, other, M: tl.constexpr, P: tl.constexpr, PIECE: tl.constexpr):
+    """[G, P]: the M values from each base [G] on, `other` beyond M and where not valid [G]; in pieces, so that a thread has them all."""
+    G: tl.constexpr = base.shape[0]
+    if P <= PIECE:
+        channel = tl.arange(0, P)
+        value = tl.load(ptr + base[:, None] + channel, mask=valid[:, None] & (channel < M)[None, :], other=other)
+    else:
+        a = load(ptr, base, valid, other, M, P // 2, PIECE)
+        b = load(ptr + P // 2, base, valid, other, M - P // 2, P // 2, PIECE)
+        value = weave(tl.reshape(a, (G, 1, P // 2)), tl.reshape(b, (G, 1, P // 2)), 1, P // 2)
+    return value
+
+
+@triton.jit
+def store(ptr, base, valid, value, M: tl.constexpr, P: tl.constexpr, PIECE: tl.constexpr):
+    """Undo load."""
+    G: tl.constexpr = base.shape[0]
+    if P <= PIECE:
+        channel = tl.arange(0, P)
+        tl.store(ptr + base[:, None] + channel, value, mask=valid[:, None] & (channel < M)[None, :])
+    else:
+        a, b = halves(value, 1, P // 2)
+        store(ptr, base, valid, tl.reshape(a, (G, P // 2)), M, P // 2, PIECE)
+        store(ptr + P // 2, base, valid, tl.reshape(b, (G, P // 2)), M - P // 2, P // 2, PIECE)
+
+
+@triton.jit
+def sign(x):
+    """The top bit in all bits of int32. A shift, which the compiler would make a predicate of."""
+    if EMULATE:
+        found = x >> 31
+    else:
+        found = tl.inline_asm_elementwise("shr.s32 $0, $1, 31;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return found
+
+
+@triton.jit
+def keep_of_groups(key, N: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
+    """The N highest of the first M keys of each row of [G, P], lower channels first: int32, all bits of those kept.
+
+    Masks are integers made of signs, as a thread has registers for them and not for as many predicates. 16-bit keys are made unique by the channel.
+    """
+    channel = tl.arange(0, P)[None, :]
+    narrow: tl.constexpr = key.dtype.primitive_bitwidth == 16
+    if narrow:
+        key = key.to(tl.int32) * P + (P - 1 - channel)
+    if M < P:
+        key = tl.where(channel < M, key, -1)
+    threshold = tl.max(tl.where(channel == P - N, sort(key, P, 1), -1), axis=1)[:, None]
+    at_least = ~sign(key - threshold)
+    if narrow:
+        kept = at_least
+    else:
+        above = sign(threshold - key)
+        equal = at_least & ~above
+        room = N + tl.sum(above, axis=1)[:, None]
+        kept = above | (equal & ~sign(room + running_sum(equal, P)))
+    return kept

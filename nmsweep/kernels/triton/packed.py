@@ -1,0 +1,204 @@
+"""16-bit values by magnitude alone, two channels to a register: the Triton backend's fastest path.
+
+A word holds an even channel (low half) and the odd one after it (high half); Hopper's packed minimum and maximum sort both at once, then
+the two sorted halves are merged. As keys leave the top bit of a half free, one subtraction compares both halves, and its top bits are
+the masks.
+"""
+
+# triton's compiler reads no annotations of the future
+import triton
+import triton.language as tl
+
+from nmsweep.kernels.triton.network import halves, reverse, running_sum, settle, sign, store, weave
+from nmsweep.kernels.triton.numbers import EMULATE
+from nmsweep.kernels.triton.parts import load_words, make_words
+from nmsweep.kernels.triton.select import count_numbers, kth_lowest
+
+
+@triton.jit
+def _packed_min(a, b):
+    """Signed minimum of each half of two words."""
+    if EMULATE:
+        low = tl.minimum(a & 0xFFFF, b & 0xFFFF)  # keys are not negative
+        found = low | (tl.minimum(a >> 16, b >> 16) << 16)
+    else:
+        found = tl.inline_asm_elementwise(
+            "min.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def _packed_max(a, b):
+    """Signed maximum of each half of two words."""
+    if EMULATE:
+        low = tl.maximum(a & 0xFFFF, b & 0xFFFF)
+        found = low | (tl.maximum(a >> 16, b >> 16) << 16)
+    else:
+        found = tl.inline_asm_elementwise(
+            "max.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def _settle(x, W: tl.constexpr, STEP: tl.constexpr):
+    """Sort every bitonic run of 2·STEP words, each half by itself."""
+    if STEP > 0:
+        a, b = halves(x, W // (2 * STEP), STEP)
+        woven = weave(_packed_min(a, b), _packed_max(a, b), W // (2 * STEP), STEP)
+        x = _settle(woven, W, STEP // 2)
+    return x
+
+
+@triton.jit
+def _sort(x, W: tl.constexpr, RUN: tl.constexpr):
+    """Sort [G, W] along words, ascending, each half by itself, where runs of RUN words are sorted already."""
+    if RUN < W:
+        G: tl.constexpr = x.shape[0]
+        a, b = halves(x, W // (2 * RUN), RUN)
+        b = tl.reshape(reverse(tl.reshape(b, (G, W // 2)), W // 2, RUN), (G, W // (2 * RUN), RUN))
+        x = weave(_packed_min(a, b), _packed_max(a, b), W // (2 * RUN), RUN)
+        x = _sort(_settle(x, W, RUN // 2), W, RUN * 2)
+    return x
+
+
+@triton.jit
+def _threshold(key, N: tl.constexpr, W: tl.constexpr):
+    """The N-th highest of the 2·W keys of each row of [G, W] words: [G, 1], one key."""
+    ordered = _sort(key, W, 1)
+    even, odd = ordered & 0xFFFF, reverse(ordered >> 16, W, W)
+    if N <= W:
+        rest = tl.maximum(even, odd)  # the W highest of all, as a bitonic run
+    else:
+        rest = tl.minimum(even, odd)
+    if N == W:
+        found = tl.min(rest, axis=1)
+    else:
+        place: tl.constexpr = W - N if N < W else 2 * W - N
+        found = tl.max(tl.where(tl.arange(0, W)[None, :] == place, settle(rest, W, W // 2), -1), axis=1)
+    return found[:, None]
+
+
+@triton.jit
+def _ones(top):
+    """The top bit of each half as its lowest one."""
+    return (top.to(tl.uint32, bitcast=True) >> 15).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _swapped(x):
+    """The halves of each word, exchanged."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return ((bits << 16) | (bits >> 16)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _spread(top):
+    """The top bit of each half in all its bits."""
+    if EMULATE:
+        found = _ones(top) * 0xFFFF
+    else:
+        found = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0xbb99;", "=r,r", [top], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def packed_kernel(
+    x_ptr,
+    u_ptr,
+    scale_ptr,
+    gain_ptr,
+    counts_ptr,
+    n_groups,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    KIND: tl.constexpr,
+    GAIN: tl.constexpr,
+    NAN: tl.constexpr,
+    ROW: tl.constexpr,
+    G: tl.constexpr,
+):
+    """G groups of M channels a program; x and u as words. Keeps the N of largest magnitude, lower channels first, zeros the others.
+
+    NAN: the key of every NaN, in both halves. Each half of a word of `above`, `equal`, … says it with its top bit.
+    """
+    W: tl.constexpr = M // 2
+    TOP: tl.constexpr = -0x7FFF8000  # the top bits of both halves
+    group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    valid = group < n_groups
+    x = load_words(x_ptr, scale_ptr, gain_ptr, group, n_groups, ROW, GAIN, KIND, W)
+    key = _packed_min(x & 0x7FFF7FFF, tl.full(x.shape, NAN, tl.int32))
+    threshold = _threshold(key, N, W) * 0x10001
+    raised = key | TOP
+    at_least = raised - threshold
+    above = (at_least - 0x10001) & TOP
+    equal = (at_least ^ above) & TOP
+    n_above = tl.sum(_ones(above), axis=1)[:, None]
+    room = N - (n_above & 0xFFFF) - (n_above >> 16)
+    one = _ones(equal)
+    before = running_sum(one, W)  # equals among the even channels, and among the odd ones, up to here
+    place = before + _swapped(before) - (one >> 16)  # among all channels up to each
+    kept = above | (equal & (((room * 0x10001) | TOP) - place))
+    store(u_ptr, group * W, valid, x & _spread(kept), W, W, 4)
+    if counts_ptr is not None:
+        n_kept = tl.sum(_ones(kept), axis=1)
+        n_kept = tl.sum(tl.where(valid, (n_kept & 0xFFFF) + (n_kept >> 16), 0), axis=0)
+        tl.atomic_add(counts_ptr, n_kept.to(tl.int64), sem="relaxed")
+        if tl.program_id(0) == 0:
+            tl.atomic_add(counts_ptr + 1, tl.full((), M, tl.int64) * n_groups, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["N"])
+def packed_row_kernel(
+    x_ptr,
+    u_ptr,
+    scale_ptr,
+    gain_ptr,
+    counts_ptr,
+    hidden,
+    N,
+    KIND: tl.constexpr,
+    GAIN: tl.constexpr,
+    NAN: tl.constexpr,
+    T: tl.constexpr,
+):
+    """One token of an even number of channels a program, as T words or fewer. Keeps the N of largest magnitude, lower channels first."""
+    TOP: tl.constexpr = -0x7FFF8000
+    row = tl.program_id(0).to(tl.int64)
+    n_words = hidden // 2
+    word = tl.arange(0, T)
+    inside = word < n_words
+    x = tl.load(x_ptr + row * n_words + word, mask=inside, other=0)  # after all others, and never above one
+    if scale_ptr is not None or GAIN > 0:
+        scale = 1.0
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row)
+        gain = 0
+        if GAIN == 1 or GAIN == 2:
+            gain = tl.load(gain_ptr + word, mask=inside, other=0)
+        elif GAIN == 3:
+            gain = tl.load(gain_ptr + row * n_words + word, mask=inside, other=0)
+        x = make_words(x, scale, gain, scale_ptr is not None, GAIN, KIND)
+        x = tl.where(inside, x, 0)  # a zero times a scale that is no number is none
+    size = x & 0x7FFF7FFF
+    k = 2 * T - N
+    number = kth_lowest(size, k, False, KIND)
+    threshold = tl.where(count_numbers(size, KIND) > k, number, NAN & 0xFFFF)
+    at_least = (_packed_min(size, tl.full(x.shape, NAN, tl.int32)) | TOP) - threshold * 0x10001
+    above = (at_least - 0x10001) & TOP
+    equal = (at_least ^ above) & TOP
+    n_above = tl.sum(_ones(above), axis=0)
+    room = N - (n_above & 0xFFFF) - (n_above >> 16)
+    one = _ones(equal)
+    odd = one >> 16
+    place = tl.cumsum((one & 0xFFFF) + odd, axis=0)  # among all channels up to the odd one
+    fits = (~sign(room - place + odd) & 0x8000) | (~sign(room - place) & -0x80000000)
+    kept = above | (equal & fits)
+    tl.store(u_ptr + row * n_words + word, x & _spread(kept), mask=word < n_words)
+    if counts_ptr is not None:
+        n_kept = tl.sum(_ones(kept), axis=0)
+        tl.atomic_add(counts_ptr, ((n_kept & 0xFFFF) + (n_kept >> 16)).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")

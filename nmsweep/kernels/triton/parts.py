@@ -1,0 +1,142 @@
+"""The tensor to prune, made of its parts on CUDA: x · scale · gain, with the roundings of `reference.make`.
+
+GAIN says what the gain is: 0 none, 1 [hidden] as x, 2 [hidden] fp32, 3 in the shape of x.
+"""
+
+# triton's compiler reads no annotations of the future
+import triton
+import triton.language as tl
+
+from nmsweep.kernels.triton.network import load
+from nmsweep.kernels.triton.numbers import EMULATE, from_float, to_float
+from nmsweep.kernels.triton.select import half_floats
+
+
+@triton.jit
+def _pack(low, high, KIND: tl.constexpr):
+    """Two fp32 values, rounded, as the halves of a word."""
+    if EMULATE:
+        word = (from_float(low, KIND).to(tl.int32) & 0xFFFF) | (from_float(high, KIND).to(tl.int32) << 16)
+    elif KIND == 0:
+        word = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        word = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,r,r", [high, low], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return word
+
+
+@triton.jit
+def make_words(x, scale, gain, SCALED: tl.constexpr, GAIN: tl.constexpr, KIND: tl.constexpr):
+    """Words of x made of words x; a gain of kind 2 is two fp32 values in an int64."""
+    low, high = half_floats(x, KIND)
+    if SCALED:
+        low, high = low * scale, high * scale
+        if GAIN == 1 or GAIN == 3:
+            low, high = half_floats(_pack(low, high, KIND), KIND)
+    if GAIN == 1 or GAIN == 3:
+        gain_low, gain_high = half_floats(gain, KIND)
+        low, high = low * gain_low, high * gain_high
+    elif GAIN == 2:
+        low = low * gain.to(tl.int32).to(tl.float32, bitcast=True)
+        high = high * (gain >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return _pack(low, high, KIND)
+
+
+@triton.jit
+def make_patterns(x, scale, gain, SCALED: tl.constexpr, GAIN: tl.constexpr, KIND: tl.constexpr):
+    """Bit patterns of x made of bit patterns x; a gain of kind 2 is fp32, others are bit patterns."""
+    value = to_float(x, KIND)
+    if SCALED:
+        value = value * scale
+        if GAIN == 1 or GAIN == 3:
+            value = to_float(from_float(value, KIND), KIND)
+    if GAIN == 1 or GAIN == 3:
+        value = value * to_float(gain, KIND)
+    elif GAIN == 2:
+        value = value * gain
+    return from_float(value, KIND)
+
+
+@triton.jit
+def load_words(
+    x_ptr,
+    scale_ptr,
+    gain_ptr,
+    group,
+    n_groups,
+    ROW: tl.constexpr,
+    GAIN: tl.constexpr,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Words [G, W] of the tensor to prune, of groups [G] of one stream over all tokens, ROW to a token."""
+    valid = group < n_groups
+    x = load(x_ptr, group * W, valid, 0, W, W, 4)
+    if scale_ptr is not None or GAIN > 0:
+        number = tl.minimum(group, n_groups - 1).to(tl.int32)  # a division of 64 bits would cost more than the rest
+        row = number // ROW
+        start = (number - row * ROW) * W
+        scale = 1.0
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row)[:, None]
+        gain = 0
+        if GAIN == 1:
+            gain = load(gain_ptr, start, valid, 0, W, W, 4)
+        elif GAIN == 2:
+            gain = load(gain_ptr, start, valid, 0, W, W, 2)
+        elif GAIN == 3:
+            gain = load(gain_ptr, group * W, valid, 0, W, W, 4)
+        x = make_words(x, scale, gain, scale_ptr is not None, GAIN, KIND)
+    return x
+
+
+@triton.jit
+def load_patterns(
+    x_ptr,
+    scale_ptr,
+    gain_ptr,
+    base,
+    row,
+    start,
+    valid,
+    GAIN: tl.constexpr,
+    KIND: tl.constexpr,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Bit patterns [G, P] of the tensor to prune, of groups [G] that begin at `base`, channel `start` of token `row`."""
+    x = load(x_ptr, base, valid, 0, M, P, PIECE)
+    if scale_ptr is not None or GAIN > 0:
+        scale = 1.0
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row)[:, None]
+        gain = 0
+        if GAIN == 1 or GAIN == 2:
+            gain = load(gain_ptr, start, valid, 0, M, P, PIECE)
+        elif GAIN == 3:
+            gain = load(gain_ptr, base, valid, 0, M, P, PIECE)
+        x = make_patterns(x, scale, gain, scale_ptr is not None, GAIN, KIND)
+    return x
+
+
+@triton.jit
+def make_kernel(x_ptr, u_ptr, scale_ptr, gain_ptr, hidden, GAIN: tl.constexpr, KIND: tl.constexpr, B: tl.constexpr):
+    """The tensor to prune, written out, B channels of one token a program: for the kernels that read it more than once."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * B + tl.arange(0, B)
+    inside = channel < hidden
+    place = row * hidden + channel
+    x = tl.load(x_ptr + place, mask=inside, other=0)
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + row)
+    gain = 0
+    if GAIN == 1 or GAIN == 2:
+        gain = tl.load(gain_ptr + channel, mask=inside, other=0)
+    elif GAIN == 3:
+        gain = tl.load(gain_ptr + place, mask=inside, other=0)
+    tl.store(u_ptr + place, make_patterns(x, scale, gain, scale_ptr is not None, GAIN, KIND), mask=inside)

@@ -1,0 +1,13 @@
+"""`act`: the magnitude of the activation itself."""
+
+from dataclasses import dataclass
+
+from nmsweep.methods.base import Criterion
+
+
+@dataclass(frozen=True)
+class Act(Criterion):
+    """w_j = 1, so the score is ``|z_j|``. No statistics, no calibration.
+
+    Source: arXiv:2509.22166, ACT.
+    """

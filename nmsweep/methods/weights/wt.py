@@ -1,0 +1,22 @@
+"""`wt`: small weights are pruned."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nmsweep.config.pattern import Pattern
+from nmsweep.kernels import prune
+from nmsweep.methods.base import Layer, State, WeightCriterion
+from nmsweep.sparsity.linear import budget
+
+
+@dataclass(frozen=True)
+class Wt(WeightCriterion):
+    """The score of a weight is |W_ij|, among those of its output row. No statistics, no calibration.
+
+    Source: arXiv:2509.22166, WT.
+    """
+
+    def pruned(self, layer: Layer, pattern: Pattern, state: State) -> tuple[Tensor, int]:
+        weight, mask = prune(layer.weight, **budget(pattern, layer.weight.shape[1]), return_mask=True)
+        return weight, int(mask.sum())

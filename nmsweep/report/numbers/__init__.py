@@ -1,0 +1,1 @@
+"""Scores, contrasts and checks that a report shows, computed from records."""

@@ -1,0 +1,165 @@
+"""What the page's script works on: columns of numbers, and each word, config block and item text once."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
+from nmsweep.report.numbers.scores import Scores
+from nmsweep.report.page.items import item_texts
+from nmsweep.report.show.spec import metadata_bits_of, order
+from nmsweep.results.read import FIELDS, Results
+
+_FIELDS = ("data", *FIELDS, "tasks", "variant", "status")
+_NUMBERS = ("accuracy", "drop", "relative", "flips", "perplexity", "ratio", "kl", "agreement")
+_DENSITIES = {"density": "density", "flops_density": "linear FLOPs kept", "bits": "metadata bits"}
+_MOST_FLIPS = 20_000
+"""Flipped items in a page; shared out evenly where there are more."""
+
+
+class _Words:
+    """Distinct texts by number."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._places: dict[str, int] = {}
+
+    def __call__(self, text: object) -> int:
+        word = str(text)
+        if word not in self._places:
+            self._places[word] = len(self.texts)
+            self.texts.append(word)
+        return self._places[word]
+
+
+def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dict[str, Any]:
+    """Plain values for JSON: one row for each cell and kind of data, failed cells too; `rerun` is each cell's command."""
+    words, blocks = _Words(), _Words()
+    cells = list(map(str, results.cells.index))
+    place = {cell: number for number, cell in enumerate(cells)}
+    rows = _rows(results, scores)
+    values = {name: [_number(value) for value in rows[name].tolist()] for name in _columns(rows)}
+    fields = {name: [words(value) for value in rows[name].tolist()] for name in _FIELDS}
+    flips = _flips(results, scores, rows, words)
+    return {
+        "n": len(rows), "ids": rows["cell_id"].tolist(), "cell": [place[cell] for cell in rows["cell_id"]],
+        "fields": fields, "values": values, "numbers": _kinds(values),
+        "tasks": _tasks(rows, scores, words), "flips": flips, "items": _items(results, flips, words),
+        "rerun": [rerun[cell] for cell in cells],
+        "errors": results.cells["error"].tolist(),
+        "provenance": _provenance(results, cells, words),
+        "configs": [[blocks(block) for block in results.blocks.get(cell, ())] for cell in cells],
+        "blocks": blocks.texts, "order": _order(fields, words), "words": words.texts,
+    }  # fmt: skip
+
+
+def _rows(results: Results, scores: Scores) -> pd.DataFrame:
+    of_cells = results.cells[[*FIELDS, "tasks", "variant", "status", "sparsity", "flops_share"]]
+    known = scores.per_cell.rename(columns={"tasks": "of_tasks"})
+    parts = [
+        known[known["is_text"] == is_text].set_index(["cell_id", "data"]).drop(columns="is_text")
+        for is_text in (False, True)
+    ]
+    joined = parts[0].add_prefix("t_").join(parts[1].add_prefix("x_"), how="outer").reset_index()
+    failed = pd.DataFrame([(cell, data) for cell, tasks in of_cells[of_cells["status"] == "failed"]["tasks"].items() for data in _kinds_of(tasks)], columns=["cell_id", "data"])  # fmt: skip
+    rows = pd.concat([joined, failed], ignore_index=True).join(of_cells, on="cell_id")
+    rows["density"] = 1 - rows["sparsity"]
+    rows["flops_density"] = 1 - rows["flops_share"] * rows["sparsity"]
+    rows["bits"] = [metadata_bits_of(pattern) for pattern in rows["pattern"]]
+    for name in _NUMBERS:
+        quantity = QUANTITIES[name]
+        for column, target in ((quantity.column, name), (quantity.low, f"{name}_low"), (quantity.high, f"{name}_high")):
+            source = f"{'x_' if quantity.text else 't_'}{column}"
+            if column:
+                rows[target] = rows.get(source, math.nan)
+    names = ("model", "pattern", "criterion", "mitigation")
+    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name].tolist() for name in names), strict=True)]
+    return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)].reset_index(drop=True)
+
+
+def _kinds_of(tasks: object) -> list[str]:
+    return sorted({"mini" if task.startswith("mini_") else "real" for task in str(tasks).split("+") if task})
+
+
+def _columns(rows: pd.DataFrame) -> list[str]:
+    wanted = [*_DENSITIES, *(name + end for name in _NUMBERS for end in ("", "_low", "_high"))]
+    return [name for name in wanted if name in rows]
+
+
+def _number(value: Any) -> float | None:
+    """Six digits are more than are shown."""
+    number = float(value)
+    return float(f"{number:.6g}") if math.isfinite(number) else None
+
+
+def _kinds(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the script must know to show a column."""
+    found = [_kind(QUANTITIES[name], f"{name}_low" in values) for name in _NUMBERS]
+    return found + [{"name": name, "title": title, "scale": 1, "digits": 3} for name, title in _DENSITIES.items()]
+
+
+def _kind(quantity: Quantity, has_ends: bool) -> dict[str, Any]:
+    ends = {"low": f"{quantity.name}_low", "high": f"{quantity.name}_high"} if has_ends else {}
+    return {"name": quantity.name, "title": quantity.title, "scale": quantity.scale, "digits": quantity.digits, **ends}
+
+
+def _tasks(rows: pd.DataFrame, scores: Scores, words: _Words) -> list[list[list[Any]]]:
+    """Numbers of each row's tasks, in the order in which the script reads them."""
+    table = scores.per_task.copy()
+    for text, task in (("change", "drop"), ("low", "drop_low"), ("high", "drop_high")):
+        other = {"change": "ratio", "low": "ratio_low", "high": "ratio_high"}[text]
+        table[text] = table[task].fillna(table[other])
+    numbers = ("value", "dense", "change", "low", "high", "lost", "gained", "changed", "p_value", "p_holm", "mean_abs_delta", "kl", "top1_agreement")  # fmt: skip
+    columns = [table[name].tolist() if name in table else [math.nan] * len(table) for name in numbers]
+    found: dict[tuple[str, str], list[list[Any]]] = {}
+    heads = zip(*(table[name].tolist() for name in ("cell_id", "data", "task", "metric", "n_items")), strict=True)
+    for (cell, data, task, metric, n_items), *values in zip(heads, *columns, strict=True):
+        found.setdefault((cell, data), []).append([words(task), words(metric), int(n_items), *map(_number, values)])
+    return [found.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
+
+
+def _flips(results: Results, scores: Scores, rows: pd.DataFrame, words: _Words) -> list[list[list[Any]]]:
+    """Flipped items of each row's tasks: task, some items lost, some gained, and how many there are of both."""
+    flips = scores.paired.flips
+    total = sum(len(lost) + len(gained) for lost, gained in flips.values())
+    most = max(1, _MOST_FLIPS // max(1, 2 * len(flips))) if total > _MOST_FLIPS else total
+    by_cell: dict[tuple[str, str], list[list[Any]]] = {}
+    for (cell, task), (lost, gained) in flips.items():
+        if lost or gained:
+            data = _kinds_of(task)[0]
+            by_cell.setdefault((cell, data), []).append([words(task), lost[:most], gained[:most], len(lost), len(gained)])  # fmt: skip
+    return [by_cell.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
+
+
+def _items(results: Results, flips: list[list[list[Any]]], words: _Words) -> dict[str, dict[int, Any]]:
+    """Texts of the items that flipped."""
+    wanted: dict[str, set[int]] = {}
+    for row in flips:
+        for task, lost, gained, *_ in row:
+            wanted.setdefault(words.texts[task], set()).update(lost, gained)
+    return {task: item_texts(results, task, items) for task, items in wanted.items()}
+
+
+def _provenance(results: Results, cells: list[str], words: _Words) -> dict[str, Any]:
+    """Columns by name: numbers, or words."""
+    known = [results.provenance.get(cell, {}) for cell in cells]
+    found: dict[str, Any] = {}
+    for name in ("time_s", "tokens", "peak_memory_bytes"):
+        found[name] = {"numbers": [one.get(name) for one in known]}
+    for name in ("finished", "device", "git", "command"):
+        found[name] = {"words": [words(one.get(name) or "") for one in known]}
+    found["versions"] = {"words": [words(", ".join(f"{k} {v}" for k, v in (one.get("versions") or {}).items() if v)) for one in known]}  # fmt: skip
+    found["model fingerprint"] = {"words": [words((one.get("model") or {}).get("fingerprint", "")) for one in known]}
+    found["folder"] = {"words": [words(place.name) for place in results.cells["place"]]}
+    return found
+
+
+def _order(fields: Mapping[str, list[int]], words: _Words) -> list[int]:
+    """Where each word stands among the words of its field."""
+    ranks = [0] * len(words.texts)
+    for name, column in fields.items():
+        for rank, word in enumerate(sorted(set(column), key=lambda word: order(name, words.texts[word]))):
+            ranks[word] = max(ranks[word], rank)
+    return ranks

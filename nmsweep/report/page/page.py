@@ -1,0 +1,139 @@
+"""One self-contained HTML page: nothing is fetched, and every word of a record is escaped."""
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from nmsweep.report.numbers.hardware import COLUMNS
+from nmsweep.report.numbers.quantities import QUANTITIES
+from nmsweep.report.numbers.scores import Scores
+from nmsweep.report.show.figures import Figures
+from nmsweep.report.show.formats import caption, html_text, number, plain, span, to_html
+from nmsweep.report.show.spec import Entry, Table, order
+from nmsweep.results.read import Results
+
+_TEMPLATE = Path(__file__).parent / "template"
+
+
+def make_page(
+    results: Results,
+    scores: Scores,
+    tables: Sequence[Table],
+    figures: Figures,
+    hardware: pd.DataFrame,
+    made: Mapping[str, Any],
+    data: str,
+    warnings: Sequence[str],
+) -> str:
+    """The page as text.
+
+    Args:
+        tables: shown below the cells, each folded.
+        figures: whose PNG files are put into the page.
+        hardware: of `hardware_view`.
+        made: of `manifest`.
+        data: of `page_data`, by `script_json`.
+        warnings: shown at the top.
+    """
+    environment = Environment(loader=FileSystemLoader(_TEMPLATE), autoescape=True)
+    status = results.cells["status"]
+    return environment.get_template("page.html.jinja").render(
+        css=Markup((_TEMPLATE / "page.css").read_text(encoding="utf-8")),
+        js=Markup((_TEMPLATE / "page.js").read_text(encoding="utf-8")),
+        data=Markup(data),
+        title=plain(results.folder),
+        n_done=int((status == "done").sum()),
+        n_failed=int((status == "failed").sum()),
+        n_models=results.cells["model"].nunique(),
+        n_resamples=f"{scores.paired.n_resamples:,}",
+        warnings=[plain(warning) for warning in warnings],
+        summary=summary_blocks(results, scores),
+        tables=[{"title": caption(table), "html": Markup(to_html(table))} for table in tables],
+        figures=[
+            {"title": f"{figure.title}, {figure.data} tasks", "note": figure.note, "source": _inline(figure.files), "files": _names(figure.files)}
+            for figure in figures.made
+        ],
+        skipped=figures.skipped,
+        hardware=Markup(hardware_html(hardware)),
+        provenance=provenance_blocks(made),
+    )  # fmt: skip
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand in a script element: no character of it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _inline(files: Iterable[Path]) -> str:
+    image = next(file for file in files if file.suffix == ".png")
+    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+
+
+def _names(files: Iterable[Path]) -> str:
+    return ", ".join(str(Path(*file.parts[-3:])) for file in files)
+
+
+def summary_blocks(results: Results, scores: Scores) -> list[dict[str, Any]]:
+    """For each kind of data: the cell with the smallest drop (ratio, where only texts were measured) of a model and pattern."""
+    blocks = []
+    fields = results.done[["model", "pattern", "criterion", "mitigation"]]
+    for data, title in (("real", "Published tasks"), ("mini", "Mini tasks (not comparable with published numbers)")):
+        of_data = scores.per_cell[scores.per_cell["data"] == data]
+        for name in ("drop", "ratio"):
+            quantity = QUANTITIES[name]
+            found = of_data[of_data[quantity.column].notna() & (of_data["is_text"] == quantity.text)].join(fields, on="cell_id")  # fmt: skip
+            if not len(found):
+                continue
+            best = found.loc[found.groupby(["model", "pattern"], sort=False)[quantity.column].idxmin()]
+            rows = sorted(
+                best.to_dict("records"), key=lambda row: (str(row["model"]), order("pattern", row["pattern"]))
+            )
+            shown = [
+                [plain(row["model"]), row["pattern"], row["criterion"], row["mitigation"], number(entry.value, quantity), span(entry, quantity), row["cell_id"]]
+                for row in rows
+                for entry in [Entry(row[quantity.column], row[quantity.low], row[quantity.high], "done")]
+            ]  # fmt: skip
+            columns = ["model", "pattern", "criterion", "mitigation", quantity.title, "95 % interval", "cell"]
+            blocks.append({"title": f"{title}: {quantity.title}", "columns": columns, "rows": shown})
+    return blocks
+
+
+def hardware_html(view: pd.DataFrame) -> str:
+    """The hardware view as a table element, theory and measured columns under headings of their own."""
+    if not len(view):
+        return "<p>No cell with pruned activations.</p>"
+    fields = ["model", "targets", "dtype", "pattern"]
+    heads = [("", name) for name in fields] + [
+        ("theory" if name in COLUMNS else "measured", COLUMNS.get(name, name))
+        for name in view.columns
+        if name not in fields
+    ]
+    table = view.astype(object).map(_shown)
+    table.columns = pd.MultiIndex.from_tuples([(a, html_text(b)) for a, b in heads])
+    return table.to_html(index=False, escape=False, border=0, classes="numbers")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return html_text(value)
+
+
+def provenance_blocks(made: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The manifest as tables: value and number of cells."""
+    flat = [("git", made["git"]), ("device", made["device"]), ("record schema", made["schema"])]
+    flat += [(f"version of {package}", versions) for package, versions in made["versions"].items()]
+    rows = [[name, value or "–", n] for name, values in flat for value, n in values.items()]
+    named = [[kind, plain(name), value, n] for kind in ("models", "tasks") for name, values in made[kind].items() for value, n in values.items()]  # fmt: skip
+    return [
+        {"title": "Software and devices", "columns": ["what", "value", "cells"], "rows": rows},
+        {"title": "Models and data", "columns": ["kind", "name", "fingerprint and version", "cells"], "rows": named},
+    ]

@@ -1,0 +1,84 @@
+"""The command that runs a cell again, from its effective config."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nmsweep.config.schema import AllocationConfig, CalibrationConfig, DataConfig, EvalConfig
+
+_DEFAULTS: Mapping[str, Any] = {
+    "scope": "all", "profile": "strict", "dtype": "bfloat16", "device": "auto", "seed": 0, "plugins": [],
+    "eval": EvalConfig().model_dump(mode="json"),
+    "data": DataConfig().model_dump(mode="json"),
+    "policy": "none",
+    "allocation": AllocationConfig().model_dump(mode="json"),
+    "calibration": CalibrationConfig().model_dump(mode="json"),
+}  # fmt: skip
+
+_MODEL_KEYS = ("path", "revision", "seed", "trust_remote_code")
+_PLAIN = re.compile(r"[A-Za-z0-9_./:%+*@?-]+")
+
+
+def rerun_command(config: Mapping[str, Any]) -> str:
+    """One shell line, ``nmsweep model=… force=true``: what differs from the defaults; empty for an empty config.
+
+    Args:
+        config: as `RunConfig.dump` gives it.
+    """
+    return shlex.join(["nmsweep", *_words(config), "force=true"]) if config else ""
+
+
+def _words(config: Mapping[str, Any]) -> Iterator[str]:
+    model = config.get("model") or {}
+    yield _word("model", model.get("name", ""))
+    yield from (_word(f"model.{key}", model[key]) for key in _MODEL_KEYS if model.get(key))
+    yield _word("pattern", config.get("pattern", "dense"))
+    if config.get("pattern") != "dense":
+        yield from _methods(config)
+    yield _word("tasks", "+".join(config.get("tasks") or ()))
+    for key, default in _DEFAULTS.items():
+        yield from _differing(key, config.get(key, default), default)
+
+
+def _methods(config: Mapping[str, Any]) -> Iterator[str]:
+    criterion = dict(config.get("criterion") or {"name": "act"})
+    yield _word("criterion", criterion.pop("name", "act"))
+    yield from (_word(f"criterion.{key}", value) for key, value in criterion.items())
+    yield _word("mitigation", config.get("mitigation", "none"))
+    for stage, parameters in (config.get("mitigations") or {}).items():
+        yield from (_word(f"mitigations.{stage}.{key}", value) for key, value in parameters.items())
+    if config.get("targets"):
+        yield _word("targets", config["targets"])
+
+
+def _differing(key: str, value: Any, default: Any) -> Iterator[str]:
+    if value == default:
+        return
+    if isinstance(default, Mapping) and isinstance(value, Mapping):
+        for name, one in value.items():
+            if one != default.get(name):
+                yield _word(f"{key}.{name}", one)
+    elif list(value if isinstance(value, list | tuple) else [value]) != default:
+        yield _word(key, value)
+
+
+def _word(key: str, value: Any) -> str:
+    return f"{key}={_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_literal(one) for one in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_literal(key)}:{_literal(one)}" for key, one in value.items()) + "}"
+    text = str(value)
+    if isinstance(value, int | float) or (_PLAIN.fullmatch(text)):
+        return text
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
+    return f"'{escaped}'"

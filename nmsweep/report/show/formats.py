@@ -1,0 +1,254 @@
+"""A table as Markdown, CSV, LaTeX or HTML: pandas and its Styler lay it out, every word of a record is escaped."""
+
+import html
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from nmsweep.report.numbers.quantities import Quantity
+from nmsweep.report.show.spec import Entry, Table
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
+
+Escape = Callable[[object], str]
+
+MOST_ROWS = 200
+"""Rows that are shown; nobody reads more, and the CSV has them all."""
+
+_LONG = 45
+"""Rows from which a LaTeX table may break over pages."""
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    '"': r"\textquotedbl{}", "‖": r"$\Vert$", "†": r"$^{\dagger}$", "×": r"$\times$", "≥": r"$\geq$", "–": "--", "[": "{[}", "]": "{]}", "-": "{-}",
+}  # fmt: skip
+
+_WORDS = {"missing": "–", "failed": "failed"}
+
+
+def plain(value: object) -> str:
+    """A record's word on one line: control characters become spaces."""
+    return "".join(
+        " " if unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp") else char for char in str(value)
+    ).strip()
+
+
+def markdown_text(value: object) -> str:
+    """Text that neither breaks a Markdown table nor becomes markup."""
+    return re.sub(r"([\\`*_{}\[\]<>|~$#!])", r"\\\1", plain(value)).replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def latex_text(value: object) -> str:
+    """Text for LaTeX with T1 fonts; characters beyond them are named by their code point."""
+    return "".join(_latex_char(char) for char in plain(value))
+
+
+def _latex_char(char: str) -> str:
+    known = ord(char) < 128 or 0xC0 <= ord(char) <= 0xFF or char in "‘’“”§£"
+    return _LATEX.get(char) or (char if known else f"U+{ord(char):04X}")
+
+
+def html_text(value: object) -> str:
+    return html.escape(plain(value))
+
+
+def number(value: float, quantity: Quantity) -> str:
+    """A number as it is shown: scaled, rounded to the quantity's digits, a plain zero without a sign."""
+    text = f"{value * quantity.scale:.{quantity.digits}f}"
+    return text.lstrip("-") if not text.strip("-0.") else text
+
+
+def span(entry: Entry, quantity: Quantity) -> str:
+    """The interval, ``[10.1, 14.2]``; empty where there is none."""
+    if entry.low != entry.low or entry.high != entry.high:
+        return ""
+    return f"[{number(entry.low, quantity)}, {number(entry.high, quantity)}]"
+
+
+def caption(table: Table) -> str:
+    """What the table is, on one line, unescaped."""
+    words = [f"{table.spec.title}: {table.quantity.title}"]
+    if (
+        table.data in ("mini", "real")
+        and "task" not in (*table.spec.rows, *table.spec.cols)
+        and not table.quantity.text
+    ):
+        words.append("mean over tasks")
+    words += [f"{name} {value}" for name, value in table.constants.items() if (name, value) not in _USUAL]
+    if table.data == "mini":
+        words.append("shipped mini tasks, not comparable with published numbers")
+    return "; ".join(words)
+
+
+_USUAL = {("mitigation", "none"), ("targets", "all"), ("scope", "all"), ("profile", "strict")}
+
+
+def legend(table: Table, escape: Escape = plain) -> str:
+    """What the marks mean, only those that are there, and how many rows are left out; `escape` is for a name in it."""
+    entries = table.frame[:MOST_ROWS].to_numpy().ravel().tolist()
+    words = []
+    if any(entry.best for entry in entries):
+        words.append("bold: best of its column" + (f" within {' and '.join(table.front)}" if table.front else ""))
+    if any(entry.tied for entry in entries):
+        words.append("†: not significantly worse than the best (paired bootstrap, 95 %)")
+    if any(span(entry, table.quantity) for entry in entries):
+        words.append("[ ]: 95 % paired bootstrap interval")
+    if any(entry.status == "missing" for entry in entries):
+        words.append("–: no cell was run")
+    if any(entry.status == "failed" for entry in entries):
+        words.append("failed: its cell failed")
+    if any(len(entry.cells) > 1 and entry.status == "done" for entry in entries):
+        words.append("mean over seeds where there are several")
+    if (n_more := len(table.frame) - MOST_ROWS) > 0:
+        words.append(f"{n_more} more rows are left out: {escape(table.name)}.csv has them all")
+    return "; ".join(words)
+
+
+def _frame(table: Table, escape: Escape) -> pd.DataFrame:
+    """The rows that are shown under escaped labels, made unique: two names may look alike once escaped."""
+    frame = table.frame[:MOST_ROWS].copy()
+    frame.index = _labels(frame.index, escape)
+    frame.columns = _labels(frame.columns, escape)
+    return frame
+
+
+def _labels(labels: pd.Index, escape: Escape) -> pd.Index:
+    keys = [tuple(escape(part) for part in key) for key in labels]
+    seen: dict[tuple[str, ...], int] = {}
+    for place, key in enumerate(keys):
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] > 1:
+            keys[place] = (*key[:-1], f"{key[-1]} ({seen[key]})")
+    names = [escape(name) for name in labels.names]
+    if len(names) == 1:
+        return pd.Index([key[0] for key in keys], name=names[0], dtype=object)
+    return pd.MultiIndex.from_tuples(keys, names=names)
+
+
+@lru_cache(maxsize=64)  # one text stands in a file of its own and in the summary
+def to_markdown(table: Table) -> str:
+    """A heading, the table, its legend."""
+    frame = _frame(table, markdown_text).map(lambda entry: _markdown_entry(entry, table.quantity))
+    if frame.columns.nlevels > 1:
+        frame.columns = [" / ".join(key) for key in frame.columns]
+    body = frame.reset_index().to_markdown(index=False, disable_numparse=True, colalign=_aligned(frame))
+    return f"### {markdown_text(caption(table))}\n\n{body}\n\n{legend(table, markdown_text)}\n"
+
+
+def _aligned(frame: pd.DataFrame) -> list[str]:
+    return ["left"] * frame.index.nlevels + ["right"] * len(frame.columns)
+
+
+def _markdown_entry(entry: Entry, quantity: Quantity) -> str:
+    if entry.status != "done":
+        return _WORDS[entry.status]
+    text = number(entry.value, quantity)
+    return " ".join(filter(None, [f"**{text}**" if entry.best else text + "†" * entry.tied, span(entry, quantity)]))
+
+
+def to_csv(table: Table) -> pd.DataFrame:
+    """One row an entry, unscaled, with the cells that it comes from; all of them."""
+    frame = table.frame
+    rows, columns = list(frame.index), list(frame.columns)
+    entries: list[Entry] = frame.to_numpy().ravel().tolist()
+    found: dict[str, Any] = {
+        str(name): [key[at] for key in rows for _ in columns] for at, name in enumerate(frame.index.names)
+    }
+    found |= {str(name): [key[at] for key in columns] * len(rows) for at, name in enumerate(frame.columns.names)}
+    found |= {"data": table.data, "metric": table.quantity.name}
+    found |= {name: [getattr(entry, name) for entry in entries] for name in ("value", "low", "high", "status", "best")}
+    found["not_worse"] = [entry.best or entry.tied for entry in entries]
+    found["cells"] = ["+".join(entry.cells) for entry in entries]
+    return pd.DataFrame(found)
+
+
+def to_latex(table: Table, label: str) -> str:
+    """A table for ``\\input``; needs booktabs and graphicx, and longtable where it is long."""
+    frame = _frame(table, latex_text)
+    is_long = len(frame) > _LONG
+    styler = _styled(frame, lambda entry: _latex_entry(entry, table.quantity, with_span=not is_long))
+    text = latex_text(caption(table)) + _latex_legend(legend(table), is_long)
+    formats = "l" * frame.index.nlevels + "r" * len(frame.columns)
+    if is_long:
+        body = styler.to_latex(environment="longtable", hrules=True, column_format=formats, caption=text, label=label, multirow_align="naive")  # fmt: skip
+        return f"{{\\scriptsize\\setlength{{\\tabcolsep}}{{3pt}}%\n{body}}}\n"
+    body = styler.to_latex(hrules=True, column_format=formats, multirow_align="naive")
+    return _FLOAT.format(caption=text, label=label, body=body)
+
+
+_FLOAT = r"""\begin{{table}}[htbp]
+\centering
+\caption{{{caption}}}
+\label{{{label}}}
+\smallskip
+
+\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{%
+{body}}}
+\end{{table}}
+"""
+
+_PREAMBLE = r"""\documentclass{{article}}
+\usepackage[T1]{{fontenc}}
+\usepackage[margin=2cm]{{geometry}}
+\usepackage{{booktabs,graphicx,longtable}}
+\begin{{document}}
+{inputs}
+\end{{document}}
+"""
+
+
+def latex_document(files: Mapping[str, str]) -> str:
+    """A document that sets tables; keys are their file names without ``.tex``."""
+    return _PREAMBLE.format(inputs="\n\\clearpage\n".join(f"\\input{{{name}}}" for name in files))
+
+
+def _latex_legend(words: str, is_long: bool) -> str:
+    if is_long:
+        words = words.replace("; [ ]: 95 % paired bootstrap interval", "")
+    return ". " + latex_text(words) + "." if words else ""
+
+
+def _latex_entry(entry: Entry, quantity: Quantity, with_span: bool) -> str:
+    if entry.status != "done":
+        return "--" if entry.status == "missing" else r"\textit{failed}"
+    text = number(entry.value, quantity)
+    text = rf"\textbf{{{text}}}" if entry.best else text + r"$^{\dagger}$" * entry.tied
+    interval = span(entry, quantity) if with_span else ""
+    return text + (rf" {{\scriptsize {interval}}}" if interval else "")
+
+
+@lru_cache(maxsize=64)  # one text stands in a file of its own and in the page
+def to_html(table: Table) -> str:
+    """A table element with its caption and legend."""
+    frame = _frame(table, html_text)
+    styler = _styled(frame, lambda entry: _html_entry(entry, table.quantity))
+    styler = styler.set_caption(f"{html_text(caption(table))}<br><small>{html_text(legend(table))}</small>")
+    return str(styler.set_uuid(table.name + table.data).to_html(table_attributes='class="numbers"', border=None))
+
+
+def _html_entry(entry: Entry, quantity: Quantity) -> str:
+    if entry.status != "done":
+        return f'<span class="{entry.status}">{_WORDS[entry.status]}</span>'
+    text = number(entry.value, quantity)
+    text = f"<strong>{text}</strong>" if entry.best else text + "<sup>†</sup>" * entry.tied
+    interval = span(entry, quantity)
+    return text + (f" <small>{interval}</small>" if interval else "")
+
+
+def _styled(frame: pd.DataFrame, show: Callable[[Entry], str]) -> "Styler":
+    from pandas.io.formats.style import Styler  # and Jinja, which the processes that draw go without
+
+    formatter: Any = show
+    return Styler(frame, cell_ids=False).format(formatter)
+
+
+def html_document(table: Table) -> str:
+    """The table as a page of its own."""
+    style = "body{font:14px sans-serif}td{text-align:right}td,th{padding:2px 8px}caption{text-align:left}"
+    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html_text(caption(table))}</title><style>{style}</style></head>\n<body>{to_html(table)}</body></html>\n'

@@ -1,0 +1,114 @@
+"""The results on the terminal."""
+
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
+from nmsweep.report.numbers.scores import Scores
+from nmsweep.report.show.formats import MOST_ROWS, caption, legend, number, plain, span
+from nmsweep.report.show.spec import Entry, Table, order
+from nmsweep.results.read import FIELDS, Results
+
+_MOST_ROWS = 60
+
+
+def show_results(out: Console, results: Results, scores: Scores) -> None:
+    """One table for mini and one for real data: each cell's mean drops with their intervals, failures last."""
+    for data in ("real", "mini"):
+        rows = _rows(results, scores, data)
+        if len(rows):
+            out.print(_table(data, rows))
+            if len(rows) > _MOST_ROWS:
+                out.print(f"… {len(rows) - _MOST_ROWS} more cells: see index.html", highlight=False)
+    failed = results.cells[results.cells["status"] == "failed"]
+    for cell in failed.head(10).reset_index(names="cell_id").to_dict("records"):
+        name = " ".join(str(cell[field]) for field in ("model", "pattern", "criterion", "mitigation"))
+        out.print(
+            f"[red]failed[/red] {cell['cell_id']} {escape(plain(name))}: {escape(plain(cell['error']))}",
+            highlight=False,
+        )
+    if len(failed) > 10:
+        out.print(f"… {len(failed) - 10} more failures", highlight=False)
+
+
+def show_table(out: Console, table: Table) -> None:
+    """A table that was asked for."""
+    rich_table = RichTable(
+        title=escape(plain(caption(table))), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for name in table.frame.index.names:
+        rich_table.add_column(escape(str(name)))
+    for key in table.frame.columns:
+        rich_table.add_column(escape(plain(" / ".join(map(str, key)))), justify="right")
+    shown = table.frame[:MOST_ROWS]
+    for key, row in zip(shown.index, shown.itertuples(index=False, name=None), strict=True):
+        rich_table.add_row(*[escape(plain(part)) for part in key], *[_entry(entry, table.quantity) for entry in row])
+    out.print(rich_table)
+    out.print(escape(legend(table)), highlight=False, soft_wrap=True)
+
+
+def _entry(entry: Entry, quantity: Quantity) -> str:
+    if entry.status != "done":
+        return "–" if entry.status == "missing" else "[red]failed[/red]"
+    text = number(entry.value, quantity) + "†" * entry.tied
+    return f"{'[bold]' if entry.best else ''}{text}{'[/bold]' if entry.best else ''} {escape(span(entry, quantity))}".strip()
+
+
+def _rows(results: Results, scores: Scores, data: str) -> pd.DataFrame:
+    """One row a cell, in reading order: fields, then the means over tasks and the text's numbers."""
+    of_data = scores.per_cell[scores.per_cell["data"] == data].set_index("cell_id")
+    tasks = of_data[~of_data["is_text"]].add_prefix("task_")
+    texts = of_data[of_data["is_text"]].add_prefix("text_")
+    cells = results.done[[*FIELDS, "variant"]]
+    rows = cells.loc[cells.index.isin(of_data.index)].join(tasks).join(texts)
+    names = ("model", "pattern", "criterion", "mitigation")
+    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name] for name in names), strict=True)]
+    return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)]
+
+
+def _table(data: str, rows: pd.DataFrame) -> RichTable:
+    sparse = rows[rows["pattern"] != "dense"]
+    fields = [name for name in (*FIELDS, "variant") if name not in ("revision", "operand")]
+    shown = [name for name in fields if name == "pattern" or (sparse if len(sparse) else rows)[name].nunique() > 1]
+    constants = [
+        f"{name} {rows[name].iloc[-1]}" for name in ("model", "criterion", "dtype", "seed") if name not in shown
+    ]
+    title = f"{data} tasks" + "".join(f", {plain(word)}" for word in constants)
+    table = RichTable(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in shown:
+        longest = max(len(plain(value)) for value in rows[name].head(_MOST_ROWS))
+        table.add_column(name, overflow="fold", min_width=min(longest, 16))
+    columns = list(_columns(rows))
+    for title, _, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for _, row in rows.head(_MOST_ROWS).iterrows():
+        table.add_row(
+            *[escape(plain(row[name])) for name in shown], *[_value(row, prefix, q) for _, prefix, q in columns]
+        )
+    return table
+
+
+def _columns(rows: pd.DataFrame) -> Iterator[tuple[str, str, Quantity]]:
+    names: Sequence[tuple[str, str, str]] = (
+        ("accuracy %", "task_", "accuracy"), ("drop, points", "task_", "drop"), ("relative drop %", "task_", "relative"),
+        ("perplexity", "text_", "perplexity"), ("ratio", "text_", "ratio"), ("KL", "text_", "kl"),
+    )  # fmt: skip
+    for title, prefix, name in names:
+        column = prefix + QUANTITIES[name].column
+        if column in rows and rows[column].notna().any():
+            yield title, prefix, QUANTITIES[name]
+
+
+def _value(row: pd.Series, prefix: str, quantity: Quantity) -> str:
+    value = row[prefix + quantity.column]
+    if pd.isna(value):
+        return "–"
+    if not quantity.low:
+        return number(value, quantity)
+    entry = Entry(float(value), float(row[prefix + quantity.low]), float(row[prefix + quantity.high]), status="done")
+    return f"{number(entry.value, quantity)} [dim]{escape(span(entry, quantity))}[/dim]"

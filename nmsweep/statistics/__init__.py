@@ -1,0 +1,1 @@
+"""Intervals, tests and paired comparisons: one implementation for cells and reports. Takes arrays; no torch."""
