@@ -8,10 +8,27 @@ from pathlib import Path
 import nmsweep
 
 ROOT = Path(nmsweep.__file__).parent
-ORDER = (
-    "errors progress config kernels methods models results statistics sparsity data calibrate evaluate cell sweep report"
-    " lm_eval bench commands cli"
-).split()
+ORDER = [
+    "errors",
+    "progress",
+    "config",
+    "kernels",
+    "methods",
+    "models",
+    "results",
+    "statistics",
+    "sparsity",
+    "data",
+    "calibrate",
+    "evaluate",
+    "cell",
+    "sweep",
+    "report",
+    "lm_eval",
+    "bench",
+    "commands",
+    "cli",
+]
 """Parts of the package from the bottom up: each imports only parts to its left."""
 
 REPORT_MAY = {"errors", "config", "results", "statistics", "report"}
