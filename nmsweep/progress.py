@@ -44,11 +44,12 @@ class Display:
     Args:
         n_cells: cells that will run; grows when a dense baseline turns out to be missing.
         stream: where it is shown; stderr by default.
+        quiet: show nothing, in a process that shares its terminal with another.
     """
 
-    def __init__(self, n_cells: int = 0, stream: TextIO | None = None) -> None:
-        self._console = Console(file=stream or sys.stderr)
-        self._live = self._console.is_terminal
+    def __init__(self, n_cells: int = 0, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._console = Console(file=stream or sys.stderr, quiet=quiet)
+        self._live = self._console.is_terminal and not quiet
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), _Count(), TimeElapsedColumn(), TimeRemainingColumn(), _TokensPerSecond(),
             console=self._console, transient=True, disable=not self._live, speed_estimate_period=SPEED_PERIOD_S,
@@ -125,6 +126,6 @@ class Display:
         """One line that stays."""
         if self._live:
             self._console.print(escape(text), highlight=False, soft_wrap=True)
-        else:
+        elif not self._console.quiet:
             self._console.file.write(f"{text}\n")  # at once: two threads may speak
             self._console.file.flush()
