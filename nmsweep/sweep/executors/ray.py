@@ -5,7 +5,7 @@ from typing import Any
 
 from nmsweep.errors import InputError
 from nmsweep.progress import Display
-from nmsweep.sweep.executors.base import Executor
+from nmsweep.sweep.executors.base import Executor, Launch, by_model
 from nmsweep.sweep.plan import Batch, Plan
 
 
