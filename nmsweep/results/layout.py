@@ -31,6 +31,9 @@ CLAIMS = ".claims"
 PLANS = ".plans"
 RUNS = ".runs"
 
+WRITTEN = (CELLS, ITEMS, REPORT, FAILED, RECIPES, PARTS, CALIBRATION, CLAIMS, PLANS)
+"""Folders whose files and folders are written under a temporary name first."""
+
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
 LAYERS = "layers.csv"

@@ -9,21 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nmsweep.results.claims import all_claims, looks_stale
-from nmsweep.results.layout import (
-    CALIBRATION,
-    CELLS,
-    CLAIMS,
-    FAILED,
-    ITEMS,
-    PARTS,
-    PLANS,
-    QUARANTINE,
-    RECIPES,
-    REPLACED,
-    REPORT,
-    RUNS,
-    UNFINISHED,
-)
+from nmsweep.results.layout import CLAIMS, PARTS, QUARANTINE, REPLACED, RUNS, UNFINISHED, WRITTEN
 from nmsweep.results.owner import STALE_S, is_abandoned, server_clock
 from nmsweep.results.storage import put_back
 
@@ -64,8 +50,7 @@ def _entries(folder: Path) -> list[Path]:
 
 def temporary_files(results_dir: Path) -> Iterator[Path]:
     """Yield every file or folder that some process is writing or replacing."""
-    names = (CELLS, FAILED, ITEMS, RECIPES, REPORT, CALIBRATION, PLANS, CLAIMS, PARTS)
-    folders = [*(results_dir / name for name in names), *_entries(results_dir / PARTS)]
+    folders = [*(results_dir / name for name in WRITTEN), *_entries(results_dir / PARTS)]
     entries = [*results_dir.iterdir()] if results_dir.is_dir() else []  # the results folder itself may be a link
     for folder in folders:
         entries += _entries(folder)

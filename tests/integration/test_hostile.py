@@ -114,29 +114,32 @@ def test_what_a_plan_names_is_not_called_before_it_is_known_to_be_a_method(
 
 
 @pytest.mark.parametrize(
-    ("words", "why"),
+    "word",
     [
-        (["plugins=[os]"], "it runs code of os"),
-        (["eval.include_path=."], "tasks in . may name"),
-        (["++model.trust_remote_code=true"], "it runs code that comes with model tiny-llama"),
-        (["loggers.mlflow.enabled=true", "loggers.mlflow.tracking_uri=http://evil"], "it sends results to http://evil"),
-        (["loggers.wandb.enabled=true", "loggers.wandb.entity=evil"], "it sends results to evil of Weights"),
-        (["--config-dir=."], "it names a folder of config files"),
-        (["hydra.searchpath=[file://.]"], "it sets hydra.searchpath=[file://.]"),
-        (["hydra/launcher=submitit_local", "+hydra.launcher.setup=[touch trace]"], "it sets +hydra.launcher.setup"),
-        (["hydra.launcher._target_=os.system"], "it sets hydra.launcher._target_=os.system"),
+        "plugins=[os]",
+        "eval.include_path=.",
+        "model.trust_remote_code=true",
+        "++model.trust_remote_code=true",
+        "eval={include_path: .}",
+        "loggers.mlflow.tracking_uri=http://evil",
+        "loggers.wandb.entity=evil",
+        "--config-dir=.",
+        "-cd=.",
+        "hydra.searchpath=[file://.]",
+        "hydra/launcher=mine",
+        "+hydra.launcher.setup=[touch trace]",
+        "hydra.launcher._target_=os.system",
     ],
 )
-def test_retry_refuses_a_plan_whose_words_may_run_other_code(
-    nmsweep: Call, results: Path, words: list[str], why: str
-) -> None:
-    assert nmsweep("-m", *TINY, "pattern=2:4", f"results_dir={results}")[0] == 0
-    forged(results, lambda content: content["words"].extend(words))
+def test_retry_refuses_a_plan_whose_words_may_run_other_code(nmsweep: Call, results: Path, word: str) -> None:
+    assert nmsweep("-m", *TINY, "pattern=2:4", "hydra/launcher=basic", f"results_dir={results}")[0] == 0
+    assert nmsweep("retry", f"results_dir={results}")[0] == 0
+    forged(results, lambda content: content["words"].append(word))
     shutil.rmtree(results / "cells")
     code, _, err = nmsweep("retry", f"results_dir={results}")
-    assert code == 2
-    assert why in err
-    assert "if it is yours, run `nmsweep -m model=tiny-llama" in err
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{word} may run code from outside nmsweep" in err
+    assert "give its command: nmsweep -m model=tiny-llama" in err
     assert not (results / "cells").exists()
 
 

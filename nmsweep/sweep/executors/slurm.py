@@ -34,7 +34,7 @@ N_MISSES = 3
 SEEN_GPUS = "NMSWEEP_SEEN_GPUS"
 """Environment variable: the user's CUDA_VISIBLE_DEVICES (``all`` for none), for jobs from which submitit hides it."""
 
-GENERIC = {
+GENERIC = [
     "name",
     "timeout_min",
     "mem_gb",
@@ -43,7 +43,7 @@ GENERIC = {
     "gpus_per_node",
     "tasks_per_node",
     "stderr_to_stdout",
-}
+]
 """Parameters that submitit takes without its cluster's prefix."""
 
 
