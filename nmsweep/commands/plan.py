@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from nmsweep.commands.run import planned
+from nmsweep.commands.run import plan_of
 from nmsweep.commands.words import parse_cell_words
+from nmsweep.config.compose import compose_command
 from nmsweep.results.record import cell_index
 from nmsweep.sweep.estimate import duration, measured
 from nmsweep.sweep.plan import Plan
@@ -16,7 +17,9 @@ def main(words: Sequence[str]) -> int:
     Raises:
         InputError: every mistake of the command, all together.
     """
-    _show(planned(words, parse_cell_words(words))[1])
+    cell_words = parse_cell_words(words)
+    command = compose_command(cell_words.overrides, multirun=cell_words.multirun, config_dir=cell_words.config_dir)
+    _show(plan_of(command, words))
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmsweep.commands.words import CellWords, parse_cell_words
+from nmsweep.commands.words import parse_cell_words
 from nmsweep.config.catalogue import conf_dir
 from nmsweep.config.compose import Command, compose_command, prepare
 from nmsweep.errors import InputError
@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> int:
         from nmsweep.sweep.executors.local import start_server
 
         start_server()  # its imports take as long as ours, so both go on at once
-    command, plan = planned(words, cell_words)
+    command = compose_command(cell_words.overrides, multirun=cell_words.multirun, config_dir=cell_words.config_dir)
     from nmsweep.results.interrupt import interruptible
     from nmsweep.results.leftovers import remove_abandoned, restore
     from nmsweep.results.storage import why_unwritable
@@ -41,6 +41,7 @@ def main(words: Sequence[str]) -> int:
 
     executor = executor_of(command.launcher) if command.launcher else SameProcess()
     executor.check()
+    plan = plan_of(command, words)
     if error := why_unwritable(plan.results_dir):
         raise InputError(error)
     restore(plan.results_dir)
@@ -50,7 +51,7 @@ def main(words: Sequence[str]) -> int:
     if not pending:
         return 0
     remove_abandoned(plan.results_dir)
-    logging.getLogger().addHandler(logging.NullHandler())  # the terminal belongs to the display
+    logging.basicConfig(handlers=[logging.NullHandler()])  # the terminal belongs to the display
     with interruptible():
         launch = Launch(plan, tuple(pending), secrets.token_hex(6), command.log_dir, command.cells[0].cluster)
         outcomes = executor.execute(launch)
@@ -62,17 +63,15 @@ def main(words: Sequence[str]) -> int:
     return int(bool(failed))
 
 
-def planned(words: Sequence[str], cell_words: CellWords) -> "tuple[Command, Plan]":
-    """Compose and plan a command; look at its words, the models' configs and the data only.
+def plan_of(command: Command, words: Sequence[str]) -> "Plan":
+    """Plan a composed command: identify its cells by the models' configs and the data.
 
     Raises:
         InputError: every mistake of the command, all together.
     """
-    command = compose_command(cell_words.overrides, multirun=cell_words.multirun, config_dir=cell_words.config_dir)
     from nmsweep.sweep.planning import make_plan
 
-    plan = make_plan(command.cells, words, lambda text: print(f"nmsweep: {text.strip()}", file=sys.stderr))
-    return command, plan
+    return make_plan(command.cells, words, lambda text: print(f"nmsweep: {text.strip()}", file=sys.stderr))
 
 
 def _announce(plan: "Plan", n_missing: int) -> None:

@@ -69,10 +69,8 @@ def _add(draft: Draft, cfg: RunConfig, known: Mapping[str, Path], baseline: bool
         return None
     if cfg.force or cell.cell_id not in known:
         draft.add_errors(check(cfg))
-    config = {
-        **to_plain(cfg),
-        "device": device_of(cfg),
-    }  # `auto` is resolved here, as other nodes may have other devices
+    # `auto` is resolved here, as other nodes may have other devices
+    config = {**to_plain(cfg), "device": device_of(cfg)}
     del config["results_dir"]
     if cfg.data.mirror:
         config["data"] = {**config["data"], "mirror": str(cfg.data.mirror.absolute())}
