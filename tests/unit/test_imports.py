@@ -85,7 +85,7 @@ def test_status_and_executors_need_no_torch() -> None:
 
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
-    code = "import sys, nmsweep.cli, nmsweep.config.compose; print([m for m in ('torch', 'transformers', 'pandas', 'lm_eval') if m in sys.modules])"
+    code = "import sys, nmsweep.cli, nmsweep.commands.run; print([m for m in ('torch', 'transformers', 'pandas', 'lm_eval') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -46,7 +46,7 @@ class RayTasks(Executor):
 
         lost: dict[int, str] = {}
         try:
-            ray.init(**{"log_to_driver": False, **self._init})
+            ray.init(**{"log_to_driver": False, "logging_level": "ERROR", **self._init})
         except (RuntimeError, ValueError, TypeError, ConnectionError) as error:
             raise InputError(f"hydra.launcher.ray.init: Ray refuses: {' '.join(str(error).split())}") from error
         try:
