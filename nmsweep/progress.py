@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 SPEED_PERIOD_S = 6 * 3600.0
-"""Time left is estimated from the cells of so many last seconds; a cell of a large model takes an hour."""
+"""Seconds of the past from which the time left is estimated; a cell of a large model takes an hour."""
 
 
 class _TokensPerSecond(ProgressColumn):
@@ -32,23 +32,24 @@ class _TokensPerSecond(ProgressColumn):
 
 
 class _Count(MofNCompleteColumn):
-    """Steps done and in all, where their number is known."""
+    """Steps done of all steps, where their number is known."""
 
     def render(self, task: Task) -> Text:
         return super().render(task) if task.total else Text("")
 
 
 class Display:
-    """What a user sees while cells run.
+    """Shows a user the progress of cells.
 
     Args:
-        n_cells: cells that will run; grows when a dense baseline turns out to be missing.
+        n_cells: cells that will run; raised if more appear.
         stream: where it is shown; stderr by default.
+        quiet: show nothing, in a process that shares its terminal with another.
     """
 
-    def __init__(self, n_cells: int = 0, stream: TextIO | None = None) -> None:
-        self._console = Console(file=stream or sys.stderr)
-        self._live = self._console.is_terminal
+    def __init__(self, n_cells: int = 0, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._console = Console(file=stream or sys.stderr, quiet=quiet)
+        self._live = self._console.is_terminal and not quiet
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), _Count(), TimeElapsedColumn(), TimeRemainingColumn(), _TokensPerSecond(),
             console=self._console, transient=True, disable=not self._live, speed_estimate_period=SPEED_PERIOD_S,
@@ -72,47 +73,47 @@ class Display:
         self._bar.stop()
 
     def expect(self, n_cells: int) -> None:
-        """So many cells will run."""
+        """Set the number of cells that will run."""
         self._n_cells = n_cells
         self._bar.update(self._cells, total=n_cells)
 
     def cell(self, name: str) -> None:
-        """A cell begins."""
+        """Show that a cell begins."""
         self._cell = name
         self.say(f"{self._count(name)} {name}")
 
     def _count(self, name: str) -> str:
-        """Which of all cells this one is, in the order they are shown."""
+        """Return the number of a cell among all, in the order they are shown."""
         self._shown.add(name)
         if len(self._shown) > self._n_cells:
             self.expect(len(self._shown))
         return f"[{len(self._shown)}/{self._n_cells}]"
 
     def stage(self, name: str, n_steps: int | None = None) -> None:
-        """A stage of the current cell begins; `n_steps` tasks or blocks, None if unknown."""
+        """Show that a stage of the current cell begins, of `n_steps` tasks or blocks; None if unknown."""
         self._tokens, self._since = 0, time.monotonic()
         self._bar.reset(
             self._stage, total=n_steps, visible=True, description=f"  {escape(self._cell)}: {name}", speed=None
         )
 
     def tokens(self, n_tokens: int) -> None:
-        """So many tokens were just computed."""
+        """Count tokens that were just computed."""
         self._tokens += n_tokens
         elapsed = time.monotonic() - self._since
         self._bar.update(self._stage, speed=self._tokens / elapsed if elapsed > 0 else None)
 
     def step(self) -> None:
-        """One step of the current stage is done."""
+        """Count one step of the current stage."""
         self._bar.advance(self._stage)
 
     def finished(self, outcome: str) -> None:
-        """The current cell is over."""
+        """Show that the current cell has ended."""
         self._advance()
         self._bar.update(self._stage, visible=False)
         self.say(f"    {outcome}")
 
     def elsewhere(self, name: str, outcome: str) -> None:
-        """A cell is over; one that began here says so itself."""
+        """Show that a cell has ended in another process; one that began here says so itself."""
         if name not in self._shown:
             self.say(f"{self._count(name)} {name}: {outcome}")
             self._advance()
@@ -122,9 +123,9 @@ class Display:
         self._bar.update(self._cells, completed=self._n_done)
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line."""
         if self._live:
             self._console.print(escape(text), highlight=False, soft_wrap=True)
-        else:
-            self._console.file.write(f"{text}\n")  # at once: two threads may speak
+        elif not self._console.quiet:
+            self._console.file.write(f"{text}\n")  # in one call, as two threads may print
             self._console.file.flush()

@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ if shutil.which("nvidia-smi") is None:  # before anything imports triton: it rea
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from nmsweep.data.tasks import MINI_FOLDER
-from nmsweep.sweep import work
 
 MINI_AS = {
     "arc_easy": ("science", "test"),
@@ -20,13 +18,6 @@ MINI_AS = {
     "boolq": ("yesno", "validation"),
 }
 """Harness task whose form a shipped file has: file, split."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_session() -> Iterator[None]:
-    work._sessions.clear()
-    yield
-    work._sessions.clear()
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +58,6 @@ def nmsweep(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
             main(list(words))
         except SystemExit as ended:
             code = 0 if ended.code is None else int(ended.code)
-        for handler in [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]:
-            logging.getLogger().removeHandler(handler)  # Hydra's log lies in a folder that ends with the test
-            handler.close()
         said = capfd.readouterr()
         return code, said.out, said.err
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["nmsweep.commands.sweeps", "nmsweep.sweep.launching"])
+_CONTEXT.set_forkserver_preload(["nmsweep.commands.status", "nmsweep.commands.run", "nmsweep.sweep.work"])
 
 
 def _main(words: Sequence[str], log: str) -> None:

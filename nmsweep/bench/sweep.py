@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nmsweep.errors import NmsweepError
+from nmsweep.results.layout import CELLS, CONFIG, ITEMS, LAYERS, METRICS, PROVENANCE, SAMPLES
 from nmsweep.results.record import cell_folders, file_digest
 from nmsweep.sweep.plan import Plan, PlannedCell, load, plan_ids, store
 
@@ -98,7 +99,7 @@ def _scaling(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def _provenance(cell: Path) -> Any:
-    return json.loads((cell / "provenance.json").read_text())
+    return json.loads((cell / PROVENANCE).read_text())
 
 
 def _workers(folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -139,15 +140,15 @@ def multiply(source: Path, results: Path, n_records: int) -> Plan:
         The plan that the new cells are of.
     """
     plan = load(source, plan_ids(source)[0])
-    (results / "cells").mkdir(parents=True)
+    (results / CELLS).mkdir(parents=True)
     cells: list[PlannedCell] = []
     for number in range(-(-n_records // len(plan.cells))):
         ids = {cell.cell_id: secrets.token_hex(6) for cell in plan.cells}
         for cell in plan.cells[: n_records - len(cells)]:
             cells.append(_renamed(cell, ids, number))
-            _copy(source / "cells" / cell.name, results / "cells" / cells[-1].name, cells[-1])
-    if (source / "items").is_dir():
-        shutil.copytree(source / "items", results / "items")
+            _copy(source / CELLS / cell.name, results / CELLS / cells[-1].name, cells[-1])
+    if (source / ITEMS).is_dir():
+        shutil.copytree(source / ITEMS, results / ITEMS)
     made = Plan(plan.words, tuple(cells), results)
     store(made)
     return made
@@ -170,19 +171,19 @@ def _renamed(cell: PlannedCell, ids: Mapping[str, str], number: int) -> PlannedC
 def _copy(source: Path, place: Path, cell: PlannedCell) -> None:
     """The files of a finished cell as those of another one."""
     place.mkdir()
-    os.link(source / "samples.parquet", place / "samples.parquet")
+    os.link(source / SAMPLES, place / SAMPLES)
     provenance = _provenance(source)
     model, seed = cell.config["model"]["name"], cell.config["seed"]
-    config = (source / "config.yaml").read_text().replace(f"\nseed: {provenance['seed']}\n", f"\nseed: {seed}\n")
+    config = (source / CONFIG).read_text().replace(f"\nseed: {provenance['seed']}\n", f"\nseed: {seed}\n")
     old = provenance["model"]["name"]
-    (place / "config.yaml").write_text(config.replace(f"\n  name: {old}\n", f"\n  name: {model}\n"))
+    (place / CONFIG).write_text(config.replace(f"\n  name: {old}\n", f"\n  name: {model}\n"))
     ids = {"cell_id": cell.cell_id, "dense_cell_id": cell.dense_cell_id}
-    for name in ("metrics.csv", "layers.csv"):
+    for name in (METRICS, LAYERS):
         (place / name).write_text(_with((source / name).read_text(), {**ids, "model": model, "seed": seed}))
     provenance |= {**ids, "part_id": cell.part_id, "seed": seed, "model": {**provenance["model"], "name": model}}
     for name in provenance["files"]:
         provenance["files"][name] = {"bytes": (place / name).stat().st_size, "sha256": file_digest(place / name)}
-    (place / "provenance.json").write_text(json.dumps(provenance, indent=1))
+    (place / PROVENANCE).write_text(json.dumps(provenance, indent=1))
 
 
 def _with(table: str, values: Mapping[str, object]) -> str:

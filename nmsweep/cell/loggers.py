@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nmsweep.config.schema import RunConfig
+from nmsweep.results.layout import RUNS
 from nmsweep.results.record import CellRecord
 
 TIMEOUT_S = 60.0
@@ -90,7 +91,7 @@ def _to_wandb(cfg: RunConfig, record: CellRecord, sweep: str) -> None:
     chosen = cfg.loggers.wandb
     run = wandb.init(
         project=chosen.project, entity=chosen.entity, mode=chosen.mode, group=sweep, name=record.folder.name,
-        config=params_of(cfg), reinit="create_new", dir=str(cfg.results_dir / ".runs"),
+        config=params_of(cfg), reinit="create_new", dir=str(cfg.results_dir / RUNS),
         settings=wandb.Settings(silent=True, console="off"),
     )  # fmt: skip
     run.log(metrics_of(record))

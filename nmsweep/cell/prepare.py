@@ -22,6 +22,7 @@ from nmsweep.evaluate.perplexity import adds_bos
 from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models import LoadedModel
 from nmsweep.results.claims import claimed
+from nmsweep.results.layout import CALIBRATION, RECIPES
 from nmsweep.results.quarantine import put_aside
 from nmsweep.results.record import cell_folder
 from nmsweep.results.storage import write_text
@@ -94,7 +95,7 @@ def recipe_file(cell: Cell) -> Path:
     """Where the recipe of a greedy cell lies: the same for cells that only differ in how they are measured."""
     cfg = cell.cfg
     criterion = cfg.criterion.name if cfg.criterion else "none"
-    folder = cfg.results_dir / "recipes"
+    folder = cfg.results_dir / RECIPES
     named = cell_folder(
         cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, cell.calibration_id[:12]
     )
@@ -114,7 +115,7 @@ def calibration(cell: Cell, loaded: LoadedModel, session: Session) -> Calibrated
         )  # fmt: skip
 
     session.display.stage("calibration", loaded.model.config.get_text_config().num_hidden_layers)
-    folder, key = cfg.results_dir / ".calibration", cell.calibration_id
+    folder, key = cfg.results_dir / CALIBRATION, cell.calibration_id
     file, read = state_file(folder, key), partial(read_state, key=key)
     if (kept := _kept(file, read)) is not None:
         return kept

@@ -24,6 +24,7 @@ from nmsweep.evaluate.result import TaskResult
 from nmsweep.evaluate.trouble import naming_the_layer, within_memory
 from nmsweep.models import LoadedModel
 from nmsweep.results.claims import claimed
+from nmsweep.results.layout import items_file
 from nmsweep.results.quarantine import damage, put_aside, sound_part, table_damage
 from nmsweep.results.record import (
     CellRecord,
@@ -32,7 +33,6 @@ from nmsweep.results.record import (
     Parts,
     clear_failure,
     find_cell,
-    items_file,
     read_cell,
     write_cell,
 )

@@ -1,4 +1,4 @@
-"""What is kept between the cells of one process: the model, the display."""
+"""What the cells of one process share: the loaded model and the display."""
 
 import logging
 import secrets
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 
 def device_of(cfg: RunConfig) -> str:
-    """The cell's device; for ``auto`` what this machine has."""
+    """Return the cell's device; for ``auto`` what this machine has."""
     return device_kind(cfg.device) if cfg.device == "auto" else cfg.device
 
 
 def place_of(cfg: RunConfig) -> str:
-    """Where the cell's model goes: for ``cuda`` the GPU that this process was given, by its number."""
+    """Return the device that the cell's model is loaded on: for ``cuda`` the current GPU of this process, by its number."""
     import torch
 
     device = device_of(cfg)
@@ -28,18 +28,18 @@ def place_of(cfg: RunConfig) -> str:
 
 
 def model_key(cfg: RunConfig) -> list[Any]:
-    """What a loaded model depends on."""
+    """Return everything that a loaded model depends on."""
     return [cfg.model, cfg.dtype, device_of(cfg), cfg.seed]
 
 
 @dataclass
 class Session:
-    """One model at a time stays loaded; asking for another lets it go first.
+    """Keeps one model loaded between the cells of a process; another one replaces it.
 
     Attributes:
-        display: what the user sees.
-        sweep: id of the plan that it works at.
-        launch: which launch of a sweep this process works for; in every record it writes.
+        display: where progress is shown.
+        sweep: id of the plan whose cells are run.
+        launch: id of the launch that this process belongs to; written to every record.
         n_loads: how often a model was loaded.
     """
 
@@ -52,10 +52,10 @@ class Session:
     _unusable: dict[str, InputError] = field(default_factory=dict)
 
     def model(self, cfg: RunConfig) -> LoadedModel:
-        """The cell's model, loaded if it is not the one that is there.
+        """Return the cell's model; load it unless it is loaded.
 
         Raises:
-            InputError: it cannot be had; found out once, at the first of its cells.
+            InputError: it cannot be loaded; tried only once, for the first of its cells.
         """
         key = short_hash(model_key(cfg))
         if key in self._unusable:
@@ -70,11 +70,10 @@ class Session:
                 self._unusable[key] = error
                 raise
             self._key = key
-            if device.startswith(
-                "cuda"
-            ):  # what is asked of CUDA without a number, such as its peak memory, is of this one
+            if device.startswith("cuda"):
                 import torch
 
+                # calls of CUDA without a device, such as that for peak memory, then mean this one
                 torch.cuda.set_device(device)
             self.n_loads += 1
             log.info("model load %d: %s, %s on %s", self.n_loads, cfg.model_name, cfg.dtype, device)

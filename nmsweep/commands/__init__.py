@@ -1,1 +1,1 @@
-"""The subcommands of `nmsweep`, one file each but for those of a stored sweep, which share one."""
+"""The commands of `nmsweep`: one file each, with a function `main(words)` that returns the exit code."""

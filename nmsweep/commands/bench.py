@@ -12,7 +12,7 @@ from nmsweep.errors import InputError, nearest
 Words = dict[str, str]
 
 
-def bench(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Run ``nmsweep bench [kernel|forward|scoring|semistructured|sweep] [key=value …]``; 0 when it is done.
 
     Raises:

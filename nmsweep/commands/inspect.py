@@ -1,19 +1,38 @@
-"""`nmsweep inspect <cell>`: the items whose answer turned right or wrong against the dense cell, with their text."""
+"""`nmsweep inspect CELL [task=TASK] [limit=N] [results_dir=DIR]`: items answered differently than by the dense cell, with text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from nmsweep.commands.words import key_values, whole_number
 from nmsweep.errors import InputError, nearest
-from nmsweep.results.record import CellRecord, cell_folders, find_cell, items_file, read_cell
+from nmsweep.results.layout import items_file
+from nmsweep.results.record import CellRecord, cell_folders, find_cell, read_cell
 from nmsweep.statistics.comparison import compare, flipped, primary_metric
 
 
+def main(words: Sequence[str]) -> int:
+    """Show the items of one cell whose answer turned right or wrong.
+
+    Raises:
+        InputError: no cell or several are named, or one that does not exist.
+    """
+    cells = [word for word in words if "=" not in word]
+    values = key_values([word for word in words if "=" in word], ["results_dir", "task", "limit"])
+    if len(cells) != 1:
+        raise InputError(
+            f"inspect: {len(cells)} cells were named; name one, by its id or folder: `nmsweep inspect CELL limit=20`"
+        )
+    limit = whole_number(values, "limit", 10)
+    show_flips(Path(values.get("results_dir", "results")), cells[0], values.get("task"), limit)
+    return 0
+
+
 def show_flips(results_dir: Path, cell: str, task: str | None, limit: int) -> None:
-    """Print what changed in a cell's answers.
+    """Print the items that a cell answers differently than its dense cell.
 
     Args:
         results_dir: the results folder.
@@ -35,7 +54,7 @@ def show_flips(results_dir: Path, cell: str, task: str | None, limit: int) -> No
 
 
 def pair(results_dir: Path, cell: str) -> tuple[CellRecord, CellRecord]:
-    """A cell and its dense one.
+    """Return a cell's record and that of its dense cell.
 
     Raises:
         InputError: one of them is not there, or the cell is dense itself.
@@ -57,7 +76,7 @@ def pair(results_dir: Path, cell: str) -> tuple[CellRecord, CellRecord]:
 
 
 def task_lines(results_dir: Path, sparse: CellRecord, dense: CellRecord, task: str, limit: int) -> Iterator[str]:
-    """One task's summary and its flipped items."""
+    """Yield the lines of one task: a summary, then its flipped items."""
     metric = primary_metric(sparse.samples, task)
     assert metric is not None
     table = compare(dense.samples[dense.samples["task"] == task], sparse.samples[sparse.samples["task"] == task])
@@ -78,7 +97,7 @@ def task_lines(results_dir: Path, sparse: CellRecord, dense: CellRecord, task: s
 
 
 def _items(results_dir: Path, record: CellRecord, task: str) -> dict[str, Any]:
-    """The task's items by their hash, as a file of more items numbers a group's otherwise; empty where no text was kept."""
+    """Return a task's items by their hash, which unlike their number does not depend on the file; empty where no text was kept."""
     place = items_file(results_dir, task, str(record.provenance["tasks"][task]["data"]))
     rows: Iterator[Any] = pd.read_parquet(place).itertuples() if place.is_file() else iter(())
     return {row.doc_hash: row for row in rows}

@@ -1,15 +1,16 @@
-"""`nmsweep list`: every model, pattern, criterion, mitigation and task preset, with its source."""
+"""`nmsweep list [config_dir=DIR]`: every model, pattern, criterion, mitigation and task preset, with its source."""
 
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from nmsweep.commands.words import key_values
 from nmsweep.config.catalogue import Option, conf_dir, options
 from nmsweep.config.schema import TARGET_PRESETS
 
@@ -36,8 +37,15 @@ _SCOPES = (
 )
 
 
+def main(words: Sequence[str]) -> int:
+    """Show what can be chosen."""
+    values = key_values(words, ["config_dir"])
+    show_list(Path(values["config_dir"]) if "config_dir" in values else None)
+    return 0
+
+
 def source_of(option: Option) -> str:
-    """What the docstring of an option's class names as its source."""
+    """Return the source that the docstring of an option's class names."""
     target = str(option.node.get("_target_", ""))
     module, _, name = target.rpartition(".")
     if not module:
@@ -46,14 +54,14 @@ def source_of(option: Option) -> str:
 
 
 def doc_section(documented: type, word: str) -> str:
-    """What a docstring says after ``Source:``, ``Differs:``, …, on one line; empty where it has no such part."""
+    """Return the text after ``Source:``, ``Differs:``, … in a docstring, on one line; empty where there is none."""
     doc = inspect.getdoc(documented) or ""
-    found = re.search(rf"^{word}: (.+?)(?:\n\s*\n|\n\w+:|\Z)", doc, re.MULTILINE | re.DOTALL)
-    return " ".join(found[1].split()) if found else ""
+    match = re.search(rf"^{word}: (.+?)(?:\n\s*\n|\n\w+:|\Z)", doc, re.MULTILINE | re.DOTALL)
+    return " ".join(match[1].split()) if match else ""
 
 
 def prunes_weights(option: Option) -> bool:
-    """Whether a criterion is a baseline that prunes weights."""
+    """Return whether a criterion prunes weights instead of activations."""
     module, _, name = str(option.node["_target_"]).rpartition(".")
     return bool(getattr(importlib.import_module(module), name).operand == "weights")
 
@@ -63,15 +71,15 @@ def show_list(config_dir: Path | None, console: Console | None = None) -> None:
     out = console or Console()
     criteria = options("criterion", config_dir)
     weights = {name: option for name, option in criteria.items() if prunes_weights(option)}
-    for title, found in (
+    for title, choices in (
         ("model", options("model", config_dir)),
         ("criterion", {name: option for name, option in criteria.items() if name not in weights}),
         ("criterion, of weights instead of activations", weights),
         ("mitigation", options("mitigations", config_dir)),
         ("experiment", options("experiment", config_dir)),
     ):
-        if found:
-            out.print(_table(title, [(name, option.summary, source_of(option)) for name, option in found.items()]))
+        if choices:
+            out.print(_table(title, [(name, option.summary, source_of(option)) for name, option in choices.items()]))
     out.print(_table("pattern", list(_PATTERNS)))
     out.print(_table("targets", [(name, *_TARGETS[name]) for name in TARGET_PRESETS]))
     out.print(_table("scope", list(_SCOPES)))

@@ -13,8 +13,8 @@ from nmsweep.models import ModelSpec
 from nmsweep.models.loading import fingerprint, local_folder, to_download
 
 
-def prefetch(words: Sequence[str]) -> int:
-    """Print what there is to fetch and its size, fetch it, check it; 1 if something is still missing, else 0.
+def main(words: Sequence[str]) -> int:
+    """Print what is to be fetched with its size, fetch it, check it; 1 if something is still missing.
 
     Args:
         words: overrides of a run; those that count are `model`, `tasks`, `data.mirror`, `calibration.source`,
@@ -23,10 +23,10 @@ def prefetch(words: Sequence[str]) -> int:
     Raises:
         InputError: a model or task that does not exist, or tasks without a mirror to fill.
     """
-    given = [word for word in words if not word.startswith("data.mirror=")]
-    named = [word.partition("=")[2] for word in words if word.startswith("data.mirror=")]
-    mirror = Path(named[-1]) if named else None
-    cfg = cells_of(["pattern=dense", *given], multirun=False, config_dir=None)[0]
+    overrides = [word for word in words if not word.startswith("data.mirror=")]
+    mirrors = [word.partition("=")[2] for word in words if word.startswith("data.mirror=")]
+    mirror = Path(mirrors[-1]) if mirrors else None
+    cfg = cells_of(["pattern=dense", *overrides], multirun=False, config_dir=None)[0]
     calibrated_on = source_name(cfg.calibration.source, cfg.tasks)
     wanted = needs(
         cfg.tasks, mirror or Path(), cfg.eval.num_fewshot, cfg.eval.include_path, calibrated_on == "wikitext2"
@@ -47,24 +47,24 @@ def prefetch(words: Sequence[str]) -> int:
 
 
 def _sizes(spec: ModelSpec, wanted: Sequence[Need]) -> Iterator[str]:
-    """What there is to fetch, before anything is fetched."""
+    """Yield a line for the model and each file of data, before anything is fetched."""
     yield f"model {spec.name}: {_model_size(spec)}"
-    told: dict[str, str] = {}
+    sizes: dict[str, str] = {}
     no_hub = away(wanted)
     for need in wanted:
         if need.state == "there":
             yield f"{need.task}/{need.file.name}: there"
             continue
-        if need.hub_name not in told:
-            told[need.hub_name] = "the hub cannot be reached" if no_hub and not need.is_local else _data_size(need)
+        if need.hub_name not in sizes:
+            sizes[need.hub_name] = "the hub cannot be reached" if no_hub and not need.is_local else _data_size(need)
         state = "damaged, to fetch again" if need.state == "damaged" else "to fetch"
-        yield f"{need.task}/{need.file.name}: {state} from {need.hub_name} ({told[need.hub_name]})"
+        yield f"{need.task}/{need.file.name}: {state} from {need.hub_name} ({sizes[need.hub_name]})"
 
 
 def _data_size(need: Need) -> str:
     try:
         n_bytes = size(need)
-    except DataError:  # why, is said when it is fetched
+    except DataError:  # the reason is shown when it is fetched
         return "size unknown"
     return "size unknown" if n_bytes is None else f"{_megabytes(n_bytes)} for all its splits"
 
@@ -84,7 +84,7 @@ def _megabytes(n_bytes: int) -> str:
 
 
 def _fetch_model(spec: ModelSpec) -> list[str]:
-    """Have the model's files, whole and with a fingerprint; what keeps them away, as one line."""
+    """Fetch and check the model's files; return the error, if any, as one line."""
     if spec.source == "tiny":
         return []
     try:

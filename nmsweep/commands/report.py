@@ -76,7 +76,7 @@ def _table(given: dict[str, str], errors: list[str]) -> TableSpec | None:
         return None
 
 
-def report(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Run the subcommand; returns its exit code, 1 where a check finds a number that the samples do not give.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`nmsweep sensitivity`: each layer's output error when it alone is pruned, as CSV; and the skip list that follows from it."""
+"""`nmsweep sensitivity [skip=K] <key=value …>`: each layer's output error when it alone is pruned, and the layers to skip."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,11 +10,15 @@ from nmsweep.calibrate.sensitivity import output_errors
 from nmsweep.cell.identity import calibration_text, check, identify, sparsification_of
 from nmsweep.cell.prepare import calibration_windows
 from nmsweep.cell.session import Session
+from nmsweep.commands.words import key_values, whole_number
+from nmsweep.config.compose import cells_of
 from nmsweep.config.pattern import Pattern
 from nmsweep.config.schema import RunConfig, short_hash
 from nmsweep.errors import InputError
 from nmsweep.models import linear_flops, target_linears
+from nmsweep.results.layout import SENSITIVITY
 from nmsweep.results.record import cell_folder
+from nmsweep.results.storage import why_unwritable
 
 COLUMNS = (
     "layer",
@@ -30,6 +34,25 @@ COLUMNS = (
 
 NEVER_SKIPPED = {"amber": ("down_proj",)}
 """Projections that a preset prunes in every block: arXiv:2508.02128 skips q and gate only."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Measure the layers of one cell, print the most sensitive ones, and write a table.
+
+    Raises:
+        InputError: the words are not those of one sparse cell, or the results folder cannot be written.
+    """
+    ours = [word for word in words if word.startswith("skip=")]
+    skip = whole_number(key_values(ours, ["skip"]), "skip", 0)
+    [cfg] = cells_of([word for word in words if word not in ours], multirun=False, config_dir=None)
+    if error := why_unwritable(cfg.results_dir):
+        raise InputError(error)
+    session = Session()
+    with session.display:
+        file, table = sensitivity(cfg, skip, session)
+    print(summary(cfg.targets, table))
+    print(file)
+    return 0
 
 
 def sensitivity(cfg: RunConfig, skip: int, session: Session) -> tuple[Path, pd.DataFrame]:
@@ -62,7 +85,7 @@ def sensitivity(cfg: RunConfig, skip: int, session: Session) -> tuple[Path, pd.D
         loaded.model, windows, sparsification_of(cfg), [pattern], cfg.targets,
         scope=cfg.scope, settings=cfg.calibration, seed=cfg.seed, step=session.display.step,
     )  # fmt: skip
-    table = _table(cfg, {name: found[pattern] for name, found in errors_of.items()}, linear_flops(loaded.model), skip)
+    table = _table(cfg, {name: errors[pattern] for name, errors in errors_of.items()}, linear_flops(loaded.model), skip)
     return _write(cfg, cell.cell_id, table), table
 
 
@@ -79,7 +102,7 @@ def _table(cfg: RunConfig, errors: Mapping[str, float], flops: Mapping[str, int]
 
 
 def _check_skip(cfg: RunConfig, skip: int, layers: Sequence[str]) -> None:
-    """Refuse a number of layers that would leave nothing to prune."""
+    """Check that `skip` layers leave something to prune."""
     most = len(_may_be_skipped(cfg, layers)) - 1
     if not 0 <= skip <= most:
         raise InputError(f"skip: {skip} of {most + 1} layers that may be left dense; allowed: 0 to {most}")
@@ -94,14 +117,14 @@ def _write(cfg: RunConfig, cell_id: str, table: pd.DataFrame) -> Path:
     criterion = cfg.criterion.name if cfg.criterion else "none"
     key = short_hash([cell_id, cfg.calibration.model_dump()])
     name = cell_folder(cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, key).name
-    file = cfg.results_dir / "sensitivity" / f"{name}.csv"
+    file = cfg.results_dir / SENSITIVITY / f"{name}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(file, index=False, float_format="%.6g")
     return file
 
 
 def summary(targets: Sequence[str], table: pd.DataFrame, n_shown: int = 10) -> str:
-    """The most sensitive layers, among them all that are skipped, and the word that leaves these dense."""
+    """Describe the most sensitive layers, all skipped ones included, and the word that leaves these dense."""
     worst = table.sort_values("relative_error", ascending=False, kind="stable")
     shown = worst[(worst["skip"] == 1) | (worst["relative_error"].rank(ascending=False, method="first") <= n_shown)]
     lines = [f"{len(shown)} of {len(table)} layers, largest ‖ŷ−y‖/‖y‖ first"]
@@ -116,6 +139,6 @@ def summary(targets: Sequence[str], table: pd.DataFrame, n_shown: int = 10) -> s
 
 
 def targets_word(targets: Sequence[str], table: pd.DataFrame) -> str:
-    """What to pass as `targets` so that the skipped layers stay dense."""
+    """Return the value of `targets` that leaves the skipped layers dense."""
     skipped = table.loc[table["skip"] == 1, "layer"]
     return "+".join([*targets, *(f"!{name[name.find('layers.') :]}" for name in skipped)])

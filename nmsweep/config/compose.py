@@ -1,10 +1,11 @@
-"""From the words of a command to typed cells: compose with Hydra, find every mistake, write nothing."""
+"""From the words of a command to typed cells: compose with Hydra, collect every mistake, write nothing."""
 
 import contextlib
 import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,31 @@ from nmsweep.config.catalogue import conf_dir, options
 from nmsweep.config.schema import RunConfig, parse_run
 from nmsweep.errors import InputError, nearest
 
+HYDRA_KEYS = ("launcher", "sweeper.params", "sweeper.grids", "run.dir", "sweep.dir", "mode", "searchpath", "help")
+"""Keys of Hydra's own node that have an effect: Hydra composes, but runs nothing."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A composed command.
+
+    Attributes:
+        cells: its cells, in the order of its grid.
+        launcher: the node `hydra.launcher`; empty for a command that is no sweep.
+        log_dir: the folder for logs and for files of the launcher.
+    """
+
+    cells: list[RunConfig]
+    launcher: Mapping[str, Any]
+    log_dir: Path
+
 
 def prepare(config_dir: Path | None) -> None:
-    """Tell Hydra about the mitigations' parameters: a folder of files that it cannot glob by itself."""
-    Plugins.instance()  # scan first, or a plugin's own entries win over ours
+    """Register the mitigations' parameters with Hydra, which cannot glob a folder itself; let our files win over plugins' entries."""
+    Plugins.instance()  # fills the store
     store = ConfigStore.instance()
-    for name in ("joblib", "submitit_local", "submitit_slurm"):  # ours are files in conf/hydra/launcher
-        store.repo.get("hydra", {}).get("launcher", {}).pop(f"{name}.yaml", None)
+    for file in (conf_dir() / "hydra").glob("*/*.yaml"):
+        store.repo.get("hydra", {}).get(file.parent.name, {}).pop(file.name, None)
     nodes = {name: dict(option.node) for name, option in options("mitigations", config_dir).items()}
     store.store(name="mitigation_parameters", node={"mitigations": nodes}, provider="nmsweep")
 
@@ -45,11 +64,17 @@ def _loader(config_dir: Path | None) -> Iterator[tuple[ConfigLoaderImpl, list[st
 
 
 def cells_of(words: Sequence[str], *, multirun: bool, config_dir: Path | None) -> list[RunConfig]:
-    """The cells that a command asks for, in the order of its grid.
+    """Return the cells of a command; see `compose_command`."""
+    return compose_command(words, multirun=multirun, config_dir=config_dir).cells
+
+
+def compose_command(words: Sequence[str], *, multirun: bool, config_dir: Path | None) -> Command:
+    """Compose a command.
 
     Args:
         words: overrides as typed, ``pattern=2:4,8:16``.
-        multirun: whether comma-separated values are a sweep.
+        multirun: whether comma-separated values are a sweep, as with ``-m``; an experiment may ask for it too
+            (``hydra: {mode: MULTIRUN}``).
         config_dir: the user's own config folder.
 
     Raises:
@@ -58,55 +83,65 @@ def cells_of(words: Sequence[str], *, multirun: bool, config_dir: Path | None) -
     prepare(config_dir)
     with _loader(config_dir) as (loader, search):
         overrides, errors = _parse(words)
-        overrides, found = _known(loader, search, overrides)
-        errors += found
-        if not multirun:
+        overrides, unknown = _known(loader, search, overrides)
+        errors += unknown
+        base = _compose(loader, search, [o for o in overrides if not o.is_sweep_override()])
+        swept = multirun or base.hydra.mode == RunMode.MULTIRUN
+        if not swept:
             for override in [o for o in overrides if o.is_sweep_override()]:
                 values = str(override.input_line).partition("=")[2]
                 errors.append(f"{override.key_or_group}: {values} are several values; add -m to sweep over them")
                 overrides.remove(override)
-        base = _compose(loader, search, [o for o in overrides if not o.is_sweep_override()])
-        swept = multirun or base.hydra.mode == RunMode.MULTIRUN
-        gpus = swept and asks_for_gpus(OmegaConf.to_container(base.hydra.launcher))
-        words = [str(override.input_line) for override in overrides]
+        launcher = _hydra_value(base, "launcher") if swept else {}
+        gpus = asks_for_gpus(launcher)
         configs: list[RunConfig] = []
         composer = Composer(loader, search)
-        for job in grid(words, base.hydra.sweeper if swept else None):
+        for job in grid([str(o.input_line) for o in overrides], base.hydra.sweeper if swept else None):
             try:
-                configs.append(_on_what_jobs_have(parse_run(composer.compose(job)), gpus))
+                configs.append(_device_of_jobs(parse_run(composer.compose(job)), gpus))
             except InputError as error:
                 errors += [message for message in error.messages if message not in errors]
+        log_dir = Path(str(_hydra_value(base, "sweep.dir" if swept else "run.dir")))
     if errors:
         raise InputError(*errors)
-    return configs
+    return Command(configs, launcher, log_dir)
+
+
+def _hydra_value(base: DictConfig, key: str) -> Any:
+    """Return a resolved value of Hydra's own node."""
+    try:
+        value = OmegaConf.select(base, f"hydra.{key}", throw_on_missing=True)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise InputError(f"hydra.{key}: {' '.join(str(error).split())}") from error
 
 
 def asks_for_gpus(launcher: Any) -> bool:
-    """Whether a launcher's node asks its cluster for GPUs: submitit's keys, those of sbatch beside them, those of Ray's jobs."""
+    """Return whether a launcher's node requests GPUs: by submitit's keys, by sbatch's, or by those of Ray's jobs."""
     if not isinstance(launcher, Mapping):
         return False
-    asked = {str(key).replace("-", "_"): value for key, value in launcher.items() if key != "init"}
+    requests = {str(key).replace("-", "_"): value for key, value in launcher.items() if key != "init"}
     return (
-        any(asked.get(key) not in (None, "", "0", 0) for key in _GPU_KEYS)
-        or "gpu" in str(asked.get("gres"))
-        or any(asks_for_gpus(node) for node in asked.values())
+        any(requests.get(key) not in (None, "", "0", 0) for key in _GPU_KEYS)
+        or "gpu" in str(requests.get("gres"))
+        or any(asks_for_gpus(node) for node in requests.values())
     )
 
 
 _GPU_KEYS = ("gpus_per_node", "gpus_per_task", "gpus", "num_gpus")
 
 
-def _on_what_jobs_have(cfg: RunConfig, gpus: bool) -> RunConfig:
-    """The cell with ``device=auto`` decided where its jobs will have GPUs: the machine that the command is given on may have none."""
+def _device_of_jobs(cfg: RunConfig, gpus: bool) -> RunConfig:
+    """Set ``device=auto`` to ``cuda`` if the jobs request GPUs: the submitting machine may have none."""
     return cfg.model_copy(update={"device": "cuda"}) if gpus and cfg.device == "auto" else cfg
 
 
 class Composer:
-    """Cells' configs as plain values: what Hydra composes, but only once for each choice of groups.
+    """Composes cells' configs as plain values, with one call of Hydra for each choice of groups.
 
-    Hydra applies an override of a plain value last, to the composed config. So cells that differ in nothing else share a
-    composition, which takes Hydra tens of milliseconds, and the value is set in a copy. A value that an interpolation may
-    refer to is left to Hydra.
+    Hydra applies overrides of plain values last. Cells that differ only in such values therefore share one composition,
+    which takes tens of milliseconds, and set the values in a copy. A value that an interpolation may refer to is left to
+    Hydra.
     """
 
     def __init__(self, loader: ConfigLoaderImpl, search: list[str]) -> None:
@@ -116,7 +151,7 @@ class Composer:
         self._composed: dict[tuple[str, ...], tuple[dict[str, Any], set[str]]] = {}
 
     def compose(self, job: Sequence[str]) -> dict[str, Any]:
-        """The config of one cell's overrides.
+        """Return the config of one cell's overrides.
 
         Raises:
             InputError: Hydra refuses them.
@@ -126,9 +161,9 @@ class Composer:
         rest = tuple(str(override.input_line) for override in overrides if override not in plain)
         if rest not in self._composed:
             composed = _compose(self._loader, self._search, rest)
-            self._composed[rest] = _plain(composed.copy()), _referred(composed)
-        base, referred = self._composed[rest]
-        if any(override.key_or_group.split(".")[0] in referred for override in plain) or not all(
+            self._composed[rest] = _plain(composed.copy()), _interpolated_keys(composed)
+        base, interpolated = self._composed[rest]
+        if any(override.key_or_group.split(".")[0] in interpolated for override in plain) or not all(
             _is_leaf(base, override.key_or_group) for override in plain
         ):
             return _plain(_compose(self._loader, self._search, job))
@@ -142,7 +177,7 @@ class Composer:
         return cell
 
     def _is_plain(self, override: Override) -> bool:
-        """Whether it sets a value of the config, and nothing else."""
+        """Return whether an override sets a value of the config and nothing else."""
         key, value = override.key_or_group, override.value()
         values = value if isinstance(value, list) else [value]
         return (
@@ -165,7 +200,7 @@ _OTHER_INTERPOLATION = re.compile(r"\$\{(?![A-Za-z_]\w*[.}])")
 
 
 def _is_leaf(config: dict[str, Any], key: str) -> bool:
-    """Whether a dotted key is there and holds a value, not a node."""
+    """Return whether a dotted key exists and holds a value, not a node."""
     node: Any = config
     for part in key.split("."):
         if not isinstance(node, dict) or part not in node:
@@ -174,29 +209,14 @@ def _is_leaf(config: dict[str, Any], key: str) -> bool:
     return not isinstance(node, dict)
 
 
-def _referred(cfg: DictConfig) -> set[str]:
-    """The top-level keys that interpolations of a config may refer to."""
+def _interpolated_keys(cfg: DictConfig) -> set[str]:
+    """Return the top-level keys that interpolations of a config may refer to."""
     unresolved = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(unresolved, dict)
     text = str({key: value for key, value in unresolved.items() if key != "hydra"})
     if _OTHER_INTERPOLATION.search(text):  # relative, nested or of a resolver: it may refer to anything
         return set(map(str, unresolved))
     return set(_INTERPOLATION.findall(text))
-
-
-def is_multirun(words: Sequence[str], config_dir: Path | None) -> bool:
-    """Whether an experiment asks for a sweep by itself (``hydra: {mode: MULTIRUN}``)."""
-    prepare(config_dir)
-    with _loader(config_dir) as (loader, search):
-        overrides, errors = _parse(words)
-        if errors:
-            return False
-        overrides, _ = _known(loader, search, overrides)
-        try:
-            base = _compose(loader, search, [o for o in overrides if not o.is_sweep_override()])
-        except InputError:
-            return False
-    return bool(base.hydra.mode == RunMode.MULTIRUN)
 
 
 def _parse(words: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -213,7 +233,7 @@ def _parse(words: Sequence[str]) -> tuple[list[Override], list[str]]:
 
 
 def _known(loader: ConfigLoaderImpl, search: list[str], overrides: list[Override]) -> tuple[list[Override], list[str]]:
-    """Sort out overrides of groups, options and keys that do not exist; a message for each."""
+    """Drop overrides of groups, options and keys that do not exist, with a message for each."""
     good, errors = [], []
     keys: list[Override] = []
     for override in overrides:
@@ -230,7 +250,14 @@ def _known(loader: ConfigLoaderImpl, search: list[str], overrides: list[Override
     base = _compose(loader, search, [o for o in good if not o.is_sweep_override()])
     for override in keys:
         key = override.key_or_group
-        if override.is_add() or override.is_force_add() or key.startswith("hydra") or _exists(base, key):
+        if key.startswith("hydra"):
+            if key.startswith("hydra/") or any(f"{key}.".startswith(f"hydra.{known}.") for known in HYDRA_KEYS):
+                good.append(override)
+            else:
+                errors.append(
+                    f"{key}: has no effect, as Hydra only composes; allowed: hydra.{', hydra.'.join(HYDRA_KEYS)}"
+                )
+        elif override.is_add() or override.is_force_add() or _exists(base, key):
             good.append(override)
         else:
             errors.append(f"{key}: is no key of the config; {nearest(key, _all_keys(base, loader))}")
@@ -238,7 +265,7 @@ def _known(loader: ConfigLoaderImpl, search: list[str], overrides: list[Override
 
 
 def _options(loader: ConfigLoaderImpl, search: list[str], group: str) -> list[str]:
-    """The options of a config group; none if it is no group."""
+    """Return the options of a config group; none if it is no group."""
     return [] if group.startswith("hydra.") else loader.get_group_options(group, config_name="config", overrides=search)
 
 
@@ -279,11 +306,11 @@ def _compose(loader: ConfigLoaderImpl, search: list[str], overrides: Sequence[Ov
 
 
 def grid(words: Sequence[str], sweeper: Any = None) -> list[list[str]]:
-    """The overrides of each cell that a command asks for, without doubles.
+    """Return the overrides of each cell of a command, without duplicates.
 
     Args:
         words: overrides as typed; they win over the sweeper's.
-        sweeper: Hydra's sweeper node; its `params` is one grid, its `grids` a list of grids whose union is swept.
+        sweeper: Hydra's sweeper node: `params` is one grid, `grids` a list of grids whose union is swept.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
@@ -292,8 +319,8 @@ def grid(words: Sequence[str], sweeper: Any = None) -> list[list[str]]:
     named = {override.key_or_group for override in typed}
     common = dict((sweeper or {}).get("params") or {})
     jobs: dict[tuple[str, ...], list[str]] = {}
-    for one in (sweeper or {}).get("grids") or [{}]:
-        params = {key: value for key, value in {**common, **one}.items() if key not in named}
+    for axes in (sweeper or {}).get("grids") or [{}]:
+        params = {key: value for key, value in {**common, **axes}.items() if key not in named}
         overrides = [*parser.parse_overrides([f"{key}={value}" for key, value in params.items()]), *typed]
         for batch in BasicSweeper.split_arguments(overrides, None):
             jobs.update({tuple(sorted(job)): list(job) for job in batch if tuple(sorted(job)) not in jobs})

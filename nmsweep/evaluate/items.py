@@ -14,7 +14,7 @@ from nmsweep.evaluate.groups import numbered
 from nmsweep.evaluate.kept import KeptTask, kept_task
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.results.claims import claimed
-from nmsweep.results.record import items_file
+from nmsweep.results.layout import items_file
 from nmsweep.results.storage import whole_file
 
 WAIT_S = 0.2

@@ -23,6 +23,7 @@ from nmsweep.report.show.spec import Table, TableSpec
 from nmsweep.report.show.tables import make_tables, preset_tables
 from nmsweep.report.show.terminal import show_results, show_table
 from nmsweep.report.workers import collector_paused, workers
+from nmsweep.results.layout import REPORT, SAMPLES, TIDY
 from nmsweep.results.read import Results, read_results
 from nmsweep.results.record import cell_folders
 from nmsweep.results.storage import write_text
@@ -43,13 +44,13 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
         InputError: there is nothing to report.
     """
     out = out or Console()
-    folder = results_dir / "report"
+    folder = results_dir / REPORT
     places = cell_folders(results_dir)
     with workers(len(places)) as pool, ThreadPoolExecutor(1) as beside:
         # another process may not be up yet: this one reads the small files meanwhile
-        begun = beside.submit(begin_reading, [place / "samples.parquet" for place in places], pool)
+        begun = beside.submit(begin_reading, [place / SAMPLES for place in places], pool)
         results = read_results(results_dir)
-        tidy = pool.submit(write_csv, results_dir / "tidy.csv", results.tidy)
+        tidy = pool.submit(write_csv, results_dir / TIDY, results.tidy)
         problems = list(results.problems)
         scores = make_scores(results, problems, pool, lambda: begun.result()())
         figures = draw_figures(all_points(results, scores), folder / "figures", pool)
@@ -68,7 +69,7 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
         draw_layer_errors(layers, folder / "figures" / LAYERS, drawn)
     write_text(folder / "index.html", make_page(results, scores, tables, drawn, view, made, data, problems))
     write_text(folder / "summary.md", summary(tables, drawn, problems))
-    for file in (results_dir / "tidy.csv", folder / "summary.md", folder / "index.html"):
+    for file in (results_dir / TIDY, folder / "summary.md", folder / "index.html"):
         out.print(str(file), soft_wrap=True, highlight=False)
 
 
@@ -88,7 +89,7 @@ def write_numbers(
     results: Results, cells: pd.DataFrame, tables: Sequence[Table], view: pd.DataFrame, made: Mapping[str, Any]
 ) -> None:
     """Every file that holds numbers or where they come from, but tidy.csv."""
-    folder = results.folder / "report"
+    folder = results.folder / REPORT
     write_csv(folder / "cells.csv", cells)
     write_text(folder / "manifest.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
     write_csv(folder / "hardware.csv", view)

@@ -10,6 +10,8 @@ from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from nmsweep.results.layout import CELLS
+
 _P = ParamSpec("_P")
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -37,7 +39,7 @@ def get_ready(words: Sequence[str]) -> None:
     would spend more time on its threads' turns than on them.
     """
     given = dict(word.removeprefix("--").removeprefix("report.").partition("=")[::2] for word in words)
-    cells = Path(given.get("results_dir", "results")) / "cells"
+    cells = Path(given.get("results_dir", "results")) / CELLS
     if {"check", "compare"} & set(given) or not cells.is_dir() or sum(1 for _ in os.scandir(cells)) < MANY:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,15 +1,14 @@
-"""Who computes what: a lease on a name, held by one process of all that share a results folder.
+"""Leases: of all processes that share a results folder, one holds the claim on a name.
 
-A claim is a file ``<name>.<generation>`` under ``.claims/``. It is written beside its place and linked there, which one
-process alone can do, so that it never lies there half-written. Its holder touches it while it works. A claim is void when its
-process is known to be gone, or when the process that wants it has itself seen it untouched for the length of the lease, by a
-clock that only runs forward: no clock of another node is read, nor are the times of files, which some file systems (Lustre)
-take from the node that writes. A void claim is taken over by making the next generation, which again one process alone can
-do; nothing is removed on the way, so there is no moment at which two may believe that they have it. Locks of the file system
-(flock, lockf) play no part.
+A claim is a file ``<name>.<generation>`` in ``.claims/``. It is written under a temporary name and linked to its place, which
+only one process can do and which never shows half a file. Its holder touches it while it works. A claim is void when its process
+is known to be gone, or when the process that wants it has itself seen it untouched for the length of the lease, by its own
+monotonic clock. Clocks of other nodes are not read, nor are file times, which some file systems (Lustre) take from the writing
+node. A void claim is taken over by making the next generation, which again only one process can do. Nothing is removed on
+the way, so two processes never both hold it. No file locks (flock, lockf) are used.
 
-Should a stopped process go on after its claim was taken over, the same cell is computed twice and, records being renamed
-whole into their place, one of two equal records stays.
+If a stopped process resumes after its claim was taken over, a cell is computed twice. Records are renamed into place whole, so
+one of two equal records stays.
 """
 
 import contextlib
@@ -23,29 +22,30 @@ from pathlib import Path
 from time import monotonic
 
 from nmsweep.errors import Busy
+from nmsweep.results.layout import CLAIMS
 from nmsweep.results.owner import Owner, me, parse_owner, temporary_name
 from nmsweep.results.storage import taking
 
 LEASE_S = 120.0
-"""Seconds without a sign of life after which a claim is void; attribute caches of network file systems hold up to 60."""
+"""Seconds without a touch after which a claim is void; network file systems may cache times for 60."""
 
 BEAT_S = 15.0
-"""Seconds between two signs of life."""
+"""Seconds between two touches."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim as its file says it.
+    """A claim, as read from its file.
 
     Attributes:
         name: what is claimed.
         generation: how often it was taken over.
         place: its file.
-        owner: who has it; None where the file does not say.
-        note: what it is, for people.
-        touched: when its holder last gave a sign of life, in seconds by whatever clock the file system uses.
+        owner: the process that holds it; None where the file does not say.
+        note: what is claimed, for people.
+        touched: when its holder last touched it, in seconds by the file system's clock.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Claim:
 
 @dataclass
 class _Heart:
-    """Touches the claims of this process from a thread of its own, which lives while there are any."""
+    """A thread that touches the claims of this process; it runs while there are any."""
 
     places: set[Path] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -96,20 +96,16 @@ class _Heart:
 _heart = _Heart()
 
 
-def claims_folder(results_dir: Path) -> Path:
-    return results_dir / ".claims"
-
-
 @contextlib.contextmanager
 def claimed(results_dir: Path, name: str, note: str = "") -> Iterator[None]:
-    """Hold a claim for as long as the block lasts.
+    """Hold a claim while the block lasts.
 
-    What the claim protects may have been finished by its last holder just before: look again inside the block.
+    Its last holder may have just finished what it protects: look again inside the block.
 
     Args:
-        results_dir: the results folder that the processes share.
+        results_dir: the shared results folder.
         name: what is claimed; letters, digits, ``-`` and ``_``.
-        note: what it is, for `nmsweep status`.
+        note: the same for people, shown by `nmsweep status`.
 
     Raises:
         Busy: another process holds it.
@@ -118,9 +114,9 @@ def claimed(results_dir: Path, name: str, note: str = "") -> Iterator[None]:
     with taking(results_dir):
         place = take(results_dir, name, note)
     if place is None:
-        found = find(results_dir, name)
-        by = found.owner.shown if found and found.owner else "another process"
-        raise Busy(f"{note or name}: {by} is computing it", name)
+        claim = find(results_dir, name)
+        holder = claim.owner.shown if claim and claim.owner else "another process"
+        raise Busy(f"{note or name}: {holder} is computing it", name)
     _heart.add(place)
     try:
         yield
@@ -130,8 +126,8 @@ def claimed(results_dir: Path, name: str, note: str = "") -> Iterator[None]:
 
 
 def take(results_dir: Path, name: str, note: str = "") -> Path | None:
-    """Make a claim's file; None if another process holds the claim."""
-    folder = claims_folder(results_dir)
+    """Make a claim's file; return None if another process holds the claim."""
+    folder = results_dir / CLAIMS
     folder.mkdir(parents=True, exist_ok=True)
     known = find(results_dir, name)
     if known is not None and not is_void(known):
@@ -140,7 +136,7 @@ def take(results_dir: Path, name: str, note: str = "") -> Path | None:
     place = folder / f"{name}.{generation}"
     if not _make(place, json.dumps({"owner": str(me()), "note": note})):
         return None
-    for other in _all(results_dir, name):  # a process that looked before this file was there may have made another
+    for other in _all(results_dir, name):  # a process that looked before this file existed may have made another
         if other.generation > generation or (other.generation < generation and not is_void(other)):
             place.unlink(missing_ok=True)
             return None
@@ -148,22 +144,22 @@ def take(results_dir: Path, name: str, note: str = "") -> Path | None:
 
 
 def _make(place: Path, text: str) -> bool:
-    """Make a file that was not there, whole from its first moment; whether it was this process that made it."""
+    """Create a file with its content in one step; return whether this process created it."""
     temporary = place.with_name(temporary_name())
     try:
         temporary.write_text(text)
         os.link(temporary, place)
         return True
     except FileExistsError:
-        return temporary.stat().st_nlink == 2  # NFS repeats a request whose answer was lost, and finds what it made
-    except OSError:  # no hard links here (FAT, some FUSE), or no room: then this says so
+        return temporary.stat().st_nlink == 2  # NFS repeats a request whose answer was lost, and meets its own file
+    except OSError:  # no hard links (FAT, some FUSE); or a full disk, which then raises here
         return _make_exclusively(place, text)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _make_exclusively(place: Path, text: str) -> bool:
-    """The same where there are no hard links: killed between the two steps, it leaves a claim that ends with its lease."""
+    """Do the same without hard links; a kill between its two steps leaves a claim that ends with its lease."""
     try:
         handle = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -178,21 +174,21 @@ def _make_exclusively(place: Path, text: str) -> bool:
 
 
 def find(results_dir: Path, name: str) -> Claim | None:
-    """The claim in force on a name, void or not: the one of the highest generation."""
+    """Return the claim with the highest generation on a name, void or not."""
     return max(_all(results_dir, name), key=lambda claim: claim.generation, default=None)
 
 
 def all_claims(results_dir: Path) -> list[Claim]:
-    """Every claim in a results folder."""
+    """Return every claim in a results folder."""
     return [claim for place in _files(results_dir) if (claim := _read(place))]
 
 
 _seen: dict[Path, tuple[float, float]] = {}
-"""Of each claim that this process looked at: the touch that it saw last, and since when (seconds, monotonic)."""
+"""By claim file: the last touch that this process saw, and when it first saw it (seconds, monotonic)."""
 
 
 def is_void(claim: Claim) -> bool:
-    """Whether a claim's process is gone, or has not touched it for the length of the lease while this process looked on."""
+    """Return whether a claim's process is gone, or did not touch it for the length of the lease while this process watched."""
     if claim.is_orphan:
         return True
     touched, since = _seen.setdefault(claim.place, (claim.touched, monotonic()))
@@ -202,23 +198,23 @@ def is_void(claim: Claim) -> bool:
     return monotonic() - since > LEASE_S
 
 
-def looks_void(claim: Claim, now: float, silent_s: float = LEASE_S) -> bool:
-    """Whether a claim seems to be nobody's, at one look; for what people are shown, not for taking it over.
+def looks_stale(claim: Claim, now: float, silent_s: float = LEASE_S) -> bool:
+    """Return whether a claim looks stale; for display and for `gc`, not for taking it over.
 
     Args:
         claim: a claim.
         now: the file server's time in seconds.
-        silent_s: seconds without a touch that are taken for a sign.
+        silent_s: seconds without a touch from which on it looks stale.
     """
     return claim.is_orphan or now - claim.touched > silent_s
 
 
 def _release(results_dir: Path, place: Path) -> None:
-    """Take a claim's files away, the oldest first: what is left of it always says who has it."""
-    name, _, own = place.name.rpartition(".")
-    older = [p for p in _files(results_dir, name) if _generation(p) < int(own)]
+    """Remove a claim's files, the oldest first, so that what is left always names its holder."""
+    name, _, generation = place.name.rpartition(".")
+    older = [file for file in _files(results_dir, name) if _generation(file) < int(generation)]
     for file in (*sorted(older, key=_generation), place):
-        with contextlib.suppress(OSError):  # a folder that is gone or read-only by now: the lease ends by itself
+        with contextlib.suppress(OSError):  # the folder is gone or read-only by now: the lease expires
             file.unlink(missing_ok=True)
 
 
@@ -228,14 +224,14 @@ def _generation(place: Path) -> int:
 
 def _files(results_dir: Path, name: str = "") -> list[Path]:
     try:
-        return [p for p in claims_folder(results_dir).iterdir() if not p.name.startswith(".") and _is_of(p, name)]
+        return [p for p in (results_dir / CLAIMS).iterdir() if not p.name.startswith(".") and _is_of(p, name)]
     except FileNotFoundError:
         return []
 
 
 def _is_of(place: Path, name: str) -> bool:
-    own, _, generation = place.name.rpartition(".")
-    return generation.isdecimal() and (not name or own == name)
+    stem, _, generation = place.name.rpartition(".")
+    return generation.isdecimal() and name in ("", stem)
 
 
 def _all(results_dir: Path, name: str) -> list[Claim]:
@@ -243,7 +239,7 @@ def _all(results_dir: Path, name: str) -> list[Claim]:
 
 
 def _read(place: Path) -> Claim | None:
-    """A claim; None if it was released meanwhile. The file is opened: network file systems ask the server only then."""
+    """Read a claim; None if it was released. The file is opened, as network file systems ask the server only then."""
     try:
         with place.open(errors="replace") as file:
             text, touched = file.read(4096), os.fstat(file.fileno()).st_mtime

@@ -1,4 +1,4 @@
-"""Ctrl-C: once to stop after what is being written, twice to stop at once."""
+"""Ctrl-C: once to stop after the current write, twice to stop at once."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ EXIT_CODE = 130
 
 
 class Terminated(KeyboardInterrupt):
-    """A SIGTERM: it stops this process as Ctrl-C does, but says nothing about jobs that run elsewhere."""
+    """A SIGTERM: stops this process as Ctrl-C does, but not jobs that run elsewhere."""
 
 
 _writing = 0
@@ -21,14 +21,13 @@ _pending: list[type[KeyboardInterrupt]] = []
 
 @contextmanager
 def interruptible(*numbers: int) -> Iterator[None]:
-    """Inside the block the first Ctrl-C raises KeyboardInterrupt, the first SIGTERM Terminated, never in the middle of a write,
-    and at the end of the block at the latest.
+    """In the block, let the first Ctrl-C raise KeyboardInterrupt and the first SIGTERM `Terminated`, but not during a write.
 
-    The second ends the process on the spot, with code 130: an unfinished temporary file may stay, which the next run
-    removes. In a thread other than the main one, where signals do not arrive, the block changes nothing.
+    It is raised at the end of the block at the latest. A second signal ends the process at once, with code 130; it may leave a
+    temporary file, which the next run removes. Outside the main thread, where no signals arrive, the block changes nothing.
 
     Args:
-        numbers: the signals; Ctrl-C's and SIGTERM if none is given.
+        numbers: the signals; by default SIGINT and SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -38,7 +37,7 @@ def interruptible(*numbers: int) -> Iterator[None]:
     report = sys.unraisablehook
 
     def unraisable(lost: "sys.UnraisableHookArgs") -> None:
-        """An interrupt that arrived in some `__del__` is lost there, and raised again by the next write or the end of the block."""
+        """Hide an interrupt that a `__del__` lost: the next write or the end of the block raises it again."""
         if not (_pending and isinstance(lost.exc_value, KeyboardInterrupt)):
             report(lost)
 
@@ -56,7 +55,7 @@ def interruptible(*numbers: int) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A write: an interrupt that comes in the block is raised when the block ends."""
+    """Hold an interrupt back until the block ends, for a write."""
     global _writing
     if threading.current_thread() is not threading.main_thread():
         yield

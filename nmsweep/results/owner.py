@@ -1,7 +1,7 @@
-"""Which process made a file, and whether it is still there: in the names of temporary files and in claims.
+"""The process that owns a temporary file or a claim, and whether it still runs.
 
-A process is known by its machine (host name, boot and process namespace), its number and the time it was started, so that
-neither a reused number nor another container of the same host is taken for it.
+A process is identified by its machine (host name, boot and process namespace), its number and its start time, so that neither
+a reused number nor another container on the same host is mistaken for it.
 """
 
 import contextlib
@@ -15,11 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-UNFINISHED = ".tmp_"
-"""How the name of a file or folder begins that is being written."""
-
-REPLACED = ".old_"
-"""How the name of a folder begins that keeps what is being replaced."""
+from nmsweep.results.layout import UNFINISHED
 
 STALE_S = 24 * 3600.0
 """Age in seconds after which the temporary file of a process on another machine counts as abandoned."""
@@ -29,7 +25,7 @@ _TAG = re.compile(r"(?P<host>[A-Za-z0-9-]{0,32})~(?P<machine>[0-9a-f]{8})~(?P<pi
 
 @dataclass(frozen=True)
 class Owner:
-    """One process: its host for people; what identifies its machine; its number; its start in the kernel's ticks."""
+    """One process: its host, for people; a hash that identifies its machine; its number; its start in kernel ticks."""
 
     host: str
     machine: str
@@ -41,11 +37,11 @@ class Owner:
 
     @property
     def shown(self) -> str:
-        """As people read it."""
+        """The process, for people."""
         return f"process {self.pid} on {self.host}"
 
     def is_alive(self) -> bool | None:
-        """Whether the process runs; None if it is on another machine, which cannot be asked."""
+        """Return whether the process runs; None if it is on another machine, which cannot be asked."""
         if self.machine != _machine():
             return None
         started = _started(self.pid)
@@ -53,7 +49,7 @@ class Owner:
 
 
 def me() -> Owner:
-    """This process."""
+    """Return this process."""
     return _owner(os.getpid())
 
 
@@ -65,9 +61,9 @@ def _owner(pid: int) -> Owner:
 
 @cache
 def _machine() -> str:
-    """The same for processes that see each other's numbers, another after a restart of the machine."""
+    """Return a hash of the host, its boot and the process namespace: equal for processes that see each other's numbers."""
     facts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # where it is not Linux, the host's name has to do
+    with contextlib.suppress(OSError):  # not Linux: only the host's name is known
         facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 
@@ -76,7 +72,7 @@ _UNKNOWN = 0
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since boot; `_UNKNOWN` where /proc does not tell; None if it is gone."""
+    """Return when a process started, in ticks since boot; `_UNKNOWN` where /proc does not say; None if it is gone."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):  # gone, of another user under hidepid, or there is no /proc
@@ -95,22 +91,22 @@ def _runs(pid: int) -> bool:
 
 
 def parse_owner(text: str) -> Owner | None:
-    """The first owner that a text names; None if it names none."""
-    found = _TAG.search(text)
-    return found and Owner(found["host"], found["machine"], int(found["pid"]), int(found["started"]))
+    """Return the first owner that a text names; None if it names none."""
+    tag = _TAG.search(text)
+    return tag and Owner(tag["host"], tag["machine"], int(tag["pid"]), int(tag["started"]))
 
 
 def temporary_name(prefix: str = UNFINISHED) -> str:
-    """A new name for an unfinished file or folder of this process, or for what it replaces."""
+    """Return a new name for an unfinished file or folder of this process, or for what it replaces."""
     return f"{prefix}{me()}_{uuid.uuid4().hex[:8]}"
 
 
 def is_abandoned(path: Path, now: Callable[[], float]) -> bool:
-    """Whether a temporary file's process is gone: by its name, or by its age where it was another machine's.
+    """Return whether a temporary file's process is gone, judged by its age where it was on another machine.
 
     Args:
-        path: has a name from `temporary_name`.
-        now: tells the file server's time in seconds, as `server_clock` does; asked only where age decides.
+        path: named by `temporary_name`.
+        now: returns the file server's time in seconds; called only where age decides.
     """
     owner = parse_owner(path.name)
     if owner is not None and (alive := owner.is_alive()) is not None:
@@ -122,11 +118,11 @@ def is_abandoned(path: Path, now: Callable[[], float]) -> bool:
 
 
 def server_clock(folder: Path, otherwise: float = float("-inf")) -> Callable[[], float]:
-    """Tells `server_time`, asked for once and when it is needed.
+    """Return a function that returns `server_time`, measured once, when it is first called.
 
     Args:
         folder: on the server.
-        otherwise: what it tells where the folder takes no file: by default a time at which nothing is old.
+        otherwise: the time to return where the folder cannot be written; by default nothing is old at it.
     """
 
     @cache
@@ -140,7 +136,7 @@ def server_clock(folder: Path, otherwise: float = float("-inf")) -> Callable[[],
 
 
 def server_time(folder: Path) -> float:
-    """The time in seconds by the clock of the server that `folder` lies on, which is the one that its files' times have.
+    """Return the time in seconds by the clock that dates the files of `folder`: that of its file server.
 
     Raises:
         OSError: the folder cannot be written.

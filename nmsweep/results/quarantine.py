@@ -1,4 +1,4 @@
-"""Records that are not what was written: found out, put aside, never counted and never thrown away."""
+"""Damaged records: detect them, move them aside, never count and never delete them."""
 
 import json
 import os
@@ -9,24 +9,22 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from nmsweep.results.record import CELL_FILES, Part, Parts, file_digest, is_newer
-
-LARGE = "samples.parquet"
-"""The file of a record whose digest is not compared each time that the record is counted."""
+from nmsweep.results.layout import CELL_FILES, PROVENANCE, QUARANTINE, SAMPLES
+from nmsweep.results.record import Part, Parts, file_digest, is_newer
 
 
 def damage(folder: Path, *, deep: bool = False) -> str:
-    """What is wrong with a finished cell's files; empty for nothing, or for a record of a version that this one cannot judge.
+    """Return what is wrong with a finished cell's files; empty if nothing is, or if a later version wrote the record.
 
-    Every file has to be there with the size that was written (records before there were sizes: not empty), and the small
-    ones with their digest: a sweep looks at all its cells, and of 5,000 their samples alone are gigabytes.
+    Every file must have the size that was written (in records older than sizes: must not be empty). Small files must have their
+    digest too; samples only if asked for, as those of 5,000 cells are gigabytes.
 
     Args:
         folder: of the cell.
-        deep: compare the digest of the samples too.
+        deep: compare the digest of the samples as well.
     """
     try:
-        provenance = json.loads((folder / "provenance.json").read_text())
+        provenance = json.loads((folder / PROVENANCE).read_text())
         if is_newer(provenance):
             return ""
         written = provenance.get("files", {})
@@ -34,7 +32,7 @@ def damage(folder: Path, *, deep: bool = False) -> str:
             size, expected = (folder / name).stat().st_size, written.get(name, {})
             if size != expected.get("bytes", size) or not size:
                 return f"{name} has {size} bytes, not {expected.get('bytes', 'some')}"
-            if (deep or name != LARGE) and expected and file_digest(folder / name) != expected["sha256"]:
+            if (deep or name != SAMPLES) and expected and file_digest(folder / name) != expected["sha256"]:
                 return f"{name} is not what was written"
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
@@ -42,21 +40,21 @@ def damage(folder: Path, *, deep: bool = False) -> str:
 
 
 def quarantine(place: Path, results_dir: Path) -> Path:
-    """Put a damaged cell, part or file aside, so that it is made anew; nothing of it is thrown away."""
-    aside = results_dir / "quarantine" / f"{place.name}_{secrets.token_hex(4)}"
+    """Move a damaged cell, part or file aside, so that it is computed again; return its new place."""
+    aside = results_dir / QUARANTINE / f"{place.name}_{secrets.token_hex(4)}"
     aside.parent.mkdir(exist_ok=True)
     os.rename(place, aside)
     return aside
 
 
 def put_aside(place: Path, results_dir: Path, why: str, say: Callable[[str], None]) -> None:
-    """Put something damaged aside and say so; another process may have done it just before.
+    """Move something damaged aside and say so, unless another process has just done it.
 
     Args:
         place: a cell, a part or a file.
         results_dir: the results folder that it is in.
         why: what is wrong with it.
-        say: told where it is now.
+        say: called with its new place.
     """
     try:
         aside = quarantine(place, results_dir)
@@ -66,7 +64,7 @@ def put_aside(place: Path, results_dir: Path, why: str, say: Callable[[str], Non
 
 
 def sound_part(parts: Parts, task: str, identity: Mapping[str, Any], say: Callable[[str], None]) -> Part | None:
-    """A task's part, or None if there is none of this identity; a damaged one is put aside. The cell has to be claimed."""
+    """Read a task's part; None if there is none with this identity. Move a damaged one aside; the cell must be claimed."""
     try:
         return parts.read(task, identity)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -75,7 +73,7 @@ def sound_part(parts: Parts, task: str, identity: Mapping[str, Any], say: Callab
 
 
 def table_damage(file: Path) -> str:
-    """What keeps a Parquet file, if it is there, from being opened; empty for nothing."""
+    """Return why a Parquet file cannot be opened; empty if it can, or does not exist."""
     try:
         pq.read_metadata(file)
     except FileNotFoundError:

@@ -18,6 +18,7 @@ import yaml
 
 from nmsweep.config.pattern import parse_pattern
 from nmsweep.errors import InputError
+from nmsweep.results.layout import CONFIG, FAILED, METRICS, PROVENANCE
 from nmsweep.results.record import METRIC_COLUMNS, SCHEMA, cell_folders, read_metrics
 
 FIELDS = (
@@ -136,10 +137,10 @@ def _read_cells(folders: Sequence[Path], problems: list[str]) -> list[_Files]:
 
 def _read_one(folder: Path) -> _Files | str | None:
     try:
-        provenance = json.loads(_bytes(folder, "provenance.json"))
+        provenance = json.loads(_bytes(folder, PROVENANCE))
         if provenance.get("schema", 1) > SCHEMA:
             return f"record {folder.name}: schema {provenance['schema']}, of a newer nmsweep; at most {SCHEMA} is understood here; update nmsweep"
-        return _Files(folder, _bytes(folder, "metrics.csv"), _bytes(folder, "config.yaml").decode(), provenance)
+        return _Files(folder, _bytes(folder, METRICS), _bytes(folder, CONFIG).decode(), provenance)
     except (OSError, ValueError, AttributeError) as error:
         if not folder.is_dir():
             return None
@@ -226,15 +227,15 @@ def _failures(
     results_dir: Path, finished: set[str], configs: dict[str, Any], provenance: dict[str, Any], problems: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Cells that failed and were not finished since."""
-    folder = results_dir / "failed"
+    folder = results_dir / FAILED
     for place in sorted(folder.iterdir()) if folder.is_dir() else ():
         cell_id = place.name.rpartition("_")[2]
         if cell_id in finished or place.name.startswith("."):
             continue
         try:
-            config = read_config(_TOP_KEY.split((place / "config.yaml").read_text()))
+            config = read_config(_TOP_KEY.split((place / CONFIG).read_text()))
             parse_pattern(config.get("pattern", "dense"))
-            provenance[cell_id] = json.loads((place / "provenance.json").read_bytes())
+            provenance[cell_id] = json.loads((place / PROVENANCE).read_bytes())
         except (OSError, ValueError, InputError) as error:
             problems.append(f"failure {place.name}: {type(error).__name__}: {error}")
             continue

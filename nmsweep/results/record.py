@@ -1,8 +1,4 @@
-"""Cells and their parts on disk: what a record is, how it is written whole or not at all, how it is read. No torch.
-
-Layout: `<results>/cells/<name>/` for finished cells, `<results>/.parts/<part_id>/<task>/` for finished tasks of
-unfinished cells, `<results>/failed/<name>/` for failures, `<results>/items/` for the text of the items.
-"""
+"""Records of cells and of their tasks: what they hold, how they are written whole or not at all, how they are read. No torch."""
 
 import hashlib
 import json
@@ -17,6 +13,7 @@ import pandas as pd
 import yaml
 
 from nmsweep.errors import InputError
+from nmsweep.results.layout import CELLS, CONFIG, LAYERS, METRICS, PART, PARTS, PROVENANCE, SAMPLES, failure_folder
 from nmsweep.results.storage import whole_folder
 
 SCHEMA = 1
@@ -30,8 +27,6 @@ METRIC_COLUMNS = (
 
 LAYER_COLUMNS = ("cell_id", "layer", "in_features", "out_features", "channels", "kept", "sparsity", "flops_share")
 """Columns of layers.csv: `channels` seen and `kept` are counts over tokens; shares are 0 to 1."""
-
-CELL_FILES = ("config.yaml", "metrics.csv", "layers.csv", "samples.parquet", "provenance.json")
 
 
 @dataclass(frozen=True)
@@ -62,11 +57,11 @@ class Part:
     """One task of one cell, measured.
 
     Attributes:
-        identity: what the numbers depend on beyond the part's id (data fingerprint, task version).
+        identity: what the numbers depend on besides the part's id (data fingerprint, task version).
         metrics: the task's numbers.
         layers: channel counts of the target layers during this task; empty for a dense cell.
         samples: one row for each item or window.
-        provenance: times, tokens, memory and what else is worth knowing but changes no number.
+        provenance: times, tokens, memory and whatever else changes no number.
     """
 
     task: str
@@ -94,24 +89,19 @@ class CellRecord:
 
 
 def cell_folder(results_dir: Path, model: str, pattern: str, criterion: str, mitigation: str, cell_id: str) -> Path:
-    """Where a cell lies; the words are for people, the id alone decides."""
+    """Return the folder of a cell; the words are for people, the id alone decides."""
     words = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word)[:60] for word in (model, pattern, criterion, mitigation))
-    return results_dir / "cells" / f"{words}_{cell_id}"
+    return results_dir / CELLS / f"{words}_{cell_id}"
 
 
 def find_cell(results_dir: Path, cell_id: str) -> Path | None:
-    """The folder of a finished cell, whatever its words."""
-    return next(iter((results_dir / "cells").glob(f"*_{cell_id}")), None)
+    """Return the folder of a finished cell, given its id."""
+    return next(iter((results_dir / CELLS).glob(f"*_{cell_id}")), None)
 
 
 def cell_index(results_dir: Path) -> dict[str, Path]:
-    """The folder of every finished cell by its id, from one look at `cells/`."""
+    """Return the folder of every finished cell by its id, from one listing of `cells/`."""
     return {folder.name.rpartition("_")[2]: folder for folder in cell_folders(results_dir)}
-
-
-def items_file(results_dir: Path, task: str, data: str) -> Path:
-    """Where a task's items lie as text; `data` identifies them, as in a cell's ``provenance["tasks"][task]["data"]``."""
-    return results_dir / "items" / f"{task}_{data[:12]}.parquet"
 
 
 def _write_json(place: Path, value: Any) -> None:
@@ -149,14 +139,14 @@ def write_cell(
         for layer in layers
     ]
     with whole_folder(folder) as place:
-        (place / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
-        table.to_csv(place / "metrics.csv", index=False)
-        pd.DataFrame(per_layer, columns=list(LAYER_COLUMNS)).to_csv(place / "layers.csv", index=False)
-        samples.to_parquet(place / "samples.parquet", index=False)
+        (place / CONFIG).write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+        table.to_csv(place / METRICS, index=False)
+        pd.DataFrame(per_layer, columns=list(LAYER_COLUMNS)).to_csv(place / LAYERS, index=False)
+        samples.to_parquet(place / SAMPLES, index=False)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in sorted(place.iterdir())
         }
-        _write_json(place / "provenance.json", {"schema": SCHEMA, "files": files, **provenance})
+        _write_json(place / PROVENANCE, {"schema": SCHEMA, "files": files, **provenance})
     return read_cell(folder)
 
 
@@ -175,17 +165,17 @@ def read_cell(folder: Path) -> CellRecord:
         InputError: a file is missing or unreadable, or a later version wrote it; the message names it.
     """
     try:
-        provenance = json.loads((folder / "provenance.json").read_text())
+        provenance = json.loads((folder / PROVENANCE).read_text())
         if is_newer(provenance):
             raise InputError(
                 f"record {folder}: its schema is {provenance['schema']}; this version reads up to {SCHEMA}; update nmsweep"
             )
         return CellRecord(
             folder=folder,
-            config=yaml.safe_load((folder / "config.yaml").read_text()),
-            metrics=read_metrics(folder / "metrics.csv"),
-            layers=pd.read_csv(folder / "layers.csv"),
-            samples=pd.read_parquet(folder / "samples.parquet"),
+            config=yaml.safe_load((folder / CONFIG).read_text()),
+            metrics=read_metrics(folder / METRICS),
+            layers=pd.read_csv(folder / LAYERS),
+            samples=pd.read_parquet(folder / SAMPLES),
             provenance=provenance,
         )
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
@@ -195,7 +185,7 @@ def read_cell(folder: Path) -> CellRecord:
 
 
 def is_newer(provenance: Mapping[str, Any]) -> bool:
-    """Whether a later version wrote a record, whose files may be others than this version knows."""
+    """Return whether a later version wrote a record; its files may differ from those that this version knows."""
     schema = provenance.get("schema", 0)
     return isinstance(schema, int) and schema > SCHEMA
 
@@ -213,20 +203,20 @@ _NUMBERS = {
 
 
 def read_metrics(file: Path | IO[bytes]) -> pd.DataFrame:
-    """Read a metrics.csv or tidy.csv; words such as ``none`` stay words, an empty `n` stays empty."""
+    """Read a metrics.csv or tidy.csv; words such as ``none`` stay strings, an empty `n` stays empty."""
     types: dict[str, Any] = {column: _NUMBERS.get(column, str) for column in METRIC_COLUMNS}
     return pd.read_csv(file, dtype=types, keep_default_na=False, na_values={column: [""] for column in _NUMBERS})
 
 
 def cell_folders(results_dir: Path) -> list[Path]:
-    """All finished cells of a results folder, sorted by name."""
-    cells = results_dir / "cells"
-    found = (folder for folder in cells.iterdir() if not folder.name.startswith(".")) if cells.is_dir() else ()
-    return sorted(found, key=lambda folder: folder.name)
+    """Return the folders of all finished cells of a results folder, sorted by name."""
+    cells = results_dir / CELLS
+    folders = (folder for folder in cells.iterdir() if not folder.name.startswith(".")) if cells.is_dir() else ()
+    return sorted(folders, key=lambda folder: folder.name)
 
 
 class Parts:
-    """The finished tasks of one cell, kept so that a killed cell loses at most the task it was at.
+    """The finished tasks of one cell; they survive a kill, which costs at most the task that was being computed.
 
     Args:
         results_dir: the results folder.
@@ -235,10 +225,10 @@ class Parts:
 
     def __init__(self, results_dir: Path, part_id: str) -> None:
         self.results_dir = results_dir
-        self.folder = results_dir / ".parts" / part_id
+        self.folder = results_dir / PARTS / part_id
 
     def read(self, task: str, identity: Mapping[str, Any]) -> Part | None:
-        """The task's part, or None if there is none of this identity.
+        """Read a task's part; None if there is none with this identity.
 
         Raises:
             OSError, ValueError, KeyError, TypeError, AttributeError: it is damaged.
@@ -246,10 +236,10 @@ class Parts:
         place = self.folder / task
         if not place.exists():
             return None
-        stored = json.loads((place / "part.json").read_text())
+        stored = json.loads((place / PART).read_text())
         if stored["identity"] != json.loads(json.dumps(identity)):
             return None
-        samples = pd.read_parquet(place / "samples.parquet")
+        samples = pd.read_parquet(place / SAMPLES)
         return Part(
             task,
             stored["identity"],
@@ -261,36 +251,31 @@ class Parts:
 
     def write(self, part: Part) -> None:
         with whole_folder(self.folder / part.task) as place:
-            part.samples.to_parquet(place / "samples.parquet", index=False)
+            part.samples.to_parquet(place / SAMPLES, index=False)
             rest = {key: value for key, value in asdict(part).items() if key != "samples"}
-            _write_json(place / "part.json", rest)
+            _write_json(place / PART, rest)
 
     def forget(self) -> None:
-        """Drop all parts, for a run that is forced."""
+        """Delete all parts, for a forced run."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def failure_folder(results_dir: Path, name: str) -> Path:
-    """Where the failure of the cell of this folder name lies."""
-    return results_dir / "failed" / name
-
-
 def write_failure(place: Path, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-    """Record a failed cell; a later success takes it away."""
+    """Record a failed cell; a later success removes the record."""
     with whole_folder(place) as temporary:
-        (temporary / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
-        _write_json(temporary / "provenance.json", {"schema": SCHEMA, "status": "failed", **provenance})
+        (temporary / CONFIG).write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+        _write_json(temporary / PROVENANCE, {"schema": SCHEMA, "status": "failed", **provenance})
 
 
 def failure_of(place: Path, launch: str | None = None) -> str | None:
-    """Why a cell failed, in one launch or at all; None if it did not."""
+    """Return why a cell failed, in one launch or at all; None if it did not."""
     try:
-        stored = json.loads((place / "provenance.json").read_text())
+        stored = json.loads((place / PROVENANCE).read_text())
         return str(stored["error"]) if launch in (None, stored.get("launch")) else None
     except (OSError, ValueError, KeyError, AttributeError):
         return None
 
 
 def clear_failure(folder: Path) -> None:
-    """Take away the failure of a cell that has succeeded since."""
+    """Remove the failure of a cell that has succeeded since."""
     shutil.rmtree(failure_folder(folder.parent.parent, folder.name), ignore_errors=True)

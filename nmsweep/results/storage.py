@@ -1,15 +1,17 @@
-"""Files and folders that exist whole or not at all, and the message of a disk that takes no more."""
+"""Atomic writes of files and folders, and one message for a results folder that cannot be written."""
 
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nmsweep.errors import StorageError
 from nmsweep.results.interrupt import uninterrupted
-from nmsweep.results.owner import REPLACED, temporary_name
+from nmsweep.results.layout import REPLACED
+from nmsweep.results.owner import temporary_name
 
 _FULL_OR_GONE = {
     errno.ENOSPC,
@@ -23,9 +25,30 @@ _FULL_OR_GONE = {
 }
 
 
+def why_unwritable(results_dir: Path) -> str:
+    """Return why `results_dir`, or its nearest existing parent, is not writable; empty if it is.
+
+    No folder is made: removing it again could take it from another command that has begun to use it.
+    """
+    try:
+        existing = next(folder for folder in (results_dir, *results_dir.parents) if _exists(folder))
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=f"{temporary_name()}_"):
+            return ""
+    except OSError as error:
+        return f"results_dir: {results_dir} cannot be written ({error.strerror}); pass results_dir=DIR with a folder of yours"
+
+
+def _exists(place: Path) -> bool:
+    try:
+        place.lstat()
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 @contextmanager
 def taking(place: Path) -> Iterator[None]:
-    """Tell a results folder that takes no more from other errors.
+    """Turn errors of a folder that cannot be written into a `StorageError`.
 
     Raises:
         StorageError: the disk is full, the folder read-only, its server gone.
@@ -43,10 +66,10 @@ def taking(place: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_folder(place: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `place`; it takes `place` in one rename when the block ends without an error.
+    """Yield a temporary folder; rename it to `place` when the block ends without an error.
 
-    What was at `place` before is replaced. If another process fills it at the same time, one of the two stays whole. An
-    interrupt that comes in the block is held back until it ends.
+    What was at `place` before is replaced. If another process writes it at the same time, one of the two stays, whole. An
+    interrupt that arrives in the block is raised when it ends.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -69,13 +92,13 @@ def _take_place(temporary: Path, place: Path) -> None:
         try:
             os.rename(temporary, place)
         except OSError:
-            if not place.exists():  # somebody else was first: theirs is as good as ours
+            if not place.exists():  # another process was first; its record is equal
                 raise
 
 
 @contextmanager
 def _moved_aside(place: Path) -> Iterator[None]:
-    """Keep what is at a place beside it until the block has put something there; killed in between, `put_back` finds it."""
+    """Keep what is at a place until the block has put something there; after a kill, `put_back` restores it."""
     if not place.exists():
         yield
         return
@@ -90,17 +113,17 @@ def _moved_aside(place: Path) -> Iterator[None]:
 
 
 def put_back(aside: Path) -> None:
-    """Give what was being replaced its place again where nothing took it, then remove the folder that kept it.
+    """Restore what was being replaced, unless something has taken its place; then remove the folder that kept it.
 
     Args:
-        aside: that folder; its name begins with ``.old_``.
+        aside: that folder; its name begins with `REPLACED`.
     """
     for old in [*aside.iterdir()] if aside.is_dir() else []:
         place = aside.parent / old.name
         try:
             os.rename(old, place)
         except OSError:
-            if not place.exists():  # the disk takes nothing now; the next run tries again
+            if not place.exists():  # the disk is full; the next run tries again
                 return
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -112,7 +135,7 @@ def _flush_to_disk(file: Path) -> None:
 
 @contextmanager
 def whole_file(place: Path) -> Iterator[Path]:
-    """Write a temporary file beside `place`; it takes `place` when the block ends without an error.
+    """Yield the path of a temporary file; rename it to `place` when the block ends without an error.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -122,14 +145,14 @@ def whole_file(place: Path) -> Iterator[Path]:
         temporary = place.with_name(temporary_name())
         try:
             yield temporary
-            _flush_to_disk(temporary)  # or a crash of the machine may leave the name without the content
+            _flush_to_disk(temporary)  # or a crash may leave the name without the content
             os.replace(temporary, place)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def write_text(place: Path, text: str) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file, whole or not at all.
 
     Raises:
         StorageError: the folder cannot be written.

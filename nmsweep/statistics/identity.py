@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from nmsweep.config.schema import short_hash
+from nmsweep.results.layout import PROVENANCE
 from nmsweep.results.record import cell_folders
 
 SCORES = "scores_sha256"
@@ -87,7 +88,7 @@ def twins(results_dir: Path, folder: Path) -> list[Identical]:
     for other in cell_folders(results_dir):
         if other not in _read or other == folder:
             try:
-                _read[other] = json.loads((other / "provenance.json").read_text())
+                _read[other] = json.loads((other / PROVENANCE).read_text())
             except (OSError, ValueError):  # it was removed, or is damaged: `nmsweep status` says so
                 continue
     cells = [(place.name, provenance) for place, provenance in _read.items() if place.parent == folder.parent]

@@ -1,1 +1,1 @@
-"""Many cells: their plan, who runs them where, how far they are, what is left of them. Stands on `run`."""
+"""Many cells: their plan, the executors that run them, their status."""

@@ -1,4 +1,4 @@
-"""How long cells take: means over the cells that were measured in the same results folder, never a guess."""
+"""How long cells take: means over the finished cells of the same results folder, never a guess."""
 
 import json
 from collections import defaultdict
@@ -8,20 +8,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from nmsweep.results.layout import PROVENANCE
 from nmsweep.sweep.plan import PlannedCell
 
 N_RECORDS = 1000
-"""Records that are looked at; beyond it a mean does not change."""
+"""Records that are read; more would not change the means."""
 
 
 @dataclass
 class Throughput:
-    """Seconds by what a cell is.
+    """Measured seconds.
 
     Attributes:
-        tasks: of a task, by model, dtype, kind of device, task, limit, and whether the cell is dense.
-        overhead: of a cell beside its tasks (loading, calibration, writing), by model.
-        n_cells: measured cells.
+        tasks: of a task, by model, dtype, task, limit, and whether the cell is dense.
+        overhead: of a cell besides its tasks (loading, calibration, writing), by model.
+        n_cells: number of measured cells.
     """
 
     tasks: dict[tuple[Any, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -29,7 +30,7 @@ class Throughput:
     n_cells: int = 0
 
     def add(self, provenance: Mapping[str, Any], dense: bool) -> None:
-        """Take a finished cell's provenance in."""
+        """Add a finished cell."""
         model, tasks = str(provenance["model"]["name"]), provenance["tasks"]
         for task, about in tasks.items():
             key = (model, provenance["dtype"], task, provenance.get("limit"), dense)
@@ -38,9 +39,9 @@ class Throughput:
         self.n_cells += 1
 
     def seconds(self, cell: PlannedCell) -> float | None:
-        """Expected seconds of a cell; None where one of its tasks was never measured with its model.
+        """Return the expected seconds of a cell; None if one of its tasks was never measured with its model.
 
-        A dense cell may be judged by sparse ones, and the other way round, where nothing else is known.
+        Where there are no cells of its kind, a dense cell is judged by sparse ones and the other way round.
         """
         config = cell.config
         model, dense = str(config["model"]["name"]), cell.cell_id == cell.dense_cell_id
@@ -55,19 +56,19 @@ class Throughput:
 
 
 def measured(folders: Iterable[Path]) -> Throughput:
-    """The throughput of finished cells; records that cannot be read are passed over."""
-    found = Throughput()
+    """Return the throughput of finished cells; skip records that cannot be read."""
+    throughput = Throughput()
     for folder in list(folders)[:N_RECORDS]:
         try:
-            provenance = json.loads((folder / "provenance.json").read_text())
-            found.add(provenance, provenance["cell_id"] == provenance["dense_cell_id"])
+            provenance = json.loads((folder / PROVENANCE).read_text())
+            throughput.add(provenance, provenance["cell_id"] == provenance["dense_cell_id"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-    return found
+    return throughput
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Format seconds for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

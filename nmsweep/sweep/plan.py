@@ -1,20 +1,21 @@
-"""The cells of a command, worked out once: their identities, an order that reuses most, and the file that keeps them.
+"""The cells of a command with their identities, in the order that reuses most, and the file that keeps them.
 
-Composing a cell costs milliseconds and its identity more, so neither is done again by the processes that run the cells, nor
-by `nmsweep status`: they read `<results>/.plans/<plan_id>.json`. A plan's id is the hash of its content.
+Composing and identifying a cell takes milliseconds, so it is done once: the processes that run the cells, and `nmsweep status`,
+read ``<results>/.plans/<plan_id>.json``. A plan's id is the hash of its content.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nmsweep.config.schema import RunConfig, from_plain, short_hash
 from nmsweep.errors import InputError
+from nmsweep.results.layout import PLANS, plan_file
 from nmsweep.results.storage import write_text
 
 SCHEMA = 1
@@ -31,10 +32,10 @@ class PlannedCell:
 
     Attributes:
         name: of its folder.
-        cell_id, part_id, dense_cell_id, calibration_id: as in `cell.Cell`.
-        model_key: equal for cells that one loaded model serves.
-        baseline: not asked for itself, but what other cells are compared with.
-        config: of the cell, for `config.from_plain`, the results folder left out.
+        cell_id, part_id, dense_cell_id, calibration_id: as in `cell.identity.Cell`.
+        model_key: equal for cells that can share a loaded model.
+        baseline: a dense cell that was not asked for, but that others are compared with.
+        config: for `config.schema.from_plain`, without the results folder.
     """
 
     name: str
@@ -52,9 +53,9 @@ class Plan:
     """All cells of one command, in the order they are run.
 
     Attributes:
-        words: of the command, for people.
-        cells: what is to be there in the end, missing or not.
-        results_dir: the results folder; not part of what is stored, since a folder may be moved.
+        words: of the command.
+        cells: all of them, missing or not.
+        results_dir: the results folder; not stored, since a folder may be moved.
     """
 
     words: tuple[str, ...]
@@ -66,7 +67,7 @@ class Plan:
         return short_hash(self.content(), 20)
 
     def config(self, cell: PlannedCell) -> RunConfig:
-        """The config of one of its cells.
+        """Return the config of one of its cells.
 
         Raises:
             InputError: it is no config of this version, or names a class that it may not.
@@ -74,18 +75,59 @@ class Plan:
         return from_plain({**cell.config, "results_dir": self.results_dir})
 
     def content(self) -> dict[str, Any]:
-        """As JSON; what all cells' configs have in common stands there once."""
+        """Return the plan as JSON, with what all cells' configs have in common written once."""
         configs = [cell.config for cell in self.cells]
-        common = {key: value for key, value in configs[0].items() if all(one.get(key) == value for one in configs)}
+        common = {
+            key: value for key, value in configs[0].items() if all(config.get(key) == value for config in configs)
+        }
         cells = []
         for cell in self.cells:
-            own = {key: value for key, value in cell.config.items() if key not in common}
-            cells.append({**vars(cell), "config": own})
+            rest = {key: value for key, value in cell.config.items() if key not in common}
+            cells.append({**vars(cell), "config": rest})
         return {"schema": SCHEMA, "words": list(self.words), "common": common, "cells": cells}
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Cells of a stored plan that one job runs.
+
+    Attributes:
+        results_dir: the results folder.
+        plan_id: the plan, read from there.
+        launch_id: the launch that the job belongs to.
+        indices: of the plan's cells.
+        log_dir: folder for the job's log.
+        worker, n_workers: number of this process among those that share one machine; 0 of 1 where it has the machine to itself.
+    """
+
+    results_dir: Path
+    plan_id: str
+    launch_id: str
+    indices: tuple[int, ...]
+    log_dir: Path
+    worker: int = 0
+    n_workers: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one cell ended.
+
+    Attributes:
+        name: of its folder.
+        status: ``busy`` where another process holds it.
+        error: why it failed; for a busy one, who holds it.
+        claim: the claim that another process holds.
+    """
+
+    name: str
+    status: Literal["done", "failed", "busy"]
+    error: str = ""
+    claim: str = ""
+
+
 def ordered(cells: Iterable[PlannedCell]) -> list[PlannedCell]:
-    """The order that reuses most: model by model, its dense cells first, then calibration by calibration; else as given."""
+    """Sort cells so that most is reused: by model, its dense cells first, then by calibration; otherwise as given."""
     cells = list(cells)
     models = {key: at for at, key in enumerate(dict.fromkeys(cell.model_key for cell in cells))}
     states = {key: at for at, key in enumerate(dict.fromkeys(["", *(cell.calibration_id for cell in cells)]))}
@@ -95,21 +137,17 @@ def ordered(cells: Iterable[PlannedCell]) -> list[PlannedCell]:
     )
 
 
-def plans_folder(results_dir: Path) -> Path:
-    return results_dir / ".plans"
-
-
 def store(plan: Plan, *, latest: bool = True) -> Path:
-    """Keep a plan.
+    """Write a plan's file.
 
     Args:
         plan: the plan.
-        latest: whether one that is kept already, and whole, counts as the latest again.
+        latest: whether a plan that is stored already becomes the latest again.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    place = plans_folder(plan.results_dir) / f"{plan.plan_id}.json"
+    place = plan_file(plan.results_dir, plan.plan_id)
     text = json.dumps(plan.content(), sort_keys=True) + "\n"
     if not _reads(place, text):
         write_text(place, text)
@@ -129,12 +167,12 @@ def load(results_dir: Path, plan_id: str) -> Plan:
     """Read a plan.
 
     Raises:
-        InputError: there is none of this id, or its content is not what the id says.
+        InputError: no plan has this id, or its content has another.
     """
-    place = plans_folder(results_dir) / f"{plan_id}.json"
+    place = plan_file(results_dir, plan_id)
     if not _PLAN_ID.fullmatch(plan_id) or not place.is_file():
-        have = ", ".join(found) if (found := plan_ids(results_dir)) else "none; run a sweep first"
-        raise InputError(f"plan: {plan_id!r} is no plan of {results_dir}; there is {have}")
+        allowed = ", ".join(plan_ids(results_dir)) or "none; run a sweep first"
+        raise InputError(f"plan: {plan_id!r} is no plan of {results_dir}; there is {allowed}")
     try:
         content = json.loads(place.read_text())
         plan = _from_content(content, results_dir)
@@ -157,29 +195,9 @@ def _from_content(content: Mapping[str, Any], results_dir: Path) -> Plan:
 
 
 def plan_ids(results_dir: Path) -> list[str]:
-    """Ids of the plans kept in a results folder, the latest first."""
+    """Return the ids of the plans in a results folder, the latest first."""
     try:
-        files = [p for p in plans_folder(results_dir).iterdir() if p.suffix == ".json" and _PLAN_ID.fullmatch(p.stem)]
+        files = [p for p in (results_dir / PLANS).iterdir() if p.suffix == ".json" and _PLAN_ID.fullmatch(p.stem)]
         return [file.stem for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)]
     except FileNotFoundError:
         return []
-
-
-def indices_text(indices: Sequence[int]) -> str:
-    """Indices as one word, ``0-3_7``."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return "_".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
-
-
-def parse_indices(text: str) -> list[int]:
-    """The indices of ``0-3_7``."""
-    found: list[int] = []
-    for part in text.split("_"):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return found

@@ -1,4 +1,4 @@
-"""From typed configs to a plan: identities, baselines, every mistake, and what exists already."""
+"""From typed configs to a plan: identify every cell, add the dense baselines, collect every mistake."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from nmsweep.sweep.plan import Plan, PlannedCell, ordered
 
 @dataclass
 class Draft:
-    """A plan in the making, with the mistakes found."""
+    """A plan in the making, with the mistakes so far."""
 
     say: Callable[[str], None]
     cells: dict[str, PlannedCell] = field(default_factory=dict)
@@ -26,19 +26,19 @@ class Draft:
             self.said.add(text)
             self.say(text)
 
-    def blame(self, messages: Sequence[str]) -> None:
+    def add_errors(self, messages: Sequence[str]) -> None:
         self.errors += [message for message in messages if message not in self.errors]
 
 
 def make_plan(
     configs: Sequence[RunConfig], words: Sequence[str], say: Callable[[str], None] = lambda text: None
 ) -> Plan:
-    """Work out the cells of a command.
+    """Plan the cells of a command.
 
     Args:
-        configs: its cells as typed.
-        words: as typed.
-        say: told what is left out (`eval.skip_missing`), once.
+        configs: its cells, composed.
+        words: the command as typed.
+        say: called once for each task that is left out (`eval.skip_missing`).
 
     Raises:
         InputError: every mistake that can be found without loading weights, all together.
@@ -64,12 +64,13 @@ def make_plan(
 def _add(draft: Draft, cfg: RunConfig, known: Mapping[str, Path], baseline: bool = False) -> PlannedCell | None:
     try:
         cell = identify(cfg, draft.say_once)
-    except InputError:  # one mistake; `check` finds them all
-        draft.blame(check(cfg))
+    except InputError:  # the first mistake; `check` collects all
+        draft.add_errors(check(cfg))
         return None
     if cfg.force or cell.cell_id not in known:
-        draft.blame(check(cfg))
-    config = {**to_plain(cfg), "device": device_of(cfg)}  # another node may have other devices: `auto` is decided here
+        draft.add_errors(check(cfg))
+    # `auto` is resolved here, as other nodes may have other devices
+    config = {**to_plain(cfg), "device": device_of(cfg)}
     del config["results_dir"]
     if cfg.data.mirror:
         config["data"] = {**config["data"], "mirror": str(cfg.data.mirror.absolute())}

@@ -1,28 +1,29 @@
-"""How far a sweep is: its stored plan against what lies in the results folder. Nothing is composed, nothing written."""
+"""How far a sweep is: compare its stored plan with the results folder. Nothing is composed, nothing is written."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nmsweep.results.claims import all_claims, claims_folder, looks_void
+from nmsweep.results.claims import all_claims, looks_stale
+from nmsweep.results.layout import CLAIMS, failure_folder
 from nmsweep.results.owner import server_clock
 from nmsweep.results.quarantine import damage
-from nmsweep.results.record import cell_index, failure_folder, failure_of
+from nmsweep.results.record import cell_index, failure_of
 from nmsweep.sweep.estimate import duration, measured
 from nmsweep.sweep.plan import Plan, PlannedCell
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where each cell of a plan stands.
+    """The cells of a plan by their state.
 
     Attributes:
-        done: with a record.
-        damaged: with a record that is not what was written; to be computed again.
-        running: claimed by a living process, which is named.
-        failed: with the reason.
-        missing: none of these.
-        seconds_left: expected for what is not done with as many processes as run now, at least one; None if unknown.
+        done: cells with a record.
+        damaged: cells with a damaged record; they are computed again.
+        running: cells claimed by a living process, with its name.
+        failed: cells with the reason of their failure.
+        missing: all others.
+        seconds_left: expected seconds for all that is not done, with as many processes as run now, at least one; None if unknown.
     """
 
     done: Sequence[PlannedCell]
@@ -34,7 +35,7 @@ class Status:
 
 
 def read_status(plan: Plan) -> Status:
-    """Look at every cell of a plan."""
+    """Read the state of every cell of a plan."""
     known = cell_index(plan.results_dir)
     done = [cell for cell in plan.cells if cell.cell_id in known]
     damaged = [cell for cell in done if damage(known[cell.cell_id])]
@@ -53,7 +54,7 @@ def read_status(plan: Plan) -> Status:
 
 
 def missing(plan: Plan) -> list[int]:
-    """Which of a plan's cells have to be computed: those without a record, with a damaged one, or forced."""
+    """Return the indices of the cells to compute: those without a record, with a damaged one, or forced."""
     known = cell_index(plan.results_dir)
     return [
         at
@@ -63,14 +64,14 @@ def missing(plan: Plan) -> list[int]:
 
 
 def _holders(plan: Plan) -> dict[str, str]:
-    """Who computes what at the moment, by the names of cells."""
-    now = server_clock(claims_folder(plan.results_dir), otherwise=time.time())  # one that is read-only can be looked at
-    held = [claim for claim in all_claims(plan.results_dir) if not looks_void(claim, now())]
+    """Return the process that computes each running cell, by the cell's name."""
+    now = server_clock(plan.results_dir / CLAIMS, otherwise=time.time())  # the folder may be read-only
+    held = [claim for claim in all_claims(plan.results_dir) if not looks_stale(claim, now())]
     return {claim.note: claim.owner.shown if claim.owner else "a process" for claim in held}
 
 
 def show_status(plan: Plan, limit: int = 20) -> Status:
-    """Print how far a plan is; of each list the first `limit` lines."""
+    """Print how far a plan is, with the first `limit` lines of each list."""
     status = read_status(plan)
     n_cells = len(plan.cells)
     print(f"plan {plan.plan_id}: nmsweep {' '.join(plan.words)}")
@@ -85,7 +86,7 @@ def show_status(plan: Plan, limit: int = 20) -> Status:
     _lines([f"damaged  {cell.name}" for cell in status.damaged], limit)
     _lines([f"missing  {cell.name}" for cell in status.missing], limit)
     if status.failed:
-        print("`nmsweep retry` runs the failed cells again; the sweep's own command runs all that is not done")
+        print("`nmsweep retry`, or the sweep's own command, runs all that is not done")
     return status
 
 

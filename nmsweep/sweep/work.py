@@ -1,118 +1,147 @@
-"""Cells one after another in one process: whatever happens to one, the others go on, and each is computed by one process."""
+"""Cells one after another in one process: a failed cell does not stop the others, and one process computes each cell."""
 
 import logging
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from nmsweep.cell.run import run
 from nmsweep.cell.session import Session
 from nmsweep.config.schema import RunConfig
 from nmsweep.errors import Busy, NmsweepError, StorageError
+from nmsweep.progress import Display
 from nmsweep.results.claims import find
+from nmsweep.results.layout import CELLS, LOG, PROVENANCE, failure_folder
 from nmsweep.results.quarantine import damage
-from nmsweep.results.record import failure_folder, failure_of, write_failure
-from nmsweep.sweep.plan import Plan, PlannedCell
+from nmsweep.results.record import failure_of, write_failure
+from nmsweep.results.storage import taking
+from nmsweep.sweep.machine import share_machine, shares_gpus
+from nmsweep.sweep.plan import Batch, Outcome, Plan, PlannedCell, load
 
 log = logging.getLogger(__name__)
 
 POLL_S = (0.05, 0.5)
 """Seconds between two looks at a cell that another process is computing: at first, and after some."""
 
-_sessions: list[Session] = []
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one cell ended.
-
-    Attributes:
-        name: of its folder.
-        status: ``busy`` where another process had it.
-        error: why it failed; for a busy one, who has it.
-        claim: the claim that another process has.
-    """
-
-    name: str
-    status: Literal["done", "failed", "busy"]
-    error: str = ""
-    claim: str = ""
-
-
-def session() -> Session:
-    """The session of this process, made when it is first asked for."""
-    if not _sessions:
-        _sessions.append(Session())
-    return _sessions[0]
-
-
-def work(plan: Plan, indices: Sequence[int], *, patient: bool) -> list[Outcome]:
-    """Run cells of a plan; what another process is computing is passed over and looked at again later.
+def run_batch(batch: Batch, display: Display, plan: Plan | None = None, *, patient: bool = False) -> list[Outcome]:
+    """Run a batch of cells; what a job calls, perhaps on another machine.
 
     Args:
-        plan: the plan.
-        indices: which of its cells, in the order they are tried.
-        patient: wait until every cell is there; otherwise leave to other processes the cells that they are seen to work at.
+        batch: which cells, of which plan.
+        display: where the process shows its cells.
+        plan: the plan, if it is at hand; else it is read from the results folder.
+        patient: see `work`.
 
     Returns:
         how each cell ended.
 
     Raises:
-        StorageError: nothing more can be kept; the remaining cells were not tried.
-        KeyboardInterrupt: the user wants it to stop.
+        StorageError: the results folder takes no more.
+    """
+    with _logging_to(batch):
+        plan = plan or load(batch.results_dir, batch.plan_id)
+        share_machine(batch.worker, batch.n_workers, with_gpus=shares_gpus(plan))
+        session = Session(display, sweep=batch.plan_id, launch=batch.launch_id)
+        display.expect(len(batch.indices))
+        return work(plan, batch.indices, session, patient=patient)
+
+
+@contextmanager
+def _logging_to(batch: Batch) -> Iterator[None]:
+    """Write the log of this process to a file while the block lasts: the terminal belongs to the display."""
+    with taking(batch.results_dir):
+        batch.log_dir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(batch.log_dir / LOG, delay=True)
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    except Exception:
+        log.exception("batch")
+        raise
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
+
+
+def work(plan: Plan, indices: Sequence[int], session: Session, *, patient: bool) -> list[Outcome]:
+    """Run cells of a plan; come back later to those that another process is computing.
+
+    Args:
+        plan: the plan.
+        indices: of its cells, in the order they are tried.
+        session: what is kept between them.
+        patient: wait until every cell is there; otherwise leave cells to other processes that are seen to compute them.
+
+    Returns:
+        how each cell ended.
+
+    Raises:
+        StorageError: the results folder takes no more; the remaining cells were not tried.
+        KeyboardInterrupt: the process was told to stop.
     """
     outcomes: dict[str, Outcome] = {}
     waiting = [plan.cells[index] for index in indices]
-    watched: dict[str, tuple[int, float]] = {}
-    told = False
+    seen: dict[str, tuple[int, float]] = {}
+    announced = False
     pause_s = POLL_S[0]
     while waiting:
         before = len(waiting)
         for cell in waiting:
-            outcomes[cell.name] = attempt(cell, plan.config(cell))
+            outcomes[cell.name] = attempt(cell, plan.config(cell), session)
         waiting = [cell for cell in waiting if outcomes[cell.name].status == "busy"]
         if not patient:
             waiting = [
-                cell
-                for cell in waiting
-                if not _is_elsewhere(plan.results_dir, cell, outcomes[cell.name].claim, watched)
+                cell for cell in waiting if not _is_elsewhere(plan.results_dir, cell, outcomes[cell.name].claim, seen)
             ]
         if waiting and len(waiting) == before:
-            if patient and not told:
-                session().display.say(f"    waiting for other processes: {outcomes[waiting[0].name].error}")
-                told = True
+            if patient and not announced:
+                session.display.say(f"    waiting for other processes: {outcomes[waiting[0].name].error}")
+                announced = True
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_S[1])
     return list(outcomes.values())
 
 
-def _is_elsewhere(results_dir: Path, cell: PlannedCell, claim: str, watched: dict[str, tuple[int, float]]) -> bool:
-    """Whether another process is seen to work at the cell itself: it runs on this machine, or its claim was touched since."""
-    found = find(results_dir, claim)
-    if (
-        found is None or found.note != cell.name
-    ):  # of a state that is being made, or of a cell that differs in its tasks
+def _is_elsewhere(results_dir: Path, cell: PlannedCell, name: str, seen: dict[str, tuple[int, float]]) -> bool:
+    """Return whether another process is seen to compute this cell: it lives on this machine, or has touched its claim since.
+
+    Args:
+        results_dir: the results folder.
+        cell: the cell.
+        name: of the claim that is held by another process.
+        seen: when each claim was last touched; updated.
+    """
+    claim = find(results_dir, name)
+    if claim is None or claim.note != cell.name:  # of a state, or of a cell that differs in its tasks only
         return False
-    if found.owner and found.owner.is_alive():
+    if claim.owner and claim.owner.is_alive():
         return True
-    seen = (found.generation, found.touched)
-    return watched.setdefault(claim, seen) != seen
+    touched = (claim.generation, claim.touched)
+    return seen.setdefault(name, touched) != touched
 
 
-def attempt(cell: PlannedCell, cfg: RunConfig) -> Outcome:
-    """Run a cell; record a failure instead of raising it, so that a sweep goes on."""
-    here = session()
-    made = cfg.results_dir / "cells" / cell.name
-    if made.is_dir() and not cfg.force and not damage(made):  # by another process since
+def attempt(cell: PlannedCell, cfg: RunConfig, session: Session) -> Outcome:
+    """Run a cell; record a failure instead of raising it, so that the sweep goes on.
+
+    Raises:
+        StorageError: the results folder takes no more.
+    """
+    folder = cfg.results_dir / CELLS / cell.name
+    if folder.is_dir() and not cfg.force and not damage(folder):  # made by another process since
         return Outcome(cell.name, "done")
-    place = failure_folder(cfg.results_dir, cell.name)
-    if (error := failure_of(place, here.launch)) is not None:  # by another process of this launch
+    failed = failure_folder(cfg.results_dir, cell.name)
+    if (error := failure_of(failed, session.launch)) is not None:  # by another process of this launch
         return Outcome(cell.name, "failed", error)
     try:
-        run(cfg, here)
+        run(cfg, session)
         return Outcome(cell.name, "done")
     except Busy as busy:
         return Outcome(cell.name, "busy", str(busy), busy.claim)
@@ -121,7 +150,12 @@ def attempt(cell: PlannedCell, cfg: RunConfig) -> Outcome:
     except Exception as error:  # the boundary between cells: any failure of one must leave the others alone
         log.exception("cell failed")
         reason = str(error) if isinstance(error, NmsweepError) else f"{type(error).__name__}: {error}"
-        about = {"error": reason, "traceback": traceback.format_exc(), "launch": here.launch, "cell_id": cell.cell_id}
-        write_failure(place, cfg.dump(), about)
-        here.display.finished(f"FAILED: {reason} (traceback: {place / 'provenance.json'})")
+        about = {
+            "error": reason,
+            "traceback": traceback.format_exc(),
+            "launch": session.launch,
+            "cell_id": cell.cell_id,
+        }
+        write_failure(failed, cfg.dump(), about)
+        session.display.finished(f"FAILED: {reason} (traceback: {failed / PROVENANCE})")
         return Outcome(cell.name, "failed", reason)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from processes import Run, run
 
+from nmsweep.cell.session import Session
 from nmsweep.results.claims import take
 from nmsweep.results.quarantine import damage
 from nmsweep.results.read import read_results
@@ -38,7 +39,7 @@ def error_of(results: Path) -> str:
 @pytest.fixture
 def broken_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
     """Let a function spoil every model that is loaded."""
-    from nmsweep.cell.identity import session
+    from nmsweep.cell import session
 
     load = session.load_model
 
@@ -265,7 +266,7 @@ def test_a_corrupt_record_that_another_process_has_claimed_is_left_to_it(nmsweep
     (cell,) = plan.cells
     place = take(results, cell.part_id, cell.name)
     assert place is not None
-    assert attempt(cell, plan.config(cell)).status == "busy"
+    assert attempt(cell, plan.config(cell), Session()).status == "busy"
     assert not (results / "quarantine").exists()
     assert cell_folders(results) == [folder]
 

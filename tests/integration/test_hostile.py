@@ -12,14 +12,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from nmsweep.cell.session import Session
 from nmsweep.config.schema import short_hash
 from nmsweep.data.lines import LONGEST_BYTES
 from nmsweep.data.tasks import find_task
 from nmsweep.errors import DataError, InputError
 from nmsweep.results.owner import Owner
-from nmsweep.results.record import failure_folder, write_failure
-from nmsweep.sweep.launching import Batch
 from nmsweep.sweep.plan import load, plan_ids
+from nmsweep.sweep.work import attempt
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "eval.limit=4", "tasks=mini_science", "baseline=false")
@@ -67,11 +67,15 @@ def test_names_in_a_plan_do_not_become_paths(nmsweep: Call, results: Path, name:
         load(results, new)
 
 
-def forged_failure(results: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """A forged plan whose cell has failed, so that `nmsweep retry` runs it."""
-    (cell,) = load(results, forged(results, change)).cells
-    shutil.rmtree(results / "cells" / cell.name)
-    write_failure(failure_folder(results, cell.name), {}, {"error": "boom"})
+def error_of_forged(results: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    """The error of running the only cell of a forged plan."""
+    plan = load(results, forged(results, change))
+    (cell,) = plan.cells
+    shutil.rmtree(results / "cells" / cell.name, ignore_errors=True)
+    try:
+        return attempt(cell, plan.config(cell), Session()).error
+    except InputError as error:
+        return str(error)
 
 
 def criterion(target: str, **params: Any) -> dict[str, Any]:
@@ -84,10 +88,6 @@ def criterion(target: str, **params: Any) -> dict[str, Any]:
         (criterion("os.system"), "allowed: nmsweep and what"),
         (criterion("nmsweep.__main__.main"), "name the class"),
         (criterion("nmsweep.cell.run.run"), "neither a Criterion nor a Mitigation"),
-        ({"plugins": ["os"]}, "it runs code of os; if it is yours, add trust=true"),
-        ({"eval": {"include_path": "/tmp/tasks"}}, "tasks in /tmp/tasks may name"),
-        ({"model": {"trust_remote_code": True}}, "brings along"),
-        ({"loggers": {"mlflow": {"enabled": True, "tracking_uri": "http://evil"}}}, "sends results to http://evil"),
         ({"model": {"name": "../outside"}}, "has no usable name"),
         ({"tasks": ["../outside"]}, "'../outside' is no task name"),
         ({"model": wheel_of("-r/tmp/options==1")}, "NAME==VERSION"),
@@ -98,10 +98,7 @@ def test_a_plan_names_no_foreign_code_and_no_place(
     nmsweep: Call, results: Path, change: dict[str, Any], why: str
 ) -> None:
     assert nmsweep(*TINY, "pattern=2:4", f"results_dir={results}")[0] == 0
-    forged_failure(results, lambda content: merge(content["common"], change))
-    code, _, err = nmsweep("retry", f"results_dir={results}")
-    assert code in (1, 2)
-    assert why in err
+    assert why in error_of_forged(results, lambda content: merge(content["common"], change))
 
 
 def test_what_a_plan_names_is_not_called_before_it_is_known_to_be_a_method(
@@ -110,11 +107,40 @@ def test_what_a_plan_names_is_not_called_before_it_is_known_to_be_a_method(
     trace = tmp_path / "trace"
     assert nmsweep(*TINY, "pattern=2:4", f"results_dir={results}")[0] == 0
     target = "nmsweep.results.storage.write_text"
-    forged_failure(results, lambda content: merge(content["common"], criterion(target, place=str(trace), text="x")))
-    code, _, err = nmsweep("retry", f"results_dir={results}")
-    assert code == 1
-    assert "neither a Criterion nor a Mitigation" in err
+    forge = criterion(target, place=str(trace), text="x")
+    error = error_of_forged(results, lambda content: merge(content["common"], forge))
+    assert "neither a Criterion nor a Mitigation" in error
     assert not list(tmp_path.glob("trace*"))
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "plugins=[os]",
+        "eval.include_path=.",
+        "model.trust_remote_code=true",
+        "++model.trust_remote_code=true",
+        "eval={include_path: .}",
+        "loggers.mlflow.tracking_uri=http://evil",
+        "loggers.wandb.entity=evil",
+        "--config-dir=.",
+        "-cd=.",
+        "hydra.searchpath=[file://.]",
+        "hydra/launcher=mine",
+        "+hydra.launcher.setup=[touch trace]",
+        "hydra.launcher._target_=os.system",
+    ],
+)
+def test_retry_refuses_a_plan_whose_words_may_run_other_code(nmsweep: Call, results: Path, word: str) -> None:
+    assert nmsweep("-m", *TINY, "pattern=2:4", "hydra/launcher=basic", f"results_dir={results}")[0] == 0
+    assert nmsweep("retry", f"results_dir={results}")[0] == 0
+    forged(results, lambda content: content["words"].append(word))
+    shutil.rmtree(results / "cells")
+    code, _, err = nmsweep("retry", f"results_dir={results}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{word} may run code from outside nmsweep" in err
+    assert "give its command: nmsweep -m model=tiny-llama" in err
+    assert not (results / "cells").exists()
 
 
 @pytest.mark.parametrize("inside", ["quarantine", ".runs", "cells", ".parts", ".parts/x", ".claims", ".calibration"])
@@ -138,12 +164,6 @@ def test_gc_removes_nothing_behind_a_link(nmsweep: Call, results: Path, tmp_path
     assert "1 removed" in out
     assert not link_to_one.is_symlink()
     assert len(list(outside.iterdir())) == 3
-
-
-@pytest.mark.parametrize("word", ["x", "../../a:b:0:0:1", "0" * 20 + ":" + "0" * 12 + ":0;1:0:1"])
-def test_a_batch_word_is_nothing_else(word: str) -> None:
-    with pytest.raises(InputError, match="batch"):
-        Batch.parse(word)
 
 
 @pytest.mark.parametrize("word", ["tasks=../../etc/passwd", "model.name=../x", "tasks=[a/b]"])

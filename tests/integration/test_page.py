@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.results_folder import HOSTILE, REAL, Plan, make_results
 
-from nmsweep.commands.report import report
+from nmsweep.commands.report import main as report
 
 pytestmark = pytest.mark.browser
 

@@ -22,7 +22,8 @@ from nmsweep.evaluate import items, perplexity
 from nmsweep.evaluate.perplexity import windows
 from nmsweep.evaluate.prompting import Prompting
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
-from nmsweep.results.record import CellRecord, cell_folders, items_file, read_cell
+from nmsweep.results.layout import items_file
+from nmsweep.results.record import CellRecord, cell_folders, read_cell
 from nmsweep.sparsity.api import sparsify
 from nmsweep.statistics.comparison import compare
 from nmsweep.statistics.identity import identical, scores_sha256

@@ -1,12 +1,14 @@
 """A sweep on a real Slurm, which this test installs, starts and stops; `pytest -m slurm -s` shows what happens."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster.local_slurm import LocalSlurm, why_not
@@ -39,13 +41,33 @@ def start(slurm: LocalSlurm, results: Path, log: Path, *more: str) -> subprocess
         return subprocess.Popen(words, env=environment, stdout=file, stderr=file)
 
 
-def wait_for(what: str, found: object, timeout_s: float = 180) -> object:
-    stop = time.monotonic() + timeout_s
-    while time.monotonic() < stop:
-        if value := found():  # type: ignore[operator]
+STANDSTILL_S = 240
+"""Seconds in which nothing moved, neither a cell nor the queue, before a wait is given up."""
+
+
+def wait_for(what: str, condition: Callable[[], Any], progress: Callable[[], object] = lambda: None) -> Any:
+    """Wait until a condition holds, as long as `progress` keeps changing; return its value."""
+    seen, since = progress(), time.monotonic()
+    while time.monotonic() - since < STANDSTILL_S:
+        if value := condition():
             return value
+        if (now := progress()) != seen:
+            seen, since = now, time.monotonic()
         time.sleep(0.3)
-    raise TimeoutError(what)
+    raise TimeoutError(f"{what}: nothing moved for {STANDSTILL_S} s; last seen: {seen}")
+
+
+def end_of(driver: subprocess.Popen[bytes], slurm: LocalSlurm, results: Path) -> int:
+    """Wait for the end of a command, as long as its cells or the queue move; return its exit code."""
+    wait_for("the command ends", lambda: driver.poll() is not None, lambda: moving(slurm, results))
+    return int(driver.returncode)
+
+
+def moving(slurm: LocalSlurm, results: Path) -> object:
+    """Whatever changes while a sweep works: its finished tasks and cells, its log files, the queue."""
+    files = [file for name in ("cells", ".parts", ".runs") for file in results.glob(f"{name}/**/*") if file.is_file()]
+    queue = slurm.call("squeue", "-h", "-r", "-o", "%i %T", check=False)
+    return len(files), sum(file.stat().st_size for file in files if file.exists()), queue
 
 
 def test_a_cancelled_job_and_a_failed_node_cost_only_what_they_had_not_finished(
@@ -55,9 +77,8 @@ def test_a_cancelled_job_and_a_failed_node_cost_only_what_they_had_not_finished(
     print("\n" + slurm.call("sinfo", "-N"))
     driver = start(slurm, results, log)
     running = wait_for("three jobs run", lambda: jobs if len(jobs := slurm.jobs()) == 3 else None)
-    assert isinstance(running, dict)
     print(slurm.call("squeue", "-r"))
-    wait_for("a first cell", lambda: cell_folders(results))
+    wait_for("a first cell", lambda: cell_folders(results), lambda: moving(slurm, results))
     running = slurm.jobs()
     assert len(running) == 3
     cancelled, failing, preempted = running
@@ -68,9 +89,9 @@ def test_a_cancelled_job_and_a_failed_node_cost_only_what_they_had_not_finished(
     print(
         f"cancelled job {cancelled}; sent job {preempted} back to the queue; node {node}, where job {failing} ran, is dead"
     )
-    wait_for("the node is down", lambda: "down" in slurm.call("sinfo", "-h", "-N", "-n", node, "-o", "%T"), 60)
+    wait_for("the node is down", lambda: "down" in slurm.call("sinfo", "-h", "-N", "-n", node, "-o", "%T"))
     print(slurm.call("sinfo", "-N") + slurm.call("squeue", "-r"))
-    code = driver.wait(400)
+    code = end_of(driver, slurm, results)
     first = {folder.name: folder.stat().st_ino for folder in cell_folders(results)}
     print(f"the driver ended with {code}:\n{log.read_text()}")
     assert code == (0 if len(first) == 12 else 1)
@@ -78,12 +99,19 @@ def test_a_cancelled_job_and_a_failed_node_cost_only_what_they_had_not_finished(
     status = [sys.executable, "-m", "nmsweep", "status", f"results_dir={results}"]
     print(subprocess.run(status, capture_output=True, text=True).stdout)
     log.write_text("")
-    assert start(slurm, results, log).wait(300) == 0
+    assert end_of(start(slurm, results, log), slurm, results) == 0
     print(f"the same command again:\n{log.read_text()}")
     assert len(cell_folders(results)) == 12
     assert first.items() <= {folder.name: folder.stat().st_ino for folder in cell_folders(results)}.items()
     assert not list(results.rglob(".tmp*"))
     assert not list((results / ".claims").iterdir())
+
+
+def jobs_end(slurm: LocalSlurm, results: Path) -> None:
+    def ended() -> bool:
+        return not any(slurm.jobs(state) for state in ("R", "PD", "CG"))
+
+    wait_for("the jobs end", ended, lambda: moving(slurm, results))
 
 
 def made(results: Path) -> dict[str, int]:
@@ -98,12 +126,12 @@ def test_the_command_that_submitted_may_be_killed(slurm: LocalSlurm, tmp_path: P
     driver.kill()
     assert driver.wait() == -signal.SIGKILL
     print(f"\nthe driver is killed, {len(made(results))} cells are there\n{slurm.call('squeue', '-r')}")
-    wait_for("the jobs end", lambda: not slurm.jobs() and not slurm.jobs("PD"), 300)
+    jobs_end(slurm, results)
     first = made(results)
     print(f"the queue is empty, {len(first)} cells are there")
     assert len(first) == 12
     log.write_text("")
-    assert start(slurm, results, log).wait(300) == 0
+    assert end_of(start(slurm, results, log), slurm, results) == 0
     print(f"the same command again:\n{log.read_text()}")
     assert "all 12 cells exist" in log.read_text()
     assert made(results) == first
@@ -119,10 +147,10 @@ def test_a_sigterm_leaves_the_array_and_ctrl_c_cancels_it(
     driver = start(slurm, results, log)
     wait_for("three jobs run", lambda: len(slurm.jobs()) == 3)
     driver.send_signal(number)
-    assert driver.wait(60) == 130
+    assert end_of(driver, slurm, results) == 130
     print(f"\n{log.read_text()}")
     assert ("go on: `nmsweep status` shows how far they are" in log.read_text()) == (number == signal.SIGTERM)
-    wait_for("the jobs end", lambda: not slurm.jobs() and not slurm.jobs("PD") and not slurm.jobs("CG"), 300)
+    jobs_end(slurm, results)
     print(f"{len(made(results))} cells are there")
     assert (len(made(results)) == 12) == (number == signal.SIGTERM)
 
@@ -132,12 +160,17 @@ def test_a_job_that_runs_out_of_time_goes_on_with_what_is_missing(slurm: LocalSl
     results, log = tmp_path / "results", tmp_path / "log"
     limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=1", "cluster.cells_per_job=96")
     driver = start(slurm, results, log, *limits, "criterion=act,wina,rms,clact", "pattern=2:4,4:8,8:16,16:32,1:4,3:4")
-    (job,) = wait_for("the job runs", slurm.jobs)  # type: ignore[misc]
-    wait_for("it was sent back", lambda: "Restarts=1" in slurm.call("scontrol", "show", "job", job, "-o"), 150)
+    (job,) = wait_for("the job runs", slurm.jobs)
+    back = r"Restarts=[1-9]"
+    wait_for(
+        "it is sent back",
+        lambda: re.search(back, slurm.call("scontrol", "show", "job", job, "-o")) and made(results),
+        lambda: moving(slurm, results),
+    )
     first = made(results)
     print(f"\njob {job} ran out of time with {len(first)} of 96 cells\n{slurm.call('squeue', '-r')}")
     assert 0 < len(first) < 96
-    assert driver.wait(500) == 0, log.read_text()
+    assert end_of(driver, slurm, results) == 0, log.read_text()
     print(f"the driver ended with 0:\n{log.read_text()[-400:]}")
     assert len(made(results)) == 96
     assert first.items() <= made(results).items()

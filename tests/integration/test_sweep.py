@@ -8,24 +8,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from chaos.kill import chaos
 from processes import Run, run
 
-from nmsweep.commands.run import unwritable
+from nmsweep.cell.session import Session
 from nmsweep.config.schema import ClusterConfig
+from nmsweep.progress import Display
 from nmsweep.results.claims import take
+from nmsweep.results.layout import failure_folder
 from nmsweep.results.owner import Owner, temporary_name
 from nmsweep.results.read import read_results
-from nmsweep.results.record import cell_folders, failure_folder, failure_of, write_failure
-from nmsweep.sweep import launching, work
-from nmsweep.sweep.launching import Launch
-from nmsweep.sweep.plan import indices_text, load, parse_indices, plan_ids
+from nmsweep.results.record import cell_folders, failure_of, write_failure
+from nmsweep.results.storage import why_unwritable
+from nmsweep.sweep import work
+from nmsweep.sweep.executors import base
+from nmsweep.sweep.executors.base import Executor, Launch
+from nmsweep.sweep.plan import Batch, Plan, load, plan_ids
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = (
@@ -92,22 +95,25 @@ def test_launchers_give_the_same_table(tmp_path: Path, launcher: str) -> None:
     assert tidy(tmp_path / "here") == tidy(tmp_path / "r")
 
 
-class OtherJobs:
-    """A launcher whose jobs left every cell to another sweep, of which one thing happens a moment later."""
+class OtherJobs(Executor):
+    """An executor whose jobs left every cell to another sweep, to which something happens a moment later."""
 
     def __init__(self, happens: Callable[[], None]) -> None:
         self.happens = happens
 
-    def launch(self, job_overrides: object, initial_job_idx: int) -> list[object]:
+    def share(self, launch: Launch) -> list[Batch]:
+        return launch.batches([launch.pending])
+
+    def run(self, batches: Sequence[Batch], plan: Plan, display: Display) -> dict[int, str]:
         threading.Timer(0.3, self.happens).start()
-        return [SimpleNamespace(_return_value=None)]
+        return {}
 
 
 @pytest.mark.parametrize("ends", ["done", "failed", "killed"])
 def test_cells_of_another_sweep_are_waited_for(
     nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
-    monkeypatch.setattr(launching, "POLL_S", 0.05)
+    monkeypatch.setattr(base, "POLL_S", 0.05)
     assert nmsweep(*command(results, "pattern=2:4", "baseline=false"))[0] == 0
     (folder,) = cell_folders(results)
     plan = load(results, plan_ids(results)[0])
@@ -122,8 +128,8 @@ def test_cells_of_another_sweep_are_waited_for(
             write_failure(failure_folder(results, folder.name), {}, {"error": "boom", "launch": "of another"})
         claim.unlink()
 
-    task = Launch(plan, (0,), "0" * 12)
-    (outcome,) = launching.launch(OtherJobs(happens), task, [], ClusterConfig())
+    launch = Launch(plan, (0,), "0" * 12, results / ".runs", ClusterConfig())
+    (outcome,) = OtherJobs(happens).execute(launch)
     assert outcome.status == ("done" if ends == "done" else "failed")
     assert {"done": "", "failed": "boom", "killed": "no record of it is there"}[ends] in outcome.error
 
@@ -140,7 +146,7 @@ def test_cells_that_differ_in_their_tasks_wait_for_each_other(nmsweep: Call, res
     claim = take(results, one.part_id, one.name)
     assert claim is not None
     threading.Timer(0.5, claim.unlink).start()
-    (outcome,) = work.work(plan, [1], patient=False)
+    (outcome,) = work.work(plan, [1], Session(), patient=False)
     assert (outcome.name, outcome.status) == (other.name, "done")
 
 
@@ -195,7 +201,7 @@ def test_status_tells_done_failed_and_missing_and_retry_runs_the_failed(
     kept = {folder: folder.stat().st_ino for folder in cell_folders(results)}
     code, _, err = nmsweep("retry", f"results_dir={results}")
     assert code == 0, err
-    assert "2 failed cells to run again" in err
+    assert "5 cells, 3 exist already, 2 to run" in err
     assert "5 cells: 5 done, 0 running, 0 failed, 0 missing" in nmsweep("status", f"results_dir={results}")[1]
     assert {folder: folder.stat().st_ino for folder in kept} == kept
     assert not list((results / "failed").iterdir())
@@ -211,14 +217,14 @@ def test_retry_in_a_process_of_its_own_takes_a_launcher_of_the_users(nmsweep: Ca
     assert nmsweep(*TINY, "pattern=2:4,8:16", f"results_dir={results}")[0] == 0
     own = results.parent / "own"
     (own / "hydra" / "launcher").mkdir(parents=True)
-    (own / "hydra" / "launcher" / "mine.yaml").write_text("_target_: hydra_plugins.nmsweep_cluster.JoblibJobs\n")
+    (own / "hydra" / "launcher" / "mine.yaml").write_text("defaults: [joblib, _self_]\n")
     for words in ((), ("--config-dir", str(own), "hydra/launcher=mine", "cluster.workers=1")):
         fail(cell_folders(results)[0])
         again = run(["retry", *words, f"results_dir={results}"], results.parent / "log")
-        assert "1 failed cells to run again" in again.said
+        assert "3 cells, 2 exist already, 1 to run" in again.said
         assert len(cell_folders(results)) == 3
     code, _, err = nmsweep("retry", "--config-dir", str(own / "none"), f"results_dir={results}")
-    assert (code, err.count("\n")) == (2, 1)
+    assert (code, err.count("\n")) == (2, 2)  # the command, the mistake
     assert "is no folder" in err
 
 
@@ -316,26 +322,20 @@ def test_a_damaged_plan_is_written_again_by_its_command(nmsweep: Call, results: 
 
 
 def test_commands_that_start_together_on_a_new_folder_can_all_write_there(tmp_path: Path) -> None:
-    def start(number: int) -> list[str]:
-        errors = unwritable(tmp_path / str(number // 8) / "results")
+    def start(number: int) -> str:
+        errors = why_unwritable(tmp_path / str(number // 8) / "results")
         (tmp_path / str(number // 8) / "results" / ".plans").mkdir(parents=True, exist_ok=True)
         return errors
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(start, range(400))) == [[]] * 400
+        assert list(pool.map(start, range(400))) == [""] * 400
 
 
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for place, why in (("file/results", "Not a directory"), ("link", "No such file"), ("x" * 300, "too long")):
-        (message,) = unwritable(tmp_path / place)
-        assert why in message
-
-
-def test_indices_are_one_word_and_come_back() -> None:
-    for indices in ([0], [0, 1, 2, 3, 7], [5, 6, 0, 1], list(range(5000))):
-        assert parse_indices(indices_text(indices)) == indices
+        assert why in why_unwritable(tmp_path / place)
 
 
 def test_a_plan_comes_back_as_it_was_stored(nmsweep: Call, results: Path) -> None:

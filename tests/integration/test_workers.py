@@ -15,7 +15,7 @@ from nmsweep.results.claims import all_claims
 from nmsweep.results.owner import Owner
 from nmsweep.results.read import read_results
 from nmsweep.results.record import cell_folders
-from nmsweep.sweep import processes
+from nmsweep.sweep.executors import local
 
 SWEEP = (
     "-m", "model=tiny-llama", "dtype=float32", "device=cpu", "eval.limit=64", "eval.seqlen=32", "tasks=mini_science",
@@ -86,8 +86,8 @@ def test_workers_are_started_anew_where_an_import_started_cuda(
     monkeypatch: pytest.MonkeyPatch, lost: int, method: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(processes, "_look_for_cuda", partial(sys.exit, lost))
-    assert processes._context_with_gpus().get_start_method() == method
+    monkeypatch.setattr(local, "_probe_cuda", partial(sys.exit, lost))
+    assert local._context_for_gpus().get_start_method() == method
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

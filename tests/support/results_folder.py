@@ -16,7 +16,8 @@ import pandas as pd
 
 from nmsweep.config.pattern import parse_pattern
 from nmsweep.config.schema import CalibrationConfig, DataConfig, EvalConfig, short_hash
-from nmsweep.results.record import LayerCount, Metric, cell_folder, failure_folder, write_cell, write_failure
+from nmsweep.results.layout import failure_folder
+from nmsweep.results.record import LayerCount, Metric, cell_folder, write_cell, write_failure
 from nmsweep.statistics.identity import METHOD, SCORES, method_id
 
 MINI = ("mini_cloze", "mini_continuation", "mini_prose", "mini_science", "mini_yesno")

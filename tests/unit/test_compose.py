@@ -41,6 +41,8 @@ def test_a_shared_composition_is_hydras_own(extra: tuple[str, ...]) -> None:
         (("hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=null", "+hydra.launcher.additional_parameters={gres: 'gpu:1'}"), "cuda"),
         (("hydra/launcher=submitit_local",), "auto"),
         (("hydra/launcher=joblib",), "auto"),
+        (("hydra/launcher=ray",), "auto"),
+        (("hydra/launcher=ray", "hydra.launcher.ray.remote.num_gpus=1"), "cuda"),
         ((), "auto"),
     ],
 )  # fmt: skip

@@ -78,14 +78,14 @@ def test_a_report_needs_no_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_to_ask_how_far_a_sweep_is_needs_no_torch() -> None:
-    code = "import sys, nmsweep.commands.sweeps; print('torch' in sys.modules)"
+def test_status_and_executors_need_no_torch() -> None:
+    code = "import sys, nmsweep.commands.status, nmsweep.commands.run, nmsweep.sweep.executors.slurm, nmsweep.sweep.executors.local; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_the_command_line_starts_without_anything_heavy() -> None:
-    code = "import sys, nmsweep.cli, nmsweep.config.compose; print([m for m in ('torch', 'transformers', 'pandas', 'lm_eval') if m in sys.modules])"
+    code = "import sys, nmsweep.cli, nmsweep.commands.run; print([m for m in ('torch', 'transformers', 'pandas', 'lm_eval') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -93,7 +93,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
 def test_what_workers_import_before_they_part_asks_for_no_gpu() -> None:
     code = """
 import importlib, torch
-from nmsweep.sweep.processes import IMPORTED
+from nmsweep.sweep.executors.local import IMPORTED
 
 def asked(*args, **kwargs):
     raise SystemExit("CUDA, which does not outlive a fork, was asked for")

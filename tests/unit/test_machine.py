@@ -5,22 +5,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from nmsweep.cell.session import place_of
-from nmsweep.commands.run import SEEN_GPUS, see_gpus
-from nmsweep.sweep import workers
-from nmsweep.sweep.machine import available_bytes, n_cores
-from nmsweep.sweep.workers import n_local_workers, share_machine, shares_out_gpus
+from nmsweep.sweep import machine
+from nmsweep.sweep.executors.slurm import SEEN_GPUS, see_gpus
+from nmsweep.sweep.machine import available_bytes, n_processes, share_machine, shares_gpus
 
 GIB = 1 << 30
 
 
-def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
-    """A /proc and a /sys of a machine with 64 GiB free."""
+def cgroups(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+    """A /proc and a /sys with the files of cgroups."""
     (root / "proc" / "self").mkdir(parents=True)
-    (root / "proc" / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {64 * GIB // 1024} kB\n")
     (root / "proc" / "self" / "cgroup").write_text(cgroup)
     for name, text in files.items():
         file = root / "sys" / "fs" / "cgroup" / name
@@ -42,26 +41,11 @@ def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
         ("0::/\n", {"memory.max": str(128 * GIB)}, 64),
     ],
 )  # fmt: skip
-def test_memory_is_what_the_cgroup_leaves(tmp_path: Path, cgroup: str, files: dict[str, str], gib: int) -> None:
-    assert available_bytes(machine(tmp_path, cgroup, files)) == gib * GIB
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "files", "cores"),
-    [
-        ("0::/\n", {"cpu.max": "max 100000"}, 6),
-        ("0::/job\n", {"job/cpu.max": "150000 100000"}, 2),
-        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
-        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 6),
-        ("0::/\n", {"cpu.max": "1000 100000"}, 1),
-    ],
-)
-def test_cores_are_those_that_the_process_is_bound_to_or_has_time_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str, files: dict[str, str], cores: int
+def test_memory_is_what_the_cgroup_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: str, files: dict[str, str], gib: int
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert n_cores(machine(tmp_path, cgroup, files)) == cores
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    assert available_bytes(cgroups(tmp_path, cgroup, files)) == gib * GIB
 
 
 def plan_on(*devices: str) -> Any:
@@ -71,11 +55,11 @@ def plan_on(*devices: str) -> Any:
 
 
 def test_workers_are_no_more_than_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "model_bytes", lambda cfg: GIB)
-    monkeypatch.setattr(workers, "n_cores", lambda: 3)
+    monkeypatch.setattr(machine, "model_bytes", lambda cfg: GIB)
+    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 3)
     for free, n_workers in ((0, 1), (7 * GIB, 2), (64 * GIB, 3)):
-        monkeypatch.setattr(workers, "available_bytes", lambda free=free: free)
-        assert n_local_workers(plan_on("cpu"), [0]) == n_workers
+        monkeypatch.setattr(machine, "available_bytes", lambda free=free: free)
+        assert n_processes(plan_on("cpu"), [0]) == n_workers
 
 
 @pytest.mark.parametrize(
@@ -86,7 +70,7 @@ def test_a_gpu_that_is_named_by_its_number_has_one_worker(
     monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], n_workers: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert n_local_workers(plan_on(*devices), range(len(devices))) == n_workers
+    assert n_processes(plan_on(*devices), range(len(devices))) == n_workers
 
 
 @pytest.mark.parametrize(("device", "given"), [("cuda", [0, 1, 0, 1]), ("cuda:1", [None] * 4), ("cpu", [None] * 4)])
@@ -101,7 +85,7 @@ def test_workers_share_the_gpus_by_number_unless_the_plan_names_one(
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: got.__setitem__(-1, number))
     for worker in range(4):
         got.append(None)
-        share_machine(worker, 4, with_gpus=shares_out_gpus(plan_on(device)))
+        share_machine(worker, 4, with_gpus=shares_gpus(plan_on(device)))
     assert got == given
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5ebe9f43,MIG-1a"
 

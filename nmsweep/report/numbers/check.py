@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from nmsweep.results.layout import LAYERS, SAMPLES
 from nmsweep.results.read import Results
 from nmsweep.results.record import file_digest
 
@@ -70,12 +71,12 @@ def _check_cell(
     for name, written in files.items():
         if (place / name).is_file() and file_digest(place / name) != written.get("sha256"):
             yield Finding(cell_id, name, "sha256", "is not the file that was written with the cell")
-    if not (place / "samples.parquet").is_file():
+    if not (place / SAMPLES).is_file():
         yield Finding(cell_id, "", "", "cannot be recomputed: it has no samples.parquet")
         return
     try:
-        samples = pd.read_parquet(place / "samples.parquet")
-        layers = pd.read_csv(place / "layers.csv")
+        samples = pd.read_parquet(place / SAMPLES)
+        layers = pd.read_csv(place / LAYERS)
     except (OSError, ValueError) as error:
         yield Finding(cell_id, "", "", f"{type(error).__name__}: {error}")
         return

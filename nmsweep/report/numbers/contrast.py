@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from nmsweep.report.numbers.samples import Samples, read_many
 from nmsweep.report.show.formats import plain
 from nmsweep.report.workers import Here
+from nmsweep.results.layout import SAMPLES
 from nmsweep.results.read import FIELDS, Results, read_results
 from nmsweep.results.tidy import PERPLEXITY, primary
 from nmsweep.statistics.changes import Pair
@@ -105,7 +106,7 @@ def _same_data(a: Results, b: Results, cell_a: str, cell_b: str, task: str) -> b
 def _paired(a: Results, b: Results, rows: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
     samples: dict[str, Samples] = {}
     for prefix, results, column in (("a ", a, "cell_a"), ("b ", b, "cell_b")):
-        files = {str(cell): results.done["place"][cell] / "samples.parquet" for cell in dict.fromkeys(rows[column])}
+        files = {str(cell): results.done["place"][cell] / SAMPLES for cell in dict.fromkeys(rows[column])}
         samples |= {prefix + cell: one for cell, one in read_many(files, files, problems, Here()).items()}
     pairs = [Pair("a " + x, "b " + y) for x, y in dict.fromkeys(zip(rows["cell_a"], rows["cell_b"], strict=True))]
     metrics = {str(task): list(dict.fromkeys(names)) for task, names in rows.groupby("task")["metric"]}

@@ -10,6 +10,7 @@ from nmsweep.config.pattern import Pattern, parse_pattern
 from nmsweep.report.numbers.quantities import QUANTITIES
 from nmsweep.report.numbers.scores import Scores
 from nmsweep.report.show.spec import kind_of
+from nmsweep.results.layout import LAYERS
 from nmsweep.results.read import Results
 
 _KEY = ["model", "targets", "dtype", "pattern"]
@@ -77,7 +78,7 @@ def hardware_view(results: Results, scores: Scores) -> pd.DataFrame:
 def _input_bytes(place: Path, dtype: str) -> float:
     """Bytes a token of the inputs that the target layers read, each layer by itself; NaN without its record."""
     try:
-        with open(place / "layers.csv", newline="", encoding="utf-8") as file:
+        with open(place / LAYERS, newline="", encoding="utf-8") as file:
             widths = [int(layer["in_features"]) for layer in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, TypeError):
         return math.nan

@@ -8,6 +8,7 @@ import pandas as pd
 
 from nmsweep.report.numbers.quantities import Quantity
 from nmsweep.report.show.spec import MISSING, Entry, Table, TableSpec
+from nmsweep.results.layout import SENSITIVITY
 
 ERROR = Quantity("error", "relative output error", "relative_error", "", "", "lower", 1, False, 3)
 DATA = "layers"
@@ -27,7 +28,7 @@ class Sensitivity:
 def read_sensitivities(results_dir: Path, problems: list[str]) -> list[Sensitivity]:
     """All of them, sorted by name; one that cannot be read is a problem."""
     found = []
-    for file in sorted((results_dir / "sensitivity").glob("*.csv")):
+    for file in sorted((results_dir / SENSITIVITY).glob("*.csv")):
         try:
             rows = pd.read_csv(file, keep_default_na=False)
             if not set(rows) >= _COLUMNS or not len(rows):

@@ -11,6 +11,7 @@ import pandas as pd
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.samples import Floats, Found, read_many
 from nmsweep.report.workers import Here, in_threads
+from nmsweep.results.layout import SAMPLES
 from nmsweep.results.read import Results
 from nmsweep.results.tidy import PERPLEXITY, drops, primary
 from nmsweep.statistics.changes import Pair
@@ -76,7 +77,7 @@ def make_scores(
     done = results.done
     dense_ids = set(done["dense_cell_id"])
     samples = read_many(
-        {str(cell): place / "samples.parquet" for cell, place in done["place"].items()},
+        {str(cell): place / SAMPLES for cell, place in done["place"].items()},
         dense_ids,
         problems,
         pool or Here(),

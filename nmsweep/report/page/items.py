@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from nmsweep.results.layout import items_file
 from nmsweep.results.read import Results
-from nmsweep.results.record import items_file
 
 _MOST_CHARS = 600
 

@@ -13,6 +13,7 @@ from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.show.formats import plain
 from nmsweep.report.show.spec import order
 from nmsweep.report.show.style import legend_below, legend_room, look, panels
+from nmsweep.results.layout import LAYERS
 
 MOST_SERIES = 6
 MOST_MODELS = 4
@@ -239,7 +240,7 @@ def _layer_profile(cells: pd.DataFrame, place: Path, files: list[Path]) -> str:
 
 def _layers(place: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(place / "layers.csv")
+        return pd.read_csv(place / LAYERS)
     except (OSError, ValueError):
         return pd.DataFrame({"sparsity": []})
 
