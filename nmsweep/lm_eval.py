@@ -15,7 +15,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 
-from nmsweep.calibrate.text import check_items
+from nmsweep.calibration.text import check_items
 from nmsweep.cell.identity import Cell, check_method, identify, scope_errors, sees_text
 from nmsweep.cell.prepare import allocated, calibration
 from nmsweep.cell.session import Session

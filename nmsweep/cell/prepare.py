@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from nmsweep.calibrate.fit import fit
-from nmsweep.calibrate.search import search
-from nmsweep.calibrate.store import Calibrated, calibrate, read_state, state_file
-from nmsweep.calibrate.text import windows
+from nmsweep.calibration.fit import fit
+from nmsweep.calibration.search import search
+from nmsweep.calibration.store import Calibrated, calibrate, read_state, state_file
+from nmsweep.calibration.text import windows
 from nmsweep.cell.identity import Cell
 from nmsweep.cell.session import Session
 from nmsweep.config.recipe import Recipe, read_recipe

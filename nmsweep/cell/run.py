@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from nmsweep.calibrate.store import Calibrated
+from nmsweep.calibration.store import Calibrated
 from nmsweep.cell.identity import Cell, device_kind, identify, task_identity
 from nmsweep.cell.loggers import log_cell
 from nmsweep.cell.prepare import allocated, calibration

@@ -197,7 +197,7 @@ class Stage:
             stage = type(self).__name__
             raise InputError(
                 f"{stage}: no calibrated state {name!r} for {layer.name}; it has {', '.join(sorted(state)) or 'none'}; "
-                "calibrate the model first (nmsweep.calibrate.fit) and pass its state"
+                "calibrate the model first (nmsweep.calibration.fit) and pass its state"
             )
         return as_tensor(state[name], layer.weight)
 

@@ -46,7 +46,7 @@ def sparsify(
         targets: preset or globs.
         mitigations: parameters by mitigation, ``{"shift": {"stat": "mean"}}``.
         scope: which tokens are pruned: ``"all"``, ``"prefill"``, ``"decode"``, ``"skip_first:4"``, ``"skip_first:50%"``.
-        state: what `nmsweep.calibrate.fit` gave for calibrated stages.
+        state: what `nmsweep.calibration.fit` gave for calibrated stages.
         recipe: the YAML file of a pattern for each layer, which `policy=greedy` makes; it takes the place of `pattern`.
         config_dir: a folder of your own with ``criterion/`` and ``mitigations/``.
 

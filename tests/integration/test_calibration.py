@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nmsweep.calibrate import Calibrated, calibrate, fit
+from nmsweep.calibration import Calibrated, calibrate, fit
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.methods.fitters import order_statistic
 from nmsweep.models import ModelSpec, load_model

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmsweep.calibrate import fit
-from nmsweep.calibrate.text import check_disjoint, find_source
+from nmsweep.calibration import fit
+from nmsweep.calibration.text import check_disjoint, find_source
 from nmsweep.config.catalogue import options
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import DataError, InputError

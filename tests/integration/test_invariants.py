@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmsweep.calibrate import Calibrated, fit
+from nmsweep.calibration import Calibrated, fit
 from nmsweep.config.catalogue import options
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.methods.base import Mitigation

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from nmsweep.calibrate.policy import density_of, greedy
-from nmsweep.calibrate.sensitivity import output_errors
+from nmsweep.calibration.policy import density_of, greedy
+from nmsweep.calibration.sensitivity import output_errors
 from nmsweep.commands.sensitivity import summary
 from nmsweep.config.pattern import Pattern, parse_pattern
 from nmsweep.config.recipe import Recipe, read_recipe

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmsweep.calibrate import fit
+from nmsweep.calibration import fit
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity.api import sparsification_from_names, sparsify
 from nmsweep.sparsity.install import installed

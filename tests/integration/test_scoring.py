@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nmsweep.bench.replay import Masks
-from nmsweep.calibrate.fit import fit
+from nmsweep.calibration.fit import fit
 from nmsweep.config.catalogue import find_method, options
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.data.tasks import MINI_FOLDER, find_task

@@ -19,7 +19,7 @@ ORDER = [
     "statistics",
     "sparsity",
     "data",
-    "calibrate",
+    "calibration",
     "evaluate",
     "cell",
     "sweep",

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmsweep.calibrate.blocks import Blocks, frozen, gradients
-from nmsweep.calibrate.learn import Loss, train, train_end_to_end
-from nmsweep.calibrate.store import Calibrated
+from nmsweep.calibration.blocks import Blocks, frozen, gradients
+from nmsweep.calibration.learn import Loss, train, train_end_to_end
+from nmsweep.calibration.store import Calibrated
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.errors import InputError
 from nmsweep.methods.base import SLOT_ORDER, Fitter, Layer, Slots, Stage, Tokens

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nmsweep.calibrate.learn import Loss
+from nmsweep.calibration.learn import Loss
 from nmsweep.errors import InputError
 from nmsweep.methods.base import State
 from nmsweep.results.storage import whole_file

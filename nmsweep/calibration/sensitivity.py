@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmsweep.calibrate.fit import fit
+from nmsweep.calibration.fit import fit
 from nmsweep.config.pattern import Pattern
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.methods.base import Layer, State, WeightCriterion

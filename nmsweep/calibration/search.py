@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nmsweep.calibrate.policy import density_of, greedy
-from nmsweep.calibrate.sensitivity import output_errors
+from nmsweep.calibration.policy import density_of, greedy
+from nmsweep.calibration.sensitivity import output_errors
 from nmsweep.config.pattern import Pattern
 from nmsweep.config.recipe import Recipe
 from nmsweep.config.schema import AllocationConfig, CalibrationConfig
