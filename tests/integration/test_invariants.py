@@ -15,8 +15,8 @@ from nmsweep.config.schema import CalibrationConfig
 from nmsweep.methods.base import Mitigation
 from nmsweep.methods.sparsification import Sparsification, build
 from nmsweep.models import ModelSpec, load_model
-from nmsweep.sparsity.api import sparsification_from_names
-from nmsweep.sparsity.install import installed
+from nmsweep.sparsity.api import assemble
+from nmsweep.sparsity.install import install
 
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-gemma3")
 CRITERIA, MITIGATIONS = tuple(options("criterion")), tuple(options("mitigations"))
@@ -85,12 +85,12 @@ def logits(model: Any, ids: Tensor, padding: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize(("criterion", "mitigation"), METHODS)
 def test_a_sequence_is_pruned_by_itself(criterion: str, mitigation: str, family: str) -> None:
     """In float64 batch mates, padding and a second pass change nothing; and exactly N of each M are kept."""
-    made, targets = sparsification_from_names("1:4", criterion, mitigation, "all", {"rsparse": {"rank": 4}})
+    made, targets = assemble("1:4", criterion, mitigation, "all", {"rsparse": {"rank": 4}})
     model, state = model_of(family, "float64"), calibrated(family, "float64", made)
     ids, other = text(1, 9), text(1, 13, 2)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
     padding = torch.arange(13)[None] < torch.tensor([[4], [0]])
-    with installed(model, made, targets, state) as sparse:
+    with install(model, made, targets, state) as sparse:
         alone = logits(model, ids)
         counts = sparse.counts()
         assert torch.equal(alone, logits(model, ids))
@@ -107,10 +107,10 @@ def test_a_sequence_is_pruned_by_itself(criterion: str, mitigation: str, family:
 @pytest.mark.parametrize(("criterion", "mitigation"), EXACT)
 def test_nothing_pruned_is_the_dense_model(criterion: str, mitigation: str, family: str) -> None:
     """M:M with bfloat16: bit for bit, biases included; dtype kept. A low rank, a rotation and what is fitted: exempt."""
-    made, targets = sparsification_from_names("4:4", criterion, mitigation, "all", {})
+    made, targets = assemble("4:4", criterion, mitigation, "all", {})
     model = model_of(family, "bfloat16")
     state = calibrated(family, "bfloat16", made)
-    with installed(model, made, targets, state):
+    with install(model, made, targets, state):
         sparse = logits(model, text(2, 9))
     assert torch.equal(sparse, logits(model, text(2, 9)))
     assert sparse.dtype == torch.bfloat16
@@ -119,10 +119,10 @@ def test_nothing_pruned_is_the_dense_model(criterion: str, mitigation: str, fami
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mitigation", sorted(INEXACT))
 def test_nothing_pruned_is_the_dense_model_up_to_rounding(mitigation: str, family: str) -> None:
-    made, targets = sparsification_from_names("4:4", "act", mitigation, "all", {})
+    made, targets = assemble("4:4", "act", mitigation, "all", {})
     model = model_of(family, "float64")
     state = calibrated(family, "float64", made)
-    with installed(model, made, targets, state):
+    with install(model, made, targets, state):
         sparse = logits(model, text(2, 9))
     torch.testing.assert_close(
         sparse, logits(model, text(2, 9)), rtol=0, atol=1e-6 if "learned" not in mitigation else 2e-2
@@ -132,10 +132,10 @@ def test_nothing_pruned_is_the_dense_model_up_to_rounding(mitigation: str, famil
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_is_dense_again_after_an_error(family: str) -> None:
     for criterion in ("act", "wt"):
-        made, targets = sparsification_from_names("2:4", criterion, "none", "all", {})
-        with pytest.raises(KeyError), installed(model_of(family, "float64"), made, targets):
+        made, targets = assemble("2:4", criterion, "none", "all", {})
+        with pytest.raises(KeyError), install(model_of(family, "float64"), made, targets):
             raise KeyError
-    made, targets = sparsification_from_names("2:4", "rms", "none", "all", {})
+    made, targets = assemble("2:4", "rms", "none", "all", {})
     with pytest.raises(RuntimeError, match="stop"):
         fit(model_of(family, "float64"), text(2, 12), made, targets, step=_stop)
 
