@@ -10,7 +10,7 @@ from torch import nn
 from nmsweep.config.catalogue import find_method
 from nmsweep.config.pattern import Pattern, parse_pattern
 from nmsweep.config.recipe import read_recipe
-from nmsweep.config.schema import Method, parse_scope, split_names
+from nmsweep.config.schema import parse_scope, split_names
 from nmsweep.errors import InputError
 from nmsweep.methods.base import Criterion, Mitigation, State
 from nmsweep.methods.sparsification import Sparsification, build_sparsification
@@ -57,10 +57,7 @@ def sparsify(
     Raises:
         InputError: as on the command line, all mistakes together; or the model is sparse already.
     """
-    sparsification, names = assemble(pattern, criterion, mitigation, targets, mitigations, config_dir, scope)
-    if recipe is not None:
-        layers = read_recipe(Path(recipe))
-        sparsification = replace(sparsification, pattern=layers.pattern, patterns=layers.layers)
+    sparsification, names = assemble(pattern, criterion, mitigation, targets, mitigations, config_dir, scope, recipe)
     return install(model, sparsification, names, state, scope)
 
 
@@ -72,6 +69,7 @@ def assemble(
     parameters: Mapping[str, Mapping[str, Any]] | None = None,
     config_dir: str | Path | None = None,
     scope: str = "all",
+    recipe: str | Path | None = None,
 ) -> tuple[Sparsification, tuple[str, ...]]:
     """Build the sparsification and the list of targets from the arguments of `sparsify`.
 
@@ -111,7 +109,11 @@ def assemble(
     ]
     if errors:
         raise InputError(*errors)
-    return build_sparsification(parsed, ranking, corrections, scope), split_names(targets)
+    sparsification = build_sparsification(parsed, ranking, corrections, scope)
+    if recipe is not None:
+        of_layers = read_recipe(Path(recipe))
+        sparsification = replace(sparsification, pattern=of_layers.pattern, patterns=of_layers.layers)
+    return sparsification, split_names(targets)
 
 
 def _as_list(mitigation: Any) -> list[Any]:

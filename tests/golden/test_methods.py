@@ -60,7 +60,7 @@ def state_of(made: Sparsification, layer: Layer, text: Sequence[Tensor]) -> dict
         slots = made.slots(layer, state, before=stage)
         fitter = stage.fitter(Layer(layer.name, layer.linear, slots.folded), slots)
         if fitter:
-            state.update(fitter.fit(SlotWindows(stage.slot, slots, text, Scope())))
+            state.update(fitter.fit(SlotWindows(stage.slot, slots, () if fitter.sees == "nothing" else text, Scope())))
         for name, initial in stage.initial_parameters(layer).items():
             state[name] = torch.linspace(-0.02, 0.03, initial.numel(), dtype=initial.dtype)
     return state

@@ -20,6 +20,7 @@ ORDER = [
     "sparsity",
     "data",
     "calibration",
+    "testing",
     "evaluate",
     "cell",
     "sweep",
