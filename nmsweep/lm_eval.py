@@ -15,7 +15,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 
-from nmsweep.calibrate.text import check_items
+from nmsweep.calibration.text import check_items
 from nmsweep.cell.identity import Cell, check_method, identify, scope_errors, sees_text
 from nmsweep.cell.prepare import allocated, calibration
 from nmsweep.cell.session import Session
@@ -24,7 +24,7 @@ from nmsweep.config.compose import cells_of
 from nmsweep.config.schema import RunConfig
 from nmsweep.errors import InputError, NmsweepError
 from nmsweep.evaluate import lm
-from nmsweep.sparsity.install import installed
+from nmsweep.sparsity.install import install
 
 _OF_LM_EVAL = ("eval", "baseline", "force", "cluster", "loggers", "hydra")
 """Keys of a run, by their first word, that have no effect on a model of lm-eval's; of `eval` all but `eval.include_path`."""
@@ -69,7 +69,7 @@ class NMSweepLM(lm.NMSweepLM):
             cell = allocated(cell, loaded, session)
             made, state = cell.sparsification, calibration(cell, loaded, session).state
             assert made is not None
-            stack.enter_context(installed(loaded.model, made, cfg.targets, state, cfg.scope))
+            stack.enter_context(install(loaded.model, made, cfg.targets, state, cfg.scope))
         self._cell = cell
         across = cell is not None and cell.across_tokens
         super().__init__(

@@ -29,7 +29,7 @@ from nmsweep.evaluate.lm import NMSweepLM, Scoring, quiet
 from nmsweep.evaluate.packed.rows import Request
 from nmsweep.models import LoadedModel, load_model
 from nmsweep.sparsity.api import sparsify
-from nmsweep.sparsity.install import Installed
+from nmsweep.sparsity.install import SparseModel
 
 Answers = list[tuple[float, bool]]
 
@@ -113,7 +113,7 @@ def _budgets(model: LoadedModel, asked: Sequence[Request], batch_tokens: int) ->
     )
 
 
-def _sparse(loaded: LoadedModel, method: tuple[str, str] | None) -> AbstractContextManager[Installed | None]:
+def _sparse(loaded: LoadedModel, method: tuple[str, str] | None) -> AbstractContextManager[SparseModel | None]:
     if method is None:
         return nullcontext()
     return sparsify(loaded.model, pattern="8:16", criterion=method[0], mitigation=method[1])

@@ -11,7 +11,6 @@ from torch import Tensor
 from nmsweep.bench.timing import Contender, interleave, ratios
 from nmsweep.config.pattern import parse_pattern
 from nmsweep.kernels import prune
-from nmsweep.sparsity.linear import budget
 
 FORMS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "act": lambda x: {},
@@ -57,7 +56,7 @@ def run(
     out = torch.empty_like(x)
     contenders = {"copy": Contender(lambda: out.copy_(x), _inference, repeats)}
     for pattern in patterns:
-        share = budget(parse_pattern(pattern), hidden)
+        share = parse_pattern(pattern).budget(hidden)
         contenders[f"topk {pattern}"] = Contender(partial(_topk, x, **share), _inference)
         for form in forms:
             call = partial(prune, x, **share, **FORMS[form](x))

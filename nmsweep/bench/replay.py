@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nmsweep.evaluate.logits import decoder
-from nmsweep.sparsity import linear
-from nmsweep.sparsity.install import Installed
-from nmsweep.sparsity.linear import SharedInput
+from nmsweep.sparsity import formula
+from nmsweep.sparsity.install import SparseModel
+from nmsweep.sparsity.shared_input import Pruned, SharedInput
 
 Key = int
 
@@ -26,7 +26,7 @@ class Masks:
         layers: the model while it is sparse; scope ``all``, a criterion that does not look across tokens.
     """
 
-    def __init__(self, layers: Installed) -> None:
+    def __init__(self, layers: SparseModel) -> None:
         self.model = layers.model
         self.shared = list({id(layer.shared): layer.shared for layer in layers.layers.values()}.values())
         self._kept: list[dict[Key, np.ndarray[Any, Any]]] = [{} for _ in self.shared]
@@ -80,23 +80,23 @@ class Masks:
             keys.append(path[depth])
         return keys
 
-    def _record(self, at: int, shared: SharedInput, x: Tensor) -> linear.Pruned:
+    def _record(self, at: int, shared: SharedInput, x: Tensor) -> Pruned:
         u, mask = self._free(shared, x)
         packed = np.packbits(mask.cpu().numpy(), axis=-1)
         for row, keys in zip(packed, self._keys, strict=True):
             for bits, key in zip(row, keys, strict=True):
                 self._kept[at].setdefault(key, bits)
-        return linear.Pruned(u, None, None)
+        return Pruned(u, None, None)
 
-    def _replay(self, at: int, shared: SharedInput, x: Tensor) -> linear.Pruned:
+    def _replay(self, at: int, shared: SharedInput, x: Tensor) -> Pruned:
         kept, width = self._kept[at], x.shape[-1]
         everything = np.full(-(-width // 8), 255, dtype=np.uint8)
         found = [[kept.get(key, everything) for key in keys] for keys in self._keys]
         self.n_missing += sum(bits is everything for row in found for bits in row)
         mask = np.unpackbits(np.array(found), axis=-1, count=width).astype(bool)
-        return linear.Pruned(linear._fill(x, torch.from_numpy(mask).to(x.device), shared.slots), None, None)
+        return Pruned(formula.filled(x, torch.from_numpy(mask).to(x.device), shared.slots), None, None)
 
     @staticmethod
     def _free(shared: SharedInput, x: Tensor) -> tuple[Tensor, Tensor]:
         slots = shared.slots
-        return linear.pruned(x, slots, slots.pattern, shared.view.tokens, shared.memory)
+        return formula.pruned(x, slots, slots.pattern, shared.view.tokens, shared.memory)

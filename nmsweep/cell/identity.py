@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nmsweep.calibrate import policy
-from nmsweep.calibrate import store as calibrate
-from nmsweep.calibrate.fit import learning_errors
-from nmsweep.calibrate.text import check_disjoint, find_source
+from nmsweep.calibration import policy
+from nmsweep.calibration import store as calibrate
+from nmsweep.calibration.fit import learning_errors
+from nmsweep.calibration.text import check_disjoint, find_source
 from nmsweep.config.recipe import read_recipe
 from nmsweep.config.schema import CELL_SCHEMA, Method, RunConfig, short_hash
 from nmsweep.data.examples import check_examples

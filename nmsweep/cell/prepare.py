@@ -1,4 +1,4 @@
-"""What a cell knows before it is measured: its windows of calibration text, a pattern for each layer, the calibrated state."""
+"""Prepare a cell before it is measured: its calibration windows, a pattern for each layer, and the calibrated state."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,17 +9,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from nmsweep.calibrate.fit import fit
-from nmsweep.calibrate.search import search
-from nmsweep.calibrate.store import Calibrated, calibrate, read_state, state_file
-from nmsweep.calibrate.text import windows
+from nmsweep.calibration.fit import fit
+from nmsweep.calibration.search import search
+from nmsweep.calibration.store import Calibrated, read_state, state_file, write_state
+from nmsweep.calibration.text import adds_bos, default_samples, windows
 from nmsweep.cell.identity import Cell
 from nmsweep.cell.session import Session
 from nmsweep.config.recipe import Recipe, read_recipe
 from nmsweep.data.tasks import read_text
 from nmsweep.errors import InputError
-from nmsweep.evaluate.perplexity import adds_bos
-from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models import LoadedModel
 from nmsweep.results.claims import claimed
 from nmsweep.results.layout import CALIBRATION, RECIPES
@@ -27,14 +25,14 @@ from nmsweep.results.quarantine import put_aside
 from nmsweep.results.record import cell_folder
 from nmsweep.results.storage import write_text
 
-Kept = TypeVar("Kept")
+T = TypeVar("T")
 
 
 def calibration_windows(cell: Cell, loaded: LoadedModel, n_samples: int) -> Tensor:
-    """The cell's windows of its calibration text, ids [n_windows, seqlen]; none without a text.
+    """Return the windows of the cell's calibration text, ids [n_windows, seqlen]; none without a text.
 
     Args:
-        n_samples: how many, where `calibration.n_samples` leaves it open.
+        n_samples: how many, where `calibration.n_samples` is null.
     """
     cfg = cell.cfg
     if cell.calibration_text is None:
@@ -48,51 +46,62 @@ def calibration_windows(cell: Cell, loaded: LoadedModel, n_samples: int) -> Tens
 
 
 def allocated(cell: Cell, loaded: LoadedModel, session: Session) -> Cell:
-    """The cell with a pattern for each layer, where its policy is to search for them: kept as a recipe, or found now."""
-    cfg, made = cell.cfg, cell.sparsification
-    if cfg.policy != "greedy" or made is None:
+    """Return the cell with a pattern for each layer where `policy=greedy` asks for it: from its recipe, or searched now."""
+    cfg, sparsification = cell.cfg, cell.sparsification
+    if cfg.policy != "greedy" or sparsification is None:
         return cell
-    file = recipe_file(cell)
-    recipe = _kept(file, read_recipe)
-    if recipe is None:
-        with claimed(cfg.results_dir, f"allocation-{cell.calibration_id}", "allocation"):
-            aside = partial(put_aside, file, cfg.results_dir, say=session.display.say)
-            recipe = _kept(file, read_recipe, aside) or _searched(cell, made, loaded, session)
-    return replace(cell, sparsification=replace(made, patterns=recipe.layers))
+
+    def search_patterns() -> Recipe:
+        session.display.stage("allocation", cfg.calibration.n_samples or 32)
+        recipe = search(
+            loaded.model, calibration_windows(cell, loaded, 32), sparsification, cfg.allocation, cfg.targets,
+            scope=cfg.scope, settings=cfg.calibration, seed=cfg.seed, step=session.display.step,
+        )  # fmt: skip
+        names = {
+            "model": cfg.model_name,
+            "criterion": cfg.criterion and cfg.criterion.name,
+            "mitigation": cfg.mitigation,
+        }
+        made = {**names, "targets": "+".join(cfg.targets), **recipe.made}
+        write_text(recipe_file(cell), replace(recipe, made=made).text())
+        session.display.say(f"    recipe: {recipe_file(cell)}")
+        return read_recipe(recipe_file(cell))
+
+    claim = f"allocation-{cell.calibration_id}"
+    recipe = _stored_or_computed(recipe_file(cell), read_recipe, search_patterns, claim, cell, session)
+    return replace(cell, sparsification=replace(sparsification, patterns=recipe.layers))
 
 
-def _kept(file: Path, read: Callable[[Path], Kept], aside: Callable[[str], None] = lambda why: None) -> Kept | None:
-    """What a file holds; None where there is none or it is damaged.
+def _stored_or_computed(
+    file: Path, read: Callable[[Path], T], compute: Callable[[], T], claim: str, cell: Cell, session: Session
+) -> T:
+    """Return the content of a file; without a sound file, compute it while holding a claim.
 
     Args:
         file: a recipe or a calibrated state.
-        read: raises an InputError where it is damaged.
-        aside: told why it is damaged, by who has the claim to make it anew.
+        read: raises an InputError where the file is damaged; the process that holds the claim puts such a file aside.
+        compute: writes the file too.
+        claim: held by one process at a time.
     """
-    if not file.is_file():
-        return None
-    try:
-        return read(file)
-    except InputError as error:
-        aside(str(error))
-        return None
+    results_dir = cell.cfg.results_dir
 
+    def stored(damaged: Callable[[str], None] = lambda why: None) -> T | None:
+        try:
+            return read(file) if file.is_file() else None
+        except InputError as error:
+            damaged(str(error))
+            return None
 
-def _searched(cell: Cell, made: Sparsification, loaded: LoadedModel, session: Session) -> Recipe:
-    """A pattern for each layer, found and kept as a recipe."""
-    cfg = cell.cfg
-    session.display.stage("allocation", cfg.calibration.n_samples or 32)
-    recipe = search(
-        loaded.model, calibration_windows(cell, loaded, 32), made, cfg.allocation, cfg.targets,
-        scope=cfg.scope, settings=cfg.calibration, seed=cfg.seed, step=session.display.step,
-    )  # fmt: skip
-    _write(recipe_file(cell), cell, recipe)
-    session.display.say(f"    recipe: {recipe_file(cell)}")
-    return read_recipe(recipe_file(cell))
+    content = stored()
+    if content is None:
+        with claimed(results_dir, claim, claim.partition("-")[0]):
+            content = stored(partial(put_aside, file, results_dir, say=session.display.say))
+            return compute() if content is None else content
+    return content
 
 
 def recipe_file(cell: Cell) -> Path:
-    """Where the recipe of a greedy cell lies: the same for cells that only differ in how they are measured."""
+    """Return the file of a greedy cell's recipe; cells that differ only in how they are measured share it."""
     cfg = cell.cfg
     criterion = cfg.criterion.name if cfg.criterion else "none"
     folder = cfg.results_dir / RECIPES
@@ -103,29 +112,20 @@ def recipe_file(cell: Cell) -> Path:
 
 
 def calibration(cell: Cell, loaded: LoadedModel, session: Session) -> Calibrated:
-    """What the cell's calibrated stages know: kept from an earlier cell, or found out now; nothing without such stages."""
-    cfg, made = cell.cfg, cell.sparsification
-    if made is None or not made.calibrated:
+    """Return the state of the cell's calibrated methods: stored by an earlier cell, or computed now; empty without any."""
+    cfg, sparsification = cell.cfg, cell.sparsification
+    if sparsification is None or not sparsification.calibrated:
         return Calibrated()
+    key = cell.calibration_id
+    file = state_file(cfg.results_dir / CALIBRATION, key)
 
-    def make() -> Calibrated:
-        return fit(
-            loaded.model, calibration_windows(cell, loaded, 256 if made.learned else 32), made, cfg.targets,
+    def calibrate() -> Calibrated:
+        calibrated = fit(
+            loaded.model, calibration_windows(cell, loaded, default_samples(sparsification)), sparsification, cfg.targets,
             scope=cfg.scope, settings=cfg.calibration, seed=cfg.seed, step=session.display.step,
         )  # fmt: skip
+        write_state(file, calibrated)
+        return replace(calibrated, key=key)
 
     session.display.stage("calibration", loaded.model.config.get_text_config().num_hidden_layers)
-    folder, key = cfg.results_dir / CALIBRATION, cell.calibration_id
-    file, read = state_file(folder, key), partial(read_state, key=key)
-    if (kept := _kept(file, read)) is not None:
-        return kept
-    with claimed(cfg.results_dir, f"calibration-{key}", "calibration"):
-        kept = _kept(file, read, partial(put_aside, file, cfg.results_dir, say=session.display.say))
-        return calibrate(folder, key, make) if kept is None else kept
-
-
-def _write(file: Path, cell: Cell, recipe: Recipe) -> None:
-    cfg = cell.cfg
-    what = {"model": cfg.model_name, "criterion": cfg.criterion and cfg.criterion.name, "mitigation": cfg.mitigation}
-    full = replace(recipe, made={**what, "targets": "+".join(cfg.targets), **recipe.made})
-    write_text(file, full.text())
+    return _stored_or_computed(file, partial(read_state, key=key), calibrate, f"calibration-{key}", cell, session)

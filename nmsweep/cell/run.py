@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from nmsweep.calibrate.store import Calibrated
+from nmsweep.calibration.store import Calibrated
 from nmsweep.cell.identity import Cell, device_kind, identify, task_identity
 from nmsweep.cell.loggers import log_cell
 from nmsweep.cell.prepare import allocated, calibration
@@ -36,7 +36,7 @@ from nmsweep.results.record import (
     read_cell,
     write_cell,
 )
-from nmsweep.sparsity.install import Installed, installed
+from nmsweep.sparsity.install import SparseModel, install
 from nmsweep.statistics.identity import METHOD, SCORES, method_id, scores_sha256, twins
 
 log = logging.getLogger(__name__)
@@ -99,15 +99,15 @@ def finished(cell: Cell, session: Session) -> CellRecord | None:
     return None if cfg.force and record.provenance.get("launch") != session.launch else record
 
 
-def sparse(cell: Cell, loaded: LoadedModel, calibrated: Calibrated) -> AbstractContextManager[Installed | None]:
+def sparse(cell: Cell, loaded: LoadedModel, calibrated: Calibrated) -> AbstractContextManager[SparseModel | None]:
     """The model made sparse as the cell says, for as long as the block lasts."""
     if cell.sparsification is None:
         return nullcontext()
-    return installed(loaded.model, cell.sparsification, cell.cfg.targets, calibrated.state, cell.cfg.scope)
+    return install(loaded.model, cell.sparsification, cell.cfg.targets, calibrated.state, cell.cfg.scope)
 
 
 def measure(
-    cell: Cell, source: TaskSource, loaded: LoadedModel, layers: Installed | None, parts: Parts, session: Session
+    cell: Cell, source: TaskSource, loaded: LoadedModel, layers: SparseModel | None, parts: Parts, session: Session
 ) -> Part:
     """Measure one task, unless an earlier run of this cell has; keep it on disk at once."""
     identity = task_identity(source, cell.cfg)
@@ -134,7 +134,7 @@ def measure(
 
 
 def _evaluate(
-    cell: Cell, source: TaskSource, loaded: LoadedModel, layers: Installed | None, session: Session
+    cell: Cell, source: TaskSource, loaded: LoadedModel, layers: SparseModel | None, session: Session
 ) -> TaskResult:
     cfg = cell.cfg
     model, tokenizer, advance = loaded.model, loaded.tokenizer, session.display.tokens

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nmsweep.calibrate.text import source_name
+from nmsweep.calibration.text import source_name
 from nmsweep.cell.identity import model_spec
 from nmsweep.config.compose import cells_of
 from nmsweep.config.schema import RunConfig

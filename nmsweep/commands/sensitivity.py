@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from nmsweep.calibrate.sensitivity import output_errors
+from nmsweep.calibration.sensitivity import output_errors
 from nmsweep.cell.identity import calibration_text, check, identify, sparsification_of
 from nmsweep.cell.prepare import calibration_windows
 from nmsweep.cell.session import Session

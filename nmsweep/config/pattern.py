@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 from nmsweep.errors import InputError
 
@@ -17,6 +17,14 @@ _NM = re.compile(r"(\d+):(\d+)")
 _PERCENT = re.compile(r"(threshold:)?(\d+(?:\.\d+)?)%")
 _POLICY = re.compile(r"(greedy|recipe-[A-Za-z0-9._+-]+):(.+)")
 _ALLOWED = "allowed: dense, N:M with 0 < N <= M (N kept of M), p% with 0 < p < 100 (share set to zero), threshold:p%"
+
+
+class Budget(TypedDict, total=False):
+    """How many channels are kept, as `kernels.prune` takes it: `n` of each `m`, or `kept` of the whole row."""
+
+    n: int
+    m: int
+    kept: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,10 @@ class Pattern:
         if self.kind == "n:m":
             return n_channels // self.m * self.n
         return max(1, round(n_channels * (1 - self.percent / 100)))
+
+    def budget(self, n_channels: int) -> Budget:
+        """The exact count for a row of `n_channels`, as `kernels.prune` takes it."""
+        return {"n": self.n, "m": self.m} if self.kind == "n:m" else {"kept": self.kept(n_channels)}
 
     @property
     def metadata_bits(self) -> float | None:

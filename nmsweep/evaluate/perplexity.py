@@ -13,17 +13,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from nmsweep.calibration.text import adds_bos
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.errors import DataError, NonFiniteError
 from nmsweep.evaluate.logits import decoder, divergence, token_logprobs
 from nmsweep.evaluate.result import Advance, TaskResult
 from nmsweep.results.record import Metric
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a BOS of its own before a text (Llama, Gemma)."""
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 def windows(text: str, tokenizer: Any, seqlen: int, bos: bool) -> Tensor:

@@ -1,1 +1,1 @@
-"""Criteria, mitigations and weight-pruning baselines, one small file each, and the classes that they derive from."""
+"""Methods: criteria, mitigations and weight-pruning baselines, one file each, and their base classes."""

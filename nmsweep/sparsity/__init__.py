@@ -1,1 +1,1 @@
-"""Which channels are dropped, what stands in their place, and how a model is made to do so."""
+"""The formula, the sparse layers that compute it, and how they are put into a model."""

@@ -1,10 +1,11 @@
-"""Make a model sparse in place, and always dense again."""
+"""Make a model sparse in place, and dense again."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,35 +18,61 @@ from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models.targets import input_groups, linear_flops, target_linears
 from nmsweep.results.record import LayerCount
 from nmsweep.sparsity.fusion import Forward, joined, replaced
-from nmsweep.sparsity.linear import SharedInput, SparseLinear, TokenView
+from nmsweep.sparsity.linear import SparseLinear
 from nmsweep.sparsity.scope import Scope
+from nmsweep.sparsity.shared_input import SharedInput, TokenView
 
 
-@dataclass(frozen=True)
-class Installed:
-    """A model that is sparse right now.
+@dataclass(repr=False, eq=False)
+class SparseModel:
+    """A model that was made sparse in place; a context manager that makes it dense again.
 
     Attributes:
-        model: the model, changed in place.
-        layers: its sparse layers by module path, in the order they run; empty where the weights are pruned instead.
-        flops_share: the share of the model's linear FLOPs that each of them has.
-        view: what the layers know about the tokens of the current pass.
+        model: the model itself.
+        sparsification: pattern, criterion and mitigations.
+        layers: its sparse layers by module path, in the order they run; empty where weights are pruned.
+        flops_share: the share of each target layer in the model's linear FLOPs, by module path.
+        view: the state that the sparse layers share.
         weights: entries and kept entries of every pruned weight; empty where activations are pruned.
-        dense_weights: the layers whose weights are pruned, with their dense weights; empty where activations are pruned.
-        joined: norms and MLPs that hand the prune their parts, with the forward that they run.
+        dense_weights: the layers with pruned weights, and their dense weights; empty where activations are pruned.
+        joined: norms and MLPs that are fused with the prune, and the forward that they run.
     """
 
     model: nn.Module
+    sparsification: Sparsification
     layers: Mapping[str, SparseLinear]
     flops_share: Mapping[str, float]
     view: TokenView
-    weights: Sequence[LayerCount] = ()
-    dense_weights: Sequence[tuple[nn.Linear, torch.Tensor]] = ()
-    joined: Mapping[nn.Module, Forward] = field(default_factory=dict)
+    weights: Sequence[LayerCount]
+    dense_weights: Sequence[tuple[nn.Linear, torch.Tensor]]
+    joined: Mapping[nn.Module, Forward]
+    _undo: ExitStack | None
+
+    def __repr__(self) -> str:
+        method = self.sparsification
+        pattern = f"{method.pattern}{' on average' if method.patterns else ''}"
+        word = "restored" if self._undo is None else "sparse"
+        return f"<{word} {type(self.model).__name__}: {pattern} {method.label}, {len(self.flops_share)} layers>"
+
+    def restore(self) -> None:
+        """Make the model dense again; does nothing the second time."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
+
+    def __enter__(self) -> "SparseModel":
+        if self._undo is None:
+            raise InputError(f"sparsify: {self!r} is dense again; call sparsify once more")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
 
     @contextmanager
     def as_dense(self) -> Iterator[None]:
-        """The model computes what the dense one does inside the block; nothing is counted."""
+        """Make the model compute as the dense one inside the block; nothing is counted."""
         pruned: list[torch.Tensor] = [linear.weight for linear, _ in self.dense_weights]
         try:
             for linear, weight in self.dense_weights:
@@ -57,9 +84,9 @@ class Installed:
                 linear.weight = weight
 
     def counts(self) -> list[LayerCount]:
-        """Channels seen and kept by every layer since `reset_counts`, counted from the masks. Waits for the device.
+        """Return the channels seen and kept by each layer since `reset_counts`, from the masks. Waits for the device.
 
-        Where weights are pruned these are the entries of the weight, the same at any time.
+        Where weights are pruned these are the entries of the weight.
         """
         return list(self.weights) or [
             LayerCount(name, layer.in_features, layer.out_features, total, kept, self.flops_share[name])
@@ -72,8 +99,66 @@ class Installed:
             layer.shared.reset_counts()
 
 
+def install(
+    model: nn.Module,
+    sparsification: Sparsification,
+    targets: Sequence[str],
+    state: Mapping[str, State] | None = None,
+    scope: str = "all",
+) -> SparseModel:
+    """Make a model sparse until the result is restored.
+
+    Args:
+        model: a causal language model of transformers; left as it was after an error.
+        sparsification: pattern, criterion and mitigations.
+        targets: presets or globs that say which layers.
+        state: calibrated state of each layer by module path.
+        scope: which tokens are pruned, as `config` reads it.
+
+    Raises:
+        InputError: a target that matches nothing, an input width that M does not divide, a missing state, or a model that
+            is sparse already.
+    """
+    linears = dense_targets(model, sparsification, targets)
+    flops = linear_flops(model)
+    total = sum(flops.values())
+    share = {name: flops[name] / total for name in linears}
+    with ExitStack() as undo:
+        surgery = Surgery(model, sparsification, linears, scope)
+        undo.callback(surgery.restore)
+        for group in input_groups(model, list(linears)):
+            surgery.put(group, state or {})
+        layers = {name: surgery.layers[name] for name in linears if name in surgery.layers}
+        weights = [
+            LayerCount(name, linear.in_features, linear.out_features, linear.weight.numel(), kept, share[name])
+            for name, linear in linears.items()
+            if (kept := surgery.kept_weights.get(name)) is not None
+        ]
+        dense_weights = [(linears[name], surgery.dense_weight(name)) for name in surgery.kept_weights]
+        forwards = joined(model, layers)
+        undo.enter_context(replaced(forwards))
+        keep = undo.pop_all()
+    return SparseModel(model, sparsification, layers, share, surgery.view, weights, dense_weights, forwards, keep)
+
+
+def dense_targets(model: nn.Module, sparsification: Sparsification, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return the target layers of a dense model by module path.
+
+    Raises:
+        InputError: a target that matches nothing, an input width that M does not divide, or a model that is sparse already.
+    """
+    linears = target_linears(model, targets)
+    if errors := pattern_errors(linears, sparsification):
+        raise InputError(*errors)
+    if any(isinstance(linear, SparseLinear) for linear in linears.values()):
+        raise InputError(
+            "sparsify: the model is sparse already; leave the other block first, or call restore() on the result of that call"
+        )
+    return linears
+
+
 def pattern_errors(linears: Mapping[str, nn.Linear], sparsification: Sparsification) -> list[str]:
-    """What does not fit between target layers and their patterns: one message for each mistake."""
+    """Return one message for each mismatch between target layers and their patterns."""
     patterns = sparsification.patterns
     errors = []
     if patterns:
@@ -97,7 +182,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def check_divisible(linears: Mapping[str, nn.Linear], pattern: Pattern) -> list[str]:
-    """One message if M does not divide the input width of some target; it names a layer of each such width."""
+    """Return one message if M does not divide the input width of some target; it names one layer of each such width."""
     if pattern.kind != "n:m":
         return []
     layer_of = {linear.in_features: name for name, linear in reversed(list(linears.items()))}
@@ -109,7 +194,7 @@ def check_divisible(linears: Mapping[str, nn.Linear], pattern: Pattern) -> list[
 
 
 class Surgery:
-    """Puts sparse layers into a model, an input group at a time, and the dense ones back.
+    """Replaces dense layers of a model by sparse ones, the layers of one input at a time, and puts the dense ones back.
 
     Args:
         model: a causal language model of transformers.
@@ -139,126 +224,66 @@ class Surgery:
 
         Args:
             group: module paths of layers that read one tensor.
-            state: calibrated state for each layer by module path.
+            state: calibrated state of each layer by module path.
         """
-        made = self.sparsification
-        if isinstance(made.criterion, WeightCriterion):
+        criterion = self.sparsification.criterion
+        if isinstance(criterion, WeightCriterion):
             for name in group:
                 layer = Layer(name, self.linears[name])
-                pattern = made.pattern_of(name)
-                weight, self.kept_weights[name] = made.criterion.pruned(layer, pattern, state.get(name, {}))
+                pattern = self.sparsification.pattern_of(name)
+                weight, self.kept_weights[name] = criterion.pruned(layer, pattern, state.get(name, {}))
                 self.linears[name].weight = nn.Parameter(weight, requires_grad=False)
             return
-        layers = sparse_layers(made, {name: self.linears[name] for name in group}, state, self.view)
+        layers = sparse_layers(self.sparsification, {name: self.linears[name] for name in group}, state, self.view)
         self.layers.update(layers)
-        for name, double in layers.items():
-            _put(self.model, name, double)
+        for name, sparse in layers.items():
+            self.model.set_submodule(name, sparse)
 
     def dense_weight(self, name: str) -> torch.Tensor:
-        """The weight that a target layer had before."""
+        """Return the dense weight of a target layer."""
         return self._weights[name]
 
     def restore(self) -> None:
-        """Make the model what it was."""
+        """Put all dense layers and weights back."""
         for hook in self._hooks:
             hook.remove()
         for name, linear in self.linears.items():
             linear.weight = self._weights[name]
-            _put(self.model, name, linear)
+            self.model.set_submodule(name, linear)
 
 
 def sparse_layers(
-    made: Sparsification, group: Mapping[str, nn.Linear], state: Mapping[str, State], view: TokenView
+    sparsification: Sparsification, group: Mapping[str, nn.Linear], state: Mapping[str, State], view: TokenView
 ) -> dict[str, SparseLinear]:
-    """The sparse doubles of layers that read one tensor, by module path; those that see the same pruned tensor share it."""
-    slots = {name: made.slots(Layer(name, linear), state.get(name, {})) for name, linear in group.items()}
-    found = {}
+    """Return sparse layers for dense ones that read one tensor, by module path; equal pruned inputs are shared."""
+    slots = {name: sparsification.slots(Layer(name, linear), state.get(name, {})) for name, linear in group.items()}
+    layers = {}
     for members in _equal_inputs(slots):
-        shared = SharedInput(slots[members[0]], len(members), view, group[members[0]].weight.device)
-        shared.prepare(group[members[0]].in_features, group[members[0]].weight.dtype)
+        first = group[members[0]]
+        shared = SharedInput(slots[members[0]], len(members), view, first.weight.device)
+        shared.compile(first.in_features, first.weight.dtype)
         for name in members:
-            found[name] = SparseLinear(group[name], shared, slots[name], made.drops_bias)
-    return found
-
-
-def dense_targets(model: nn.Module, sparsification: Sparsification, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The target layers of a model that is dense now, by module path.
-
-    Raises:
-        InputError: a target that matches nothing, an input width that M does not divide, or a model that is sparse.
-    """
-    linears = target_linears(model, targets)
-    if errors := pattern_errors(linears, sparsification):
-        raise InputError(*errors)
-    if any(isinstance(linear, SparseLinear) for linear in linears.values()):
-        raise InputError("sparsify: the model is sparse already; leave the other block first")
-    return linears
-
-
-@contextmanager
-def installed(
-    model: nn.Module,
-    sparsification: Sparsification,
-    targets: Sequence[str],
-    state: Mapping[str, State] | None = None,
-    scope: str = "all",
-) -> Iterator[Installed]:
-    """Make `model` sparse inside the block and dense again after it, also after an error.
-
-    Args:
-        model: a causal language model of transformers.
-        sparsification: pattern, criterion and mitigations.
-        targets: presets or globs that say which layers.
-        state: calibrated state for each layer by module path.
-        scope: which tokens are pruned, as `config` reads it.
-
-    Raises:
-        InputError: a target that matches nothing, an input width that M does not divide, or a state that is missing.
-    """
-    linears = dense_targets(model, sparsification, targets)
-    flops = linear_flops(model)
-    total = sum(flops.values())
-    share = {name: flops[name] / total for name in linears}
-    surgery = Surgery(model, sparsification, linears, scope)
-    try:
-        for group in input_groups(model, list(linears)):
-            surgery.put(group, state or {})
-        ordered = {name: surgery.layers[name] for name in linears if name in surgery.layers}
-        weights = [
-            LayerCount(name, linear.in_features, linear.out_features, linear.weight.numel(), kept, share[name])
-            for name, linear in linears.items()
-            if (kept := surgery.kept_weights.get(name)) is not None
-        ]
-        dense_weights = [(linears[name], surgery.dense_weight(name)) for name in surgery.kept_weights]
-        forwards = joined(model, ordered)
-        with replaced(forwards):
-            yield Installed(model, ordered, share, surgery.view, weights, dense_weights, forwards)
-    finally:
-        surgery.restore()
+            layers[name] = SparseLinear(group[name], shared, slots[name], sparsification.drops_bias)
+    return layers
 
 
 def _equal_inputs(slots: Mapping[str, Slots]) -> list[list[str]]:
-    """Split layers of one input into those whose pruned input is the same tensor."""
+    """Split layers of one input into lists of those with the same pruned input."""
     split: list[list[str]] = []
-    for name, own in slots.items():
-        found = next((members for members in split if own.same_input(slots[members[0]])), None)
-        if found is None:
+    for name in slots:
+        same = next((members for members in split if slots[name].same_input(slots[members[0]])), None)
+        if same is None:
             split.append([name])
         else:
-            found.append(name)
+            same.append(name)
     return split
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def _watch_tokens(view: TokenView, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the layers which tokens are padding, where they stand, and how many are in the cache already: a hook before a pass.
+    """Set what the layers know about the tokens of a pass: padding, positions and cache length. A forward pre-hook.
 
-    It watches the decoder, which evaluation calls by itself, and the whole model, because some models hand their decoder a
-    ready attention mask from which padding can no longer be read.
+    It watches the decoder, which evaluation calls directly, and the whole model, because some models pass their decoder a
+    prepared attention mask from which padding can no longer be read.
     """
     mask, cache, position = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
     past = cache.get_seq_length() if cache is not None and view.needs_past else 0
@@ -277,7 +302,7 @@ def _watch_tokens(view: TokenView, module: nn.Module, args: tuple[Any, ...], kwa
 def _forget_pass(
     view: TokenView, layers: Mapping[str, SparseLinear], module: nn.Module, args: tuple[Any, ...], output: Any
 ) -> None:
-    """Let go of what was known of a pass, and of its tensors where it ended early: a hook after it."""
+    """Release the tensors of a pass, also of one that ended early. A forward hook."""
     view.tokens = Tokens()
     for layer in layers.values():
         layer.shared.forget()

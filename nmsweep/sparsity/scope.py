@@ -1,4 +1,4 @@
-"""Which tokens are pruned: all, the prompt's, the generated ones, or all after the first few."""
+"""Which tokens are pruned: all, those of the prompt, the generated ones, or all but the first few."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,13 +11,13 @@ from nmsweep.methods.base import Tokens
 
 @dataclass(frozen=True)
 class Scope:
-    """A choice of tokens, by their place in their own sequence; padding takes no place.
+    """A choice of tokens by their position in their sequence; padding is not counted.
 
     Attributes:
-        kind: ``"all"``; ``"prefill"``: passes that begin a sequence; ``"decode"``: passes that go on with one in the
-            key-value cache; ``"skip"``: all but the first ones.
-        first: tokens that stay dense.
-        percent: share of the sequence's tokens in the pass that begins it that stay dense, rounded down.
+        kind: ``"all"``; ``"prefill"``: passes that begin a sequence; ``"decode"``: passes that continue one in the key-value
+            cache; ``"skip"``: all but the first tokens.
+        first: number of tokens that stay dense.
+        percent: share of the tokens in the sequence's first pass that stay dense, rounded down.
     """
 
     kind: Literal["all", "prefill", "decode", "skip"] = "all"
@@ -26,7 +26,7 @@ class Scope:
 
     @classmethod
     def parse(cls, text: str) -> "Scope":
-        """Read a scope that `config` has checked: ``all``, ``prefill``, ``decode``, ``skip_first:4``, ``skip_first:50%``."""
+        """Parse a scope that `config` has checked: ``all``, ``prefill``, ``decode``, ``skip_first:4``, ``skip_first:50%``."""
         word, _, number = text.partition(":")
         if word != "skip_first":
             kinds: dict[str, Literal["all", "prefill", "decode"]] = {
@@ -38,7 +38,7 @@ class Scope:
         return cls("skip", first=int(number))
 
     def tokens(self, x: Tensor, tokens: Tokens) -> bool | Tensor:
-        """The rows of x [batch, seq, in] that are pruned: True for all, False for none, or [batch, seq] bool."""
+        """Return which tokens of x [batch, seq, in] are pruned: True for all, False for none, or [batch, seq] bool."""
         if self.kind == "all":
             return True
         if self.kind in ("prefill", "decode"):
@@ -55,7 +55,7 @@ class Scope:
 
 
 def _position(tokens: Tokens, batch: int, seq: int, device: torch.device) -> Tensor:
-    """Each token's place in its own sequence, [batch, seq]."""
+    """Return each token's position in its sequence, [batch, seq]."""
     if tokens.position is not None:
         return tokens.position.to(device).expand(batch, seq)
     place = torch.arange(seq, device=device).expand(batch, seq)

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nmsweep.calibrate import Calibrated, calibrate, fit
+from nmsweep.calibration import Calibrated, fit
+from nmsweep.calibration.store import read_state, state_file, write_state
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.methods.fitters import order_statistic
 from nmsweep.models import ModelSpec, load_model
-from nmsweep.sparsity.api import sparsification_from_names
-from nmsweep.sparsity.install import installed
+from nmsweep.sparsity.api import assemble
+from nmsweep.sparsity.install import install
 
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-gemma3")
 CLI = Callable[..., tuple[int, str, str]]
@@ -34,7 +35,7 @@ def text(n: int = 6, seqlen: int = 24) -> Tensor:
 def fitted(
     model: Any, criterion: str, mitigation: str, ids: Tensor | None = None, pattern: str = "2:4", **settings: Any
 ) -> Calibrated:
-    made, targets = sparsification_from_names(pattern, criterion, mitigation, "all", {})
+    made, targets = assemble(pattern, criterion, mitigation, "all", {})
     return fit(model, text() if ids is None else ids, made, targets, settings=CalibrationConfig(**settings))
 
 
@@ -51,7 +52,7 @@ def inputs_of(model: Any, name: str, ids: Tensor) -> Tensor:
 def test_statistics_are_of_the_dense_or_of_the_sparse_prefix(family: str) -> None:
     """A layer's statistic is of what it is given in the whole model, dense, or sparse with all layers before it in place."""
     model = model_of(family, "float64")
-    made, targets = sparsification_from_names("2:4", "rms", "none", "all", {})
+    made, targets = assemble("2:4", "rms", "none", "all", {})
     for prefix in ("dense", "sparse"):
         state = fit(model, text(), made, settings=CalibrationConfig(prefix=prefix)).state
         for name in (
@@ -62,7 +63,7 @@ def test_statistics_are_of_the_dense_or_of_the_sparse_prefix(family: str) -> Non
             if prefix == "dense":
                 x = inputs_of(model, name, text())
             else:
-                with installed(model, made, targets, state):
+                with install(model, made, targets, state):
                     x = inputs_of(model, name, text())
             torch.testing.assert_close(state[name]["rms"], x.square().mean(dim=(0, 1)).sqrt(), rtol=1e-9, atol=0)
 
@@ -113,7 +114,7 @@ def test_training_repeats_and_needs_no_global_seed() -> None:
     assert all(torch.equal(first[layer]["gamma"], second[layer]["gamma"]) for layer in first)
 
 
-def test_masters_are_wide_whatever_the_model_is() -> None:
+def test_learned_parameters_are_fp32_whatever_the_model_is() -> None:
     state = fitted(model_of("tiny-llama", "bfloat16"), "act", "scale_learned+shift_learned").state
     assert {value.dtype for own in state.values() for value in own.values()} == {torch.float32}
 
@@ -121,11 +122,11 @@ def test_masters_are_wide_whatever_the_model_is() -> None:
 def test_what_comes_after_a_trained_slot_is_fitted_on_it() -> None:
     """β closes the mean gap that is left after γ was trained."""
     model = model_of("tiny-llama", "float64")
-    made, targets = sparsification_from_names("2:4", "act", "scale_learned+bias_static", "all", {})
+    made, targets = assemble("2:4", "act", "scale_learned+bias_static", "all", {})
     state = fit(model, text(), made, settings=CalibrationConfig(lr=0.02, prefix="dense")).state
     for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj"):
         x = inputs_of(model, layer, text())
-        with installed(model, made, targets, state) as sparse, torch.no_grad():
+        with install(model, made, targets, state) as sparse, torch.no_grad():
             gap = sparse.layers[layer](x) - sparse.layers[layer].dense(x)
         assert gap.mean(dim=(0, 1)).abs().max() < 1e-9
 
@@ -176,9 +177,9 @@ def test_memory_grows_by_one_blocks_activations(
 
 
 def test_state_is_kept_whole_and_layers_of_one_input_share_it(tmp_path: Path) -> None:
-    made = [fitted(model_of("tiny-qwen2"), "rms", "scale_learned+larosa")]
-    kept = calibrate(tmp_path, "key", made.pop)
-    again = calibrate(tmp_path, "key", made.pop)  # nothing left to make: it is read
+    kept = fitted(model_of("tiny-qwen2"), "rms", "scale_learned+larosa")
+    write_state(state_file(tmp_path, "key"), kept)
+    again = read_state(state_file(tmp_path, "key"), "key")
     assert again.losses == kept.losses
     assert {layer: set(own) for layer, own in again.state.items()} == {
         layer: {"rms", "gamma", "Q"} for layer in kept.state
@@ -213,4 +214,4 @@ def test_an_order_statistic_is_exact(dtype: torch.dtype) -> None:
     values[:7] = torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e4, float("inf"), float("-inf")]).to(dtype)
     ordered = values.sort().values
     for rank in (0, 1, 1999, 2000, 2003, 4000):
-        assert order_statistic(lambda: values.split(321), rank) == ordered[rank]
+        assert order_statistic(values.split(321), rank) == ordered[rank]

@@ -10,7 +10,7 @@ from torch import Tensor
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity import fusion
 from nmsweep.sparsity.api import sparsify
-from nmsweep.sparsity.install import Installed
+from nmsweep.sparsity.install import SparseModel
 
 IDS = torch.arange(90).reshape(3, 30) % 250
 METHODS = {
@@ -31,7 +31,7 @@ def tiny(shape: str, dtype: str = "bfloat16") -> Any:
     return load_model(ModelSpec(name="t", source="tiny", shape=shape), dtype=dtype, device="cpu").model
 
 
-def outputs(model: Any, sparse: Installed, joins: bool) -> tuple[Tensor, list[tuple[int, int]]]:
+def outputs(model: Any, sparse: SparseModel, joins: bool) -> tuple[Tensor, list[tuple[int, int]]]:
     """Logits of a prompt and of a token after it; the channels counted."""
     sparse.view.joins = joins
     sparse.reset_counts()

@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
-from nmsweep.calibrate.policy import density_of, greedy
-from nmsweep.calibrate.sensitivity import output_errors
+from nmsweep.calibration.policy import density_of, greedy
+from nmsweep.calibration.sensitivity import output_errors
 from nmsweep.commands.sensitivity import summary
 from nmsweep.config.pattern import Pattern, parse_pattern
 from nmsweep.config.recipe import Recipe, read_recipe
 from nmsweep.errors import InputError
 from nmsweep.models import ModelSpec, linear_flops, load_model
-from nmsweep.sparsity.api import sparsification_from_names, sparsify
-from nmsweep.sparsity.install import installed
+from nmsweep.sparsity.api import assemble, sparsify
+from nmsweep.sparsity.install import install
 
 CLI = Callable[..., tuple[int, str, str]]
 LADDER = [parse_pattern(word) for word in ("1:4", "2:4", "3:4", "4:4")]
@@ -65,7 +65,7 @@ def test_a_budget_without_a_choice_is_refused(density: float, what: str) -> None
 def test_an_error_is_that_of_the_layer_alone(criterion: str) -> None:
     model: Any = load_model(ModelSpec(name="q", source="tiny", shape="tiny-qwen2"), dtype="float64", device="cpu").model
     ids = torch.randint(3, 259, (3, 16), generator=torch.Generator().manual_seed(0))
-    made, _ = sparsification_from_names("2:4", criterion, "none", "all", {})
+    made, _ = assemble("2:4", criterion, "none", "all", {})
     found = output_errors(model, ids, made, LADDER[:3], ["mlp"])
     assert list(found) == [name for name in linear_flops(model) if ".mlp." in name]
     for errors in found.values():
@@ -76,7 +76,7 @@ def test_an_error_is_that_of_the_layer_alone(criterion: str) -> None:
         with torch.no_grad():
             model(ids)
             hook.remove()
-            with installed(model, made, ["*.layers.0.mlp.down_proj"]) as sparse:
+            with install(model, made, ["*.layers.0.mlp.down_proj"]) as sparse:
                 sparse.layers[name].register_forward_hook(lambda module, args, y: seen.append(y))
                 model(ids)
         dense, pruned = seen

@@ -12,7 +12,7 @@ from torch import Tensor
 from nmsweep.config.compose import cells_of
 from nmsweep.methods.sparsification import build_sparsification
 from nmsweep.models import ModelSpec, load_model
-from nmsweep.sparsity.install import installed
+from nmsweep.sparsity.install import install
 
 CLI = Callable[..., tuple[int, str, str]]
 
@@ -62,7 +62,7 @@ def divergence(model: Any, pattern: str, targets: str, profile: str, ids: Tensor
     made = build_sparsification(cfg.pattern, cfg.criterion, cfg.mitigations, drops_bias=profile == "paper_code")
     with torch.no_grad():
         dense = model(ids).logits.log_softmax(-1)
-        with installed(model, made, cfg.targets):
+        with install(model, made, cfg.targets):
             sparse = model(ids).logits.log_softmax(-1)
     return float((dense.exp() * (dense - sparse)).sum(-1).mean())
 

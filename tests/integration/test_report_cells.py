@@ -107,7 +107,7 @@ def test_the_command_of_a_cell_gives_that_cell(real: Path) -> None:
     "words",
     [
         ("criterion=amber", "criterion.drop_outliers=true", "scope=skip_first:4", "targets=[mlp,'!*.0.*']", "seed=3"),
-        ("criterion=clact_static", "calibration.n_samples=3", "calibration.seqlen=16", "mitigation=bias_static"),
+        ("criterion=rms", "calibration.n_samples=3", "calibration.seqlen=16", "mitigation=bias_static"),
         ("pattern=dense", "dtype=float64", "eval.num_fewshot=0", "profile=paper"),
     ],
 )

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmsweep.calibrate import fit
+from nmsweep.calibration import fit
 from nmsweep.models import ModelSpec, load_model
-from nmsweep.sparsity.api import sparsification_from_names, sparsify
-from nmsweep.sparsity.install import installed
+from nmsweep.sparsity.api import assemble, sparsify
+from nmsweep.sparsity.install import install
 
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-gemma3")
 
@@ -65,14 +65,14 @@ def test_padding_takes_no_place(scope: str) -> None:
 @torch.no_grad()
 def test_prefill_and_decode_are_the_two_halves(family: str, mitigation: str) -> None:
     model, ids = model_of(family), text(1, 12)
-    made, targets = sparsification_from_names("1:4", "act", mitigation, "all", {"rsparse": {"rank": 4}})
+    made, targets = assemble("1:4", "act", mitigation, "all", {"rsparse": {"rank": 4}})
     state = fit(model, text(2, 12, 1), made).state if made.calibrated else {}
     dense = stepwise(model, ids, 7)
-    with installed(model, made, targets, state, "all"):
+    with install(model, made, targets, state, "all"):
         both = stepwise(model, ids, 7)
-    with installed(model, made, targets, state, "decode"):
+    with install(model, made, targets, state, "decode"):
         decode = stepwise(model, ids, 7)
-    with installed(model, made, targets, state, "prefill") as sparse:
+    with install(model, made, targets, state, "prefill") as sparse:
         prompt = model(ids[:, :7], use_cache=True)
         with sparse.view.as_dense():
             after = model(ids[:, 7:8], past_key_values=prompt.past_key_values, use_cache=True).logits
@@ -104,7 +104,7 @@ def test_clact_prunes_a_prompt_that_is_then_gone_on_with_densely() -> None:
 @torch.no_grad()
 def test_statistics_are_of_the_tokens_in_scope() -> None:
     model, ids = model_of("tiny-qwen2"), text(2, 12)
-    made, _ = sparsification_from_names("2:4", "rms", "none", "all", {})
+    made, _ = assemble("2:4", "rms", "none", "all", {})
     inputs: list[Tensor] = []
     hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     model(ids)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nmsweep.bench.replay import Masks
-from nmsweep.calibrate.fit import fit
+from nmsweep.calibration.fit import fit
 from nmsweep.config.catalogue import find_method, options
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.data.tasks import MINI_FOLDER, find_task
@@ -27,8 +27,8 @@ from nmsweep.evaluate.packed.segments import Segments
 from nmsweep.methods.sparsification import build
 from nmsweep.models import attention
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
-from nmsweep.sparsity.api import sparsification_from_names, sparsify
-from nmsweep.sparsity.install import Installed, installed
+from nmsweep.sparsity.api import assemble, sparsify
+from nmsweep.sparsity.install import SparseModel, install
 
 SHAPES = ["tiny-llama", "tiny-qwen2", "tiny-gemma3"]  # Gemma3's sliding window is 16 tokens, shorter than most contexts
 Answers = list[tuple[float, bool]]
@@ -200,10 +200,10 @@ def sparse(model: Any, method: str) -> Iterator[bool]:
         yield False
         return
     criterion, mitigation = ("act", method) if method in ("shift+var", "larosa") else (method, "none")
-    made, targets = sparsification_from_names("8:16", criterion, mitigation, "all", {})
+    made, targets = assemble("8:16", criterion, mitigation, "all", {})
     ids = torch.randint(3, 259, (4, 32), generator=torch.Generator().manual_seed(0))
     state = fit(model, ids, made, targets, settings=CalibrationConfig(seqlen=32)).state if made.calibrated else {}
-    with installed(model, made, targets, state):
+    with install(model, made, targets, state):
         yield made.criterion.across_tokens
 
 
@@ -245,14 +245,14 @@ def test_budget_and_order_change_nothing_in_float64(shape: str, method: str) -> 
 Counts = list[tuple[int, int]]
 
 
-def counts_of(layers: Installed) -> Counts:
+def counts_of(layers: SparseModel) -> Counts:
     """Channels and kept ones of each layer since they were last asked for."""
     found = [(layer.channels, layer.kept) for layer in layers.counts()]
     layers.reset_counts()
     return found
 
 
-def one_by_one(model: Any, asked: Sequence[Request], layers: Installed) -> Counts:
+def one_by_one(model: Any, asked: Sequence[Request], layers: SparseModel) -> Counts:
     """The counts of each distinct sequence in a pass of its own."""
     counts_of(layers)
     with torch.no_grad():
@@ -276,11 +276,11 @@ def one_by_one(model: Any, asked: Sequence[Request], layers: Installed) -> Count
 def test_channels_are_those_of_each_sequence_by_itself(shape: str, pattern: str, method: str, scope: str) -> None:
     model, asked = tiny(shape, torch.float64), requests(n_items=2)
     criterion, mitigation = ("act", method) if method == "rsparse" else (method, "none")
-    made, targets = sparsification_from_names(pattern, criterion, mitigation, "all", {"rsparse": {"rank": 4}})
+    made, targets = assemble(pattern, criterion, mitigation, "all", {"rsparse": {"rank": 4}})
     ids = torch.randint(3, 259, (4, 32), generator=torch.Generator().manual_seed(0))
     state = fit(model, ids, made, targets, settings=CalibrationConfig(seqlen=32)).state if made.calibrated else {}
     across = made.criterion.across_tokens or scope.endswith("%")
-    with installed(model, made, targets, state, scope) as layers:
+    with install(model, made, targets, state, scope) as layers:
         wanted = one_by_one(model, asked, layers)
         for budget in (512, 4096, 32768):
             scored(model, asked, batch_tokens=budget, across_tokens=across)

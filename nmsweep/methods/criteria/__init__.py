@@ -1,1 +1,1 @@
-"""One file for each criterion: the channel weight w that it gives."""
+"""Criteria, one file each: the channel weight w."""

@@ -1,4 +1,4 @@
-"""`amber`: a channel counts by the norm of the weights that read it, standardised without their outliers."""
+"""`amber`: weight channels by the norm of their column of W, standardised without its outliers."""
 
 import math
 from dataclasses import dataclass
@@ -9,28 +9,27 @@ from torch import Tensor
 from nmsweep.methods.base import Criterion, Layer, State, as_tensor
 
 TAIL = 0.005
-"""Share of the entries on each side that are outliers: the 0.5 % and 99.5 % quantiles."""
+"""Share of the entries on each side that count as outliers: below the 0.5 % and above the 99.5 % quantile."""
 
 
 @dataclass(frozen=True)
 class Amber(Criterion):
     """w_j = ‖Ŵ_:,j‖₂, Ŵ = (W−μ)/σ with μ, σ of the entries inside the 0.5–99.5 % quantiles, fp32. No calibration.
 
-    The quantiles are exact order statistics of all entries; those equal to a quantile are inside. A layer whose inside is
-    constant has σ = 1.
+    The quantiles are exact order statistics of all entries; entries equal to a quantile are inside. Where all entries inside
+    are equal, σ = 1.
 
     Args:
         drop_outliers: leave the entries outside the quantiles out of the norm too.
 
     Source: arXiv:2508.02128 (Amber Pruner).
-    Differs: outliers stay in the norm by default, as in the code of arXiv:2509.22166; that code samples the quantiles anew
-    at every pass. The paper divides by the smallest norm, which changes no mask.
+    Differs: outliers stay in the norm by default, as in the code of arXiv:2509.22166; that code samples the quantiles
+    again at every pass. The paper divides by the smallest norm, which changes no mask.
     """
 
     drop_outliers: bool = False
 
     def weight(self, layer: Layer, state: State) -> Tensor:
-        """[in] fp32."""
         weight = as_tensor(layer.weight, layer.weight)
         low, high = _quantiles(layer.weight)
         inside = (weight >= low) & (weight <= high)
@@ -46,7 +45,7 @@ class Amber(Criterion):
 
 
 def _quantiles(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The innermost entries that a quantile between two of them leaves inside."""
+    """Return the smallest and the largest entry that lie inside the two quantiles."""
     last = weight.numel() - 1
     flat = weight.flatten()
     low = flat.kthvalue(math.ceil(TAIL * last) + 1).values

@@ -1,7 +1,6 @@
-"""`clact_causal`: a channel counts by how strong it has been so far in this sequence."""
+"""`clact_causal`: weight channels by their norm over this sequence so far."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,18 +13,18 @@ from nmsweep.methods.criteria.clact import squares
 class ClactCausal(Criterion):
     """w_tj = ‖z_≤t,j‖₂ over the tokens up to t, padding excluded; summed in float64. Dynamic.
 
-    While text is generated the sums of each layer are kept from pass to pass. A batch whose rows are reordered between
-    passes (beam search) is not followed.
+    While text is generated, each layer keeps its sums from pass to pass. Rows must not be reordered between passes, as beam
+    search does.
 
     Source: ours, after CLACT of arXiv:2509.22166.
-    Differs: CLACT's norm is over the whole sequence, future tokens included.
+    Differs: CLACT's norm is over the whole sequence, later tokens included.
     """
 
-    dynamic: ClassVar[bool] = True
-    across_tokens: ClassVar[bool] = True
+    dynamic = True
+    across_tokens = True
 
     def token_weight(self, z: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
-        """[batch, seq, in] fp32 (float64 for a float64 model)."""
+        """Return [batch, seq, in] fp32 (float64 for a float64 model)."""
         running = squares(z, tokens).cumsum(dim=1)
         if tokens.past:
             before = memory.get("squares")

@@ -1,4 +1,4 @@
-"""`random`: the negative control: a fixed choice of channels that looks at nothing."""
+"""`random`: rank channels by a fixed random order, as a negative control."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -11,9 +11,9 @@ from nmsweep.methods.base import Criterion, Layer, Slots, State, as_tensor
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """The score is a fixed random priority per channel, a permutation of 1…d drawn from (seed, layer name).
+    """The score is a fixed random priority for each channel: a permutation of 1…d drawn from (seed, layer name).
 
-    The same for every token, so independent of batching; the global random state is not touched.
+    It is the same for every token, so the result does not depend on batching. The global random state is not used.
 
     Args:
         seed: of the permutation.

@@ -1,12 +1,11 @@
-"""`rms`: a channel counts by its root mean square in a calibration text."""
+"""`rms`: weight channels by their root mean square over a calibration text."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from nmsweep.methods.base import Criterion, Fitter, Layer, Slots, State
-from nmsweep.methods.fitters import SquareSum
+from nmsweep.methods.fitters import RootMeanSquare
 
 
 @dataclass(frozen=True)
@@ -16,11 +15,10 @@ class Rms(Criterion):
     Source: the activation norm of Wanda, arXiv:2306.11695, used on activations.
     """
 
-    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "text"
+    calibration = "text"
 
     def weight(self, layer: Layer, state: State) -> Tensor:
-        """[in] fp32."""
-        return self.found(layer, state, "rms")
+        return self.state_entry(layer, state, "rms")
 
     def fitter(self, layer: Layer, slots: Slots) -> Fitter:
-        return SquareSum("rms", slots, mean=True)
+        return RootMeanSquare("rms")

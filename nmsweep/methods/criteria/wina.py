@@ -1,4 +1,4 @@
-"""`wina`: a channel counts by the norm of the weights that read it."""
+"""`wina`: weight channels by the norm of their column of W."""
 
 from dataclasses import dataclass
 
@@ -16,6 +16,5 @@ class Wina(Criterion):
     """
 
     def weight(self, layer: Layer, state: State) -> Tensor:
-        """[in] fp32."""
         norm: Tensor = torch.linalg.vector_norm(as_tensor(layer.weight, layer.weight), dim=0)
         return norm

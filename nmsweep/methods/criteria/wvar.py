@@ -1,4 +1,4 @@
-"""`wvar`: a channel counts by the variance of the weights that read it."""
+"""`wvar`: weight channels by the variance of their column of W."""
 
 from dataclasses import dataclass
 
@@ -15,5 +15,4 @@ class Wvar(Criterion):
     """
 
     def weight(self, layer: Layer, state: State) -> Tensor:
-        """[in] fp32."""
         return as_tensor(layer.weight, layer.weight).var(dim=0, correction=0)

@@ -1,1 +1,1 @@
-"""One file for each mitigation: the slot of the formula that it fills."""
+"""Mitigations, one file each: the slot of the formula that they fill."""

@@ -1,27 +1,26 @@
-"""`bias_learned`: each output channel gets a learned constant."""
+"""`bias_learned`: add a learned constant to each output channel."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from nmsweep.methods.base import Layer, Mitigation, Slot, Slots, State, as_tensor
+from nmsweep.methods.base import Layer, Mitigation, Slots, State, as_tensor
 
 
 @dataclass(frozen=True)
 class BiasLearned(Mitigation):
-    """β: per output channel, learned from 0, kept and applied in fp32, beside the layer's own bias.
+    """β: per output channel, learned from 0, kept and applied in fp32, in addition to the layer's own bias.
 
     Source: "shift" in the code of arXiv:2509.22166; the form of SPON.
     """
 
-    slot: ClassVar[Slot] = "beta"
-    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "learned"
-    per_input: ClassVar[bool] = False
+    slot = "beta"
+    calibration = "learned"
+    per_input = False
 
     def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
-        return replace(slots, beta=self.found(layer, state, "beta"))
+        return replace(slots, beta=self.state_entry(layer, state, "beta"))
 
-    def masters(self, layer: Layer) -> dict[str, Tensor]:
+    def initial_parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"beta": torch.zeros_like(as_tensor(layer.weight[:, 0], layer.weight))}

@@ -1,37 +1,41 @@
-"""`bias_static`: the mean error of each output channel over a calibration text is given back."""
+"""`bias_static`: add to each output channel its mean error over a calibration text."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from nmsweep.methods.base import Fitter, Layer, Mitigation, Slot, Slots, State, Tokens, as_tensor
-from nmsweep.methods.fitters import rows
-from nmsweep.sparsity.linear import centred, pruned, rotated
+from nmsweep.methods.base import Fitter, Layer, Mitigation, Pruning, Slots, State, as_tensor
 
 
 @dataclass(frozen=True)
 class BiasStatic(Mitigation):
-    """β = E[y_dense − y_sparse] over the calibration tokens, every other stage in place; fitted last. Calibrated.
+    """β = E[y_dense − y_sparse] over the calibration tokens with every other stage in place; fitted last. Calibrated.
 
-    In closed form W·E[x] − (1+γ) ⊙ (W·E[u] + U V·E[(1−k)z]): two means a layer, float64, and one product.
+    In closed form W·E[x] − (1+γ) ⊙ (W·E[u] + U V·E[(1−k)z]): two float64 means for each layer and one product.
 
     Source: ours.
     """
 
-    slot: ClassVar[Slot] = "beta"
-    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "text"
-    per_input: ClassVar[bool] = False
+    slot = "beta"
+    calibration = "text"
+    per_input = False
 
     def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
-        return replace(slots, beta=self.found(layer, state, "beta"))
+        return replace(slots, beta=self.state_entry(layer, state, "beta"))
 
     def fitter(self, layer: Layer, slots: Slots) -> Fitter:
         return _MeanError(layer, slots)
 
 
 class _MeanError(Fitter):
+    """β from the sums of x, u and (1−k)⊙z, each [in] float64.
+
+    Args:
+        layer: its weight multiplies x and u.
+        slots: the residual and γ.
+    """
+
     def __init__(self, layer: Layer, slots: Slots) -> None:
         self.layer, self.slots = layer, slots
         self.n_tokens = 0
@@ -39,15 +43,12 @@ class _MeanError(Fitter):
             torch.zeros(layer.weight.shape[1], dtype=torch.float64, device=layer.weight.device) for _ in range(3)
         )
 
-    def update(self, x: Tensor, scope: Tensor | None = None) -> None:
-        x = rotated(x, self.slots)
-        u, mask = pruned(x, self.slots, self.slots.pattern, Tokens(), {})
-        self.x_total += rows(x, scope).double().sum(dim=0)
-        self.u_total += rows(u, scope).double().sum(dim=0)
-        if self.slots.residual is not None:
-            removed = torch.where(mask, 0.0, centred(x, self.slots))
-            self.removed_total += rows(removed, scope).double().sum(dim=0)
-        self.n_tokens += x.shape[:-1].numel() if scope is None else int(scope.sum())
+    def update(self, pruning: Pruning) -> None:
+        self.x_total += pruning.x.double().sum(dim=0)
+        self.u_total += pruning.u.double().sum(dim=0)
+        if pruning.removed is not None:
+            self.removed_total += pruning.removed.double().sum(dim=0)
+        self.n_tokens += len(pruning.x)
 
     def result(self) -> dict[str, Tensor]:
         weight, slots = self.layer.weight.double(), self.slots

@@ -1,13 +1,12 @@
-"""`larosa`: inputs are rotated to their principal axes before they are pruned."""
+"""`larosa`: rotate inputs to their principal axes before they are pruned."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from nmsweep.config.pattern import Pattern
-from nmsweep.methods.base import Fitter, Layer, Mitigation, Slot, Slots, State, as_tensor
+from nmsweep.methods.base import Fitter, Layer, Mitigation, Slots, State, as_tensor
 from nmsweep.methods.fitters import SecondMoment
 
 
@@ -15,22 +14,23 @@ from nmsweep.methods.fitters import SecondMoment
 class Larosa(Mitigation):
     """(x, W) → (Qᵀx, WQ), Q = the eigenvectors of E[xxᵀ] (uncentred). Calibrated.
 
-    Axes go from the largest eigenvalue to the smallest; under N:M they are dealt out to the groups in turn, so that each
-    group of M has an equal share of strong and weak ones. Each column's entry of largest size is positive. q/k/v and gate/up share one Q. W Q is folded once, beside the model's
-    own weight; Qᵀx is computed for every token, which costs in² operations, and Q takes in² numbers of memory a distinct
-    input. M:M does not equal the dense layer bit for bit.
+    Axes are sorted from the largest eigenvalue to the smallest. Under N:M they are dealt out to the groups in turn, so that
+    each group of M gets an equal share of strong and weak axes. The entry of largest magnitude in each column is positive.
+    q/k/v and gate/up share one Q. W Q is folded once and stored next to the model's own weight. Computing Qᵀx costs in²
+    operations per token, and Q takes in² numbers of memory for each distinct input. M:M equals the dense layer only up to
+    rounding.
 
     Source: LaRoSA, arXiv:2507.01299.
-    Differs: LaRoSA keeps the top k of the whole rotated token and folds Qᵀ into the layers before where it can; here the
-    pattern chooses, and under N:M the axes are dealt out: side by side the strongest would push each other out.
+    Differs: LaRoSA keeps the top k of the whole rotated token and folds Qᵀ into the preceding layers where it can; here the
+    pattern selects, and under N:M the axes are dealt out: adjacent strong axes would compete for the same N places.
     """
 
-    version: ClassVar[int] = 2
-    slot: ClassVar[Slot] = "rotation"
-    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "text"
+    version = 2
+    slot = "rotation"
+    calibration = "text"
 
     def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
-        Q = self.found(layer, state, "Q")
+        Q = self.state_entry(layer, state, "Q")
         return replace(slots, rotation=Q, folded=(as_tensor(layer.weight, Q) @ Q).to(layer.weight.dtype))
 
     def fitter(self, layer: Layer, slots: Slots) -> Fitter:
@@ -50,7 +50,7 @@ class _PrincipalAxes(SecondMoment):
 
 
 def dealt(axes: Tensor, pattern: Pattern) -> Tensor:
-    """The columns of [in, in] dealt out to the groups of an N:M pattern in turn; as they are under other patterns."""
+    """Deal the columns of [in, in] out to the groups of an N:M pattern in turn; leave them as they are for other patterns."""
     if pattern.kind != "n:m":
         return axes
     columns: Tensor = axes.unflatten(1, (pattern.m, -1)).transpose(1, 2).flatten(1)

@@ -1,53 +1,49 @@
-"""`rsparse`: what is pruned away still passes, through a low-rank copy of the weight."""
+"""`rsparse`: pass what is pruned away through a low-rank copy of the weight."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from nmsweep.methods.base import Fitter, Layer, Mitigation, Slot, Slots, State, as_tensor
+from nmsweep.methods.base import Fitter, Layer, Mitigation, Slots, State, as_tensor
 
 
 @dataclass(frozen=True)
 class RSparse(Mitigation):
-    """U V = the truncated SVD of W of the given rank, fp32, applied to the pruned-away part: y += U V (1−k)⊙z.
+    """U V = the truncated SVD of W with the given rank, fp32, applied to the pruned part: y += U V (1−k)⊙z.
 
-    From the weights alone: decomposed once in float64 and kept with the calibrated state. Costs 2·rank·(in + out)
-    operations a token and layer.
+    From the weights alone: decomposed once in float64 and stored with the calibrated state. It costs 2·rank·(in + out)
+    operations per token and layer.
 
     Args:
-        rank: of U V; a weight with a smaller side than this keeps its full rank, so nothing of its layer is lost.
+        rank: of U V; a weight whose smaller side is below this keeps its full rank, so its layer loses nothing.
 
     Source: arXiv:2504.19449 (R-Sparse).
-    Differs: R-Sparse thresholds its input and searches a rank for each layer; here pattern and criterion choose, and the
-    rank is one number.
+    Differs: R-Sparse thresholds its input and searches a rank for each layer; here pattern and criterion select the
+    channels, and one rank holds for all layers.
     """
 
     rank: int = 64
-    slot: ClassVar[Slot] = "residual"
-    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "weights"
-    per_input: ClassVar[bool] = False
+    slot = "residual"
+    calibration = "weights"
+    per_input = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank {self.rank}; at least 1: rank 0 would have no effect")
 
     def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
-        return replace(slots, residual=(self.found(layer, state, "U"), self.found(layer, state, "V")))
+        return replace(slots, residual=(self.state_entry(layer, state, "U"), self.state_entry(layer, state, "V")))
 
     def fitter(self, layer: Layer, slots: Slots) -> Fitter:
         return _TruncatedSvd(layer, self.rank)
 
 
 class _TruncatedSvd(Fitter):
-    sees: ClassVar[Literal["input", "gradient", "nothing"]] = "nothing"
+    sees = "nothing"
 
     def __init__(self, layer: Layer, rank: int) -> None:
         self.layer, self.rank = layer, min(rank, *layer.weight.shape)
-
-    def update(self, x: Tensor, scope: Tensor | None = None) -> None:
-        """Nothing: the weight is all it takes."""
 
     def result(self) -> dict[str, Tensor]:
         weight = self.layer.weight

@@ -1,12 +1,11 @@
-"""`scale_learned` (LS): each output channel is stretched by a learned factor."""
+"""`scale_learned` (LS): scale each output channel by a learned factor."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from nmsweep.methods.base import Layer, Mitigation, Slot, Slots, State, as_tensor
+from nmsweep.methods.base import Layer, Mitigation, Slots, State, as_tensor
 
 
 @dataclass(frozen=True)
@@ -17,12 +16,12 @@ class ScaleLearned(Mitigation):
     Differs: the paper's code keeps 1+γ in bf16, where it rounds to 1 below 0.004.
     """
 
-    slot: ClassVar[Slot] = "gamma"
-    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "learned"
-    per_input: ClassVar[bool] = False
+    slot = "gamma"
+    calibration = "learned"
+    per_input = False
 
     def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
-        return replace(slots, gamma=self.found(layer, state, "gamma"))
+        return replace(slots, gamma=self.state_entry(layer, state, "gamma"))
 
-    def masters(self, layer: Layer) -> dict[str, Tensor]:
+    def initial_parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"gamma": torch.zeros_like(as_tensor(layer.weight[:, 0], layer.weight))}

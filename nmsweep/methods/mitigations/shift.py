@@ -1,9 +1,9 @@
-"""`shift` (D-PTS): each token is centred on its own middle before it is scored, and dropped channels become that middle."""
+"""`shift` (D-PTS): centre each token on its median (or mean) before scoring; pruned channels take that value."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
-from nmsweep.methods.base import Layer, Mitigation, Slot, Slots, State
+from nmsweep.methods.base import Layer, Mitigation, Slots, State
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Shift(Mitigation):
     """
 
     stat: Literal["median", "mean"] = "median"
-    slot: ClassVar[Slot] = "eta"
+    slot = "eta"
 
     def __post_init__(self) -> None:
         if self.stat not in ("median", "mean"):

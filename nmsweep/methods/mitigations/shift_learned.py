@@ -1,26 +1,25 @@
-"""`shift_learned` (L-PTS): inputs are centred on a learned vector; dropped channels become it."""
+"""`shift_learned` (L-PTS): centre inputs on a learned vector; pruned channels take its values."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from nmsweep.methods.base import Layer, Mitigation, Slot, Slots, State, as_tensor
+from nmsweep.methods.base import Layer, Mitigation, Slots, State, as_tensor
 
 
 @dataclass(frozen=True)
 class ShiftLearned(Mitigation):
-    """η: a vector per input channel, learned from 0; the mask is a constant in the backward pass. fp32 master.
+    """η: a vector over the input channels, learned from 0 in fp32; the mask is a constant in the backward pass.
 
     Source: arXiv:2509.22166, learnable shift (L-PTS).
     """
 
-    slot: ClassVar[Slot] = "eta"
-    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "learned"
+    slot = "eta"
+    calibration = "learned"
 
     def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
-        return replace(slots, eta=self.found(layer, state, "eta"))
+        return replace(slots, eta=self.state_entry(layer, state, "eta"))
 
-    def masters(self, layer: Layer) -> dict[str, Tensor]:
+    def initial_parameters(self, layer: Layer) -> dict[str, Tensor]:
         return {"eta": torch.zeros_like(as_tensor(layer.weight[0], layer.weight))}

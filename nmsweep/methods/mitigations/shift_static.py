@@ -1,30 +1,28 @@
-"""`shift_static` (S-PTS): inputs are centred on a constant found in a calibration text; dropped channels become it."""
+"""`shift_static` (S-PTS): centre inputs on a constant from a calibration text; pruned channels take its value."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nmsweep.methods.base import Fitter, Layer, Mitigation, Slot, Slots, State, as_tensor
-from nmsweep.methods.fitters import order_statistic, rows
-from nmsweep.sparsity.linear import rotated
+from nmsweep.methods.base import Fitter, Layer, Mitigation, Slots, State, as_tensor
+from nmsweep.methods.fitters import order_statistic
 
 _CHUNK = 2**24
-"""Values sorted at once where each channel has its own, 64 MiB in fp32."""
+"""Number of values processed at once where each channel has its own statistic, 64 MiB in fp32."""
 
 _SPAN = 4.0
-"""The mode is looked for within so many interquartile ranges of the median."""
+"""The mode is searched within this many interquartile ranges of the median."""
 
 
 @dataclass(frozen=True)
 class ShiftStatic(Mitigation):
-    """η = the median, mean or mode of the layer's input over the calibration tokens: one number, or one a channel. Calibrated.
+    """η = the median, mean or mode of the layer's input over the calibration tokens: a scalar or a vector. Calibrated.
 
     The median is the lower of the two middle values. The mode is the peak of a Gaussian kernel density with bandwidth
-    h = 0.9·IQR/1.34·n^(−1/5) (Silverman), looked for on a grid of h/4 within 4 IQR of the median.
+    h = 0.9·IQR/1.34·n^(−1/5) (Silverman), searched on a grid of h/4 within 4 IQR of the median.
 
     Args:
         stat: ``"median"``, ``"mean"`` or ``"mode"``.
@@ -36,8 +34,8 @@ class ShiftStatic(Mitigation):
 
     stat: Literal["median", "mean", "mode"] = "median"
     granularity: Literal["layer", "channel"] = "layer"
-    slot: ClassVar[Slot] = "eta"
-    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "text"
+    slot = "eta"
+    calibration = "text"
 
     def __post_init__(self) -> None:
         if self.stat not in ("median", "mean", "mode"):
@@ -46,58 +44,53 @@ class ShiftStatic(Mitigation):
             raise ValueError(f"granularity {self.granularity!r}; allowed: layer, channel")
 
     def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
-        return replace(slots, eta=self.found(layer, state, "eta"))
+        return replace(slots, eta=self.state_entry(layer, state, "eta"))
 
     def fitter(self, layer: Layer, slots: Slots) -> Fitter:
-        return _Middle(self.stat, self.granularity, slots)
+        return _Middle(self.stat, self.granularity)
 
 
 class _Middle(Fitter):
-    """Holds on to the group's inputs, as they are, and takes their middle at the end."""
+    """The statistic of all values, or of each channel, in several passes over the text."""
 
-    def __init__(self, stat: str, granularity: str, slots: Slots) -> None:
-        self.stat, self.granularity, self.slots = stat, granularity, slots
-        self.seen: list[tuple[Tensor, Tensor | None]] = []
+    def __init__(self, stat: str, granularity: str) -> None:
+        self.stat, self.granularity = stat, granularity
 
-    def update(self, x: Tensor, scope: Tensor | None = None) -> None:
-        self.seen.append((x, scope))
-
-    def _tokens(self) -> Iterator[Tensor]:
-        for x, scope in self.seen:
-            yield rows(rotated(x, self.slots), scope)
-
-    def result(self) -> dict[str, Tensor]:
-        x, n_tokens = self.seen[0][0], sum(len(part) for part in self._tokens())
+    def fit(self, windows: Iterable[Tensor]) -> dict[str, Tensor]:
+        lengths, x = [], torch.empty(0)
+        for x in windows:
+            lengths.append(len(x))
+        n_tokens = sum(lengths)
         if self.granularity == "layer":
-            return {"eta": as_tensor(self._of_layer(n_tokens * x.shape[-1]), x)}
+            return {"eta": as_tensor(self._of_layer(windows, n_tokens * x.shape[-1]), x)}
         width = max(1, _CHUNK // max(1, n_tokens))
         columns = range(0, x.shape[-1], width)
-        parts = [torch.cat([part[:, start : start + width] for part in self._tokens()]) for start in columns]
-        return {"eta": torch.cat([as_tensor(self._of_columns(part), x) for part in parts])}
+        chunks = [torch.cat([part[:, start : start + width] for part in windows]) for start in columns]
+        return {"eta": torch.cat([as_tensor(self._of_columns(chunk), x) for chunk in chunks])}
 
-    def _of_layer(self, n_values: int) -> Tensor:
+    def _of_layer(self, windows: Iterable[Tensor], n_values: int) -> Tensor:
         if self.stat == "mean":
-            return torch.stack([part.sum(dtype=torch.float64) for part in self._tokens()]).sum() / n_values
+            return torch.stack([part.sum(dtype=torch.float64) for part in windows]).sum() / n_values
         if self.stat == "median":
-            return order_statistic(self._tokens, (n_values - 1) // 2)
-        return mode(self._tokens)
+            return order_statistic(windows, (n_values - 1) // 2)
+        return mode(windows)
 
     def _of_columns(self, x: Tensor) -> Tensor:
-        """The statistic of each column of x [tokens, columns]."""
+        """Return the statistic of each column of x [tokens, columns]."""
         if self.stat == "mean":
             return x.mean(dim=0, dtype=torch.float64)
         if self.stat == "median":
             return x.median(dim=0).values
-        return torch.stack([mode(partial(list, [column])) for column in x.unbind(dim=1)])
+        return torch.stack([mode([column]) for column in x.unbind(dim=1)])
 
 
-def mode(parts: Callable[[], Iterable[Tensor]]) -> Tensor:
-    """The peak of the kernel density of the values, as `ShiftStatic` defines it; the median where IQR is 0: [].
+def mode(parts: Iterable[Tensor]) -> Tensor:
+    """Return the peak of the kernel density of the values, as `ShiftStatic` defines it: []; the median where IQR is 0.
 
     Args:
-        parts: gives the values again at each call, in tensors of one dtype.
+        parts: the values, in tensors of one dtype; iterated several times.
     """
-    n = sum(part.numel() for part in parts())
+    n = sum(part.numel() for part in parts)
     ranks = [round(0.25 * (n - 1)), (n - 1) // 2, round(0.75 * (n - 1))]
     lower, median, upper = (order_statistic(parts, rank).double() for rank in ranks)
     spread = float(upper - lower)
@@ -106,7 +99,7 @@ def mode(parts: Callable[[], Iterable[Tensor]]) -> Tensor:
     step = 0.9 * spread / 1.34 * n**-0.2 / 4
     half = int(_SPAN * spread / step)
     counts = torch.zeros(2 * half + 1, dtype=torch.float64, device=median.device)
-    for part in parts():
+    for part in parts:
         cell = ((part.flatten().double() - median) / step).round().long() + half
         counts += torch.bincount(cell[(cell >= 0) & (cell <= 2 * half)], minlength=2 * half + 1)
     reach = torch.arange(-16, 17, dtype=torch.float64, device=median.device)  # 4 bandwidths in steps of h/4

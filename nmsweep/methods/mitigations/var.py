@@ -1,9 +1,8 @@
-"""`var` (VAR): kept channels are stretched so that the token's variance is that of its dense self."""
+"""`var` (VAR): rescale the kept channels so that the token keeps its variance."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
-from nmsweep.methods.base import Layer, Mitigation, Slot, Slots, State
+from nmsweep.methods.base import Layer, Mitigation, Slots, State
 
 
 @dataclass(frozen=True)
@@ -14,7 +13,7 @@ class Var(Mitigation):
     Differs: the paper's code adds 1e-9 to the variance, which underflows to NaN in fp16.
     """
 
-    slot: ClassVar[Slot] = "nu"
+    slot = "nu"
 
     def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
         return replace(slots, nu=True)

@@ -1,1 +1,1 @@
-"""Pruning of weights instead of activations: the baselines that share the grid."""
+"""Criteria that prune weights instead of activations: the baselines."""

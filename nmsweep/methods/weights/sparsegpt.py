@@ -1,7 +1,6 @@
-"""`sparsegpt`: weights are pruned column by column, and the columns that follow make up for each."""
+"""`sparsegpt`: prune weights column by column; the remaining columns compensate for each error."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,32 +11,32 @@ from nmsweep.methods.base import Fitter, Layer, Slots, State, WeightCriterion, a
 from nmsweep.methods.fitters import SecondMoment
 
 BLOCK = 128
-"""Columns chosen together, of SparseGPT's code; here the next multiple of M."""
+"""Columns processed together, from SparseGPT's code; rounded up to a multiple of M."""
 
 DAMPING = 0.01
-"""Added to the diagonal of the Hessian, as a share of its mean, of SparseGPT's code."""
+"""Added to the diagonal of the Hessian, as a share of its mean; from SparseGPT's code."""
 
 
 @dataclass(frozen=True)
 class SparseGPT(WeightCriterion):
     """Optimal brain surgeon on each output row with the Hessian E[xxᵀ], fp32. Calibrated.
 
-    Columns go from first to last. The score of a weight is ``W_ij² / [H⁻¹]_jj²`` of the Cholesky factor of H⁻¹, taken when its
-    group (N:M) or its block of 128 columns (p%) is reached. A pruned weight's error is spread over the columns after it.
-    A channel that is always 0 gets the weight 0. With p% each block of a row has its share of the row's budget.
+    Columns are processed in order. The score of a weight is ``W_ij² / [H⁻¹]_jj²`` of the Cholesky factor of H⁻¹, computed when
+    its group (N:M) or its block of 128 columns (p%) is reached. The error of a pruned weight is spread over the columns after
+    it. A channel that is always 0 gets the weight 0. With p% each block gets its share of the row's budget.
 
     Source: arXiv:2301.00774 (SparseGPT), Algorithm 1, and its public code.
-    Differs: its code takes p% over all rows of a block together; here each output row has the budget.
+    Differs: its code applies p% to all rows of a block together; here each output row has its own budget.
     """
 
-    calibration: ClassVar[Literal["none", "weights", "text", "learned"]] = "text"
-    per_input: ClassVar[bool] = False
+    calibration = "text"
+    per_input = False
 
     def fitter(self, layer: Layer, slots: Slots) -> Fitter:
         return _Surgeon(layer, slots.pattern)
 
     def pruned(self, layer: Layer, pattern: Pattern, state: State) -> tuple[Tensor, int]:
-        return self.found(layer, state, "weight").to(layer.weight.dtype), int(state["kept"])
+        return self.state_entry(layer, state, "weight").to(layer.weight.dtype), int(state["kept"])
 
 
 class _Surgeon(SecondMoment):
@@ -52,12 +51,12 @@ class _Surgeon(SecondMoment):
 
 
 def prune_columns(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """The pruned weight and its mask, both [out, in].
+    """Return the pruned weight and its mask, both [out, in].
 
     Args:
         weight: [out, in] fp32 (float64).
         hessian: E[xxᵀ], [in, in], in the dtype of the weight.
-        pattern: along in, for each row.
+        pattern: applied along in to each row.
     """
     weight = weight.clone()
     width = weight.shape[1]
@@ -83,7 +82,7 @@ def prune_columns(weight: Tensor, hessian: Tensor, pattern: Pattern) -> tuple[Te
 
 
 def _inverse_factor(weight: Tensor, hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped inverse Hessian; dead channels lose their weight."""
+    """Return the upper Cholesky factor of the damped inverse Hessian; set the weights of dead channels to 0."""
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -95,7 +94,7 @@ def _inverse_factor(weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _budget(pattern: Pattern, columns: slice, width: int) -> int:
-    """Weights kept of each row in these columns; over a row they add up to the row's budget."""
+    """Return the weights kept of each row in these columns; they add up to the row's budget."""
     if pattern.kind == "n:m":
         return pattern.n
     share = pattern.kept(width) / width

@@ -1,4 +1,4 @@
-"""`wt`: small weights are pruned."""
+"""`wt`: prune weights by their magnitude."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,6 @@ from torch import Tensor
 from nmsweep.config.pattern import Pattern
 from nmsweep.kernels import prune
 from nmsweep.methods.base import Layer, State, WeightCriterion
-from nmsweep.sparsity.linear import budget
 
 
 @dataclass(frozen=True)
@@ -18,5 +17,5 @@ class Wt(WeightCriterion):
     """
 
     def pruned(self, layer: Layer, pattern: Pattern, state: State) -> tuple[Tensor, int]:
-        weight, mask = prune(layer.weight, **budget(pattern, layer.weight.shape[1]), return_mask=True)
+        weight, mask = prune(layer.weight, **pattern.budget(layer.weight.shape[1]), return_mask=True)
         return weight, int(mask.sum())

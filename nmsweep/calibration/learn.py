@@ -1,4 +1,4 @@
-"""Training of learned stages: a block against its dense output, or the whole model against its dense logits."""
+"""Train learned stages: one block against its dense output, or the whole model against its dense logits."""
 
 import math
 from collections.abc import Callable, MutableSequence, Sequence
@@ -12,21 +12,38 @@ from torch import Tensor
 from nmsweep.config.pattern import Pattern
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.errors import NonFiniteError
-from nmsweep.sparsity.linear import TokenView
+from nmsweep.sparsity.shared_input import TokenView
 
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 WARMUP = 0.03
-"""AdamW without weight decay, gradient norm clipped, learning rate up over 3 % of the steps and then linearly to 0."""
+"""AdamW without weight decay, gradients clipped by norm, learning rate up over 3 % of the steps, then linearly down to 0."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The mean loss over all windows before and after training: squared error of a block's output, or KL in nats a token."""
+    """The mean loss over all windows before and after training: a block's squared error, or KL in nats per token."""
 
     block: str
     before: float
     after: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """How learned stages are trained.
+
+    Attributes:
+        settings: learning rate, epochs and schedule.
+        seed: of the order of the windows.
+        view: of the sparse layers; carries the schedule.
+        pattern: the layers' own.
+    """
+
+    settings: CalibrationConfig
+    seed: int
+    view: TokenView
+    pattern: Pattern
 
 
 def train(
@@ -35,26 +52,19 @@ def train(
     inputs: MutableSequence[Tensor],
     targets: Sequence[Tensor],
     parameters: Sequence[Tensor],
-    settings: CalibrationConfig,
-    seed: int,
-    view: TokenView,
-    pattern: Pattern,
+    training: Training,
     *,
     advance: bool = False,
 ) -> Loss:
-    """Train the learned parameters of one block; batch 1, mean squared error, masks constant in the backward pass.
+    """Train the parameters of one block with batch 1 and mean squared error; masks are constant in the backward pass.
 
     Args:
         name: of the block.
-        run: the sparse block, [1, seqlen, hidden] to the same.
-        inputs, targets: hidden states of each window, and what the block should make of them.
-        parameters: fp32 masters, changed in place.
-        settings: learning rate, epochs and schedule.
-        seed: of the order of the windows.
-        view: of the sparse layers; carries the schedule.
-        pattern: the layers' own.
-        advance: put what the trained block makes of each window in its place in `inputs`: the loss after training needs it
-            anyway, so that no pass of its own is spent on it.
+        run: the sparse block, from [1, seqlen, hidden] to the same.
+        inputs, targets: hidden states of each window, and the outputs to learn.
+        parameters: fp32 leaves, changed in place.
+        training: settings.
+        advance: replace `inputs` by the outputs of the trained block; the loss after training needs them anyway.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
@@ -66,29 +76,26 @@ def train(
             inputs[index] = out
         return F.mse_loss(_wide(out), _wide(targets[index]))
 
-    return _descend(name, loss_of, len(inputs), parameters, settings, seed, view, pattern)
+    return _descend(name, loss_of, len(inputs), parameters, training)
 
 
-def train_end_to_end(
-    model: Any, windows: Tensor, parameters: Sequence[Tensor], settings: CalibrationConfig, seed: int, view: TokenView,
-    pattern: Pattern,
-) -> Loss:  # fmt: skip
-    """Train all learned parameters at once with the divergence of the logits from the dense model's, KL(dense ‖ sparse).
+def train_end_to_end(model: Any, windows: Tensor, parameters: Sequence[Tensor], training: Training) -> Loss:
+    """Train all parameters together with the divergence from the dense model's logits, KL(dense ‖ sparse).
 
     Args:
         model: the sparse model.
         windows: ids [n_windows, seqlen].
-        parameters, settings, seed, view, pattern: as for `train`.
+        parameters, training: as for `train`.
     """
 
     def loss_of(index: int, last: bool) -> Tensor:
         ids = windows[index : index + 1]
-        with torch.no_grad(), view.as_dense():
+        with torch.no_grad(), training.view.as_dense():
             dense = _wide(model(input_ids=ids, use_cache=False).logits[0]).log_softmax(-1)
         sparse = _wide(model(input_ids=ids, use_cache=False).logits[0]).log_softmax(-1)
         return F.kl_div(sparse, dense, log_target=True, reduction="batchmean")
 
-    return _descend("model", loss_of, len(windows), parameters, settings, seed, view, pattern)
+    return _descend("model", loss_of, len(windows), parameters, training)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -96,10 +103,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _descend(
-    name: str, loss_of: Callable[[int, bool], Tensor], n_windows: int, parameters: Sequence[Tensor],
-    settings: CalibrationConfig, seed: int, view: TokenView, pattern: Pattern,
-) -> Loss:  # fmt: skip
-    """Train on `loss_of` a window by its index; its second argument says that training is over and nothing else will run."""
+    name: str, loss_of: Callable[[int, bool], Tensor], n_windows: int, parameters: Sequence[Tensor], training: Training
+) -> Loss:
+    """Minimise `loss_of`, a function of a window's index and of whether training is over."""
+    settings = training.settings
 
     def mean_loss(last: bool) -> float:
         value = sum(float(loss_of(index, last)) for index in range(n_windows)) / n_windows
@@ -116,11 +123,11 @@ def _descend(
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min((done + 1) / warmup, (n_steps - done) / max(1, n_steps - warmup))
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(training.seed)
     order = torch.cat([torch.randperm(n_windows, generator=generator) for _ in range(settings.epochs)]).tolist()
     try:
         for done, index in enumerate(order):
-            _schedule(view, settings.schedule, pattern, done / n_steps)
+            _schedule(training, done / n_steps)
             with torch.enable_grad():
                 loss_of(index, False).backward()
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -128,12 +135,13 @@ def _descend(
             optimizer.zero_grad()
             rate.step()
     finally:
-        view.fade, view.pattern = 0.0, None
+        training.view.fade, training.view.pattern = 0.0, None
     return Loss(name, before, mean_loss(last=True))
 
 
-def _schedule(view: TokenView, schedule: str, pattern: Pattern, progress: float) -> None:
-    """How sparse the layers are at a point of training, 0 to 1; from its middle on they are what they will be."""
+def _schedule(training: Training, progress: float) -> None:
+    """Set the sparsity for a point of training, 0 to 1; in its second half it is the final one."""
+    view, pattern, schedule = training.view, training.pattern, training.settings.schedule
     dense = max(0.0, 1 - 2 * progress)
     if schedule == "decay":
         view.fade = dense

@@ -1,4 +1,4 @@
-"""Which layer gets which pattern under one budget: a greedy choice by output error."""
+"""Assign a pattern to each layer under one budget: greedily, by output error."""
 
 import heapq
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,18 @@ from nmsweep.config.pattern import Pattern
 from nmsweep.errors import InputError
 
 VERSION = 1
-"""Raised when the choice changes; part of every cell that makes it."""
+"""Part of the identity of every cell that searches; increased when the result changes."""
 
 
 def density_of(layers: Mapping[str, Pattern], cost: Mapping[str, int]) -> float:
-    """The average density of some layers, weighted by their multiply-adds, 0 to 1."""
+    """Return the average density of some layers, weighted by their multiply-adds, 0 to 1."""
     return sum((1 - pattern.sparsity) * cost[name] for name, pattern in layers.items()) / sum(
         cost[name] for name in layers
     )
 
 
 def check_budget(patterns: Sequence[Pattern], density: float) -> None:
-    """See that some choice of the patterns is within the budget, and that a choice is left.
+    """Check that some assignment of the patterns is within the budget, and that there is a choice.
 
     Raises:
         InputError: the strictest pattern everywhere is above the budget, or the loosest within it.
@@ -39,23 +39,22 @@ def check_budget(patterns: Sequence[Pattern], density: float) -> None:
 def greedy(
     errors: Mapping[str, Mapping[Pattern, float]], cost: Mapping[str, int], patterns: Sequence[Pattern], density: float
 ) -> dict[str, Pattern]:
-    """Give each layer the strictest pattern that the others leave it.
+    """Assign patterns greedily until the average density is within the budget.
 
-    All layers begin with the loosest pattern. The layer whose next stricter one adds the least squared relative error for
-    each multiply-add that it saves takes that step, until the average density is within the budget. Ties go to the layer
-    that runs first.
+    All layers begin with the loosest pattern. In each step, one layer moves to its next stricter pattern: the layer for which
+    this adds the least squared relative error per multiply-add saved. Ties go to the layer that runs first.
 
     Args:
         errors: layer -> pattern -> relative output error, ‖ŷ−y‖/‖y‖.
         cost: layer -> multiply-adds a token.
-        patterns: what may be given, in any order.
+        patterns: to choose from, in any order.
         density: the budget, the average of the layers' densities weighted by `cost`.
 
     Returns:
         layer -> pattern; the average density is at most `density`.
 
     Raises:
-        InputError: a budget that no choice or every choice meets.
+        InputError: no assignment meets the budget, or every one does.
 
     Source: ours.
     """

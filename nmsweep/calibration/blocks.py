@@ -1,4 +1,4 @@
-"""The decoder blocks of a model, run one at a time: what goes in, and what a layer inside is given."""
+"""Run the decoder blocks of a model one at a time, and catch the inputs and gradients of layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from nmsweep.models.targets import decoder_linears
 
 
 class _Reached(Exception):  # noqa: N818 it is no error
-    """Ends a pass at the tensor that was wanted."""
+    """Ends a pass once the tensor is caught."""
 
 
 class Blocks:
-    """A model's decoder blocks.
+    """The decoder blocks of a model.
 
-    All windows have one length and no padding, so what a block is given besides its hidden states (masks, positions) is the
-    same for every window; it differs between blocks where attention does (Gemma3).
+    All windows have the same length and no padding, so the other inputs of a block (masks, positions) are the same for every
+    window. They differ between blocks where attention does (Gemma3).
 
     Args:
         model: a causal language model of transformers.
@@ -36,12 +36,12 @@ class Blocks:
         self._kwargs: list[dict[str, Any]] = []
 
     def first_inputs(self) -> list[Tensor]:
-        """The hidden states [1, seqlen, hidden] of every window before the first block."""
+        """Return the hidden states [1, seqlen, hidden] of every window before the first block."""
         self._kwargs = self._side_inputs()
-        found: list[Tensor] = []
+        inputs: list[Tensor] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(args[0] if args else kwargs["hidden_states"])
+            inputs.append(args[0] if args else kwargs["hidden_states"])
             raise _Reached
 
         hook = self._modules[0].register_forward_pre_hook(catch, with_kwargs=True)
@@ -50,14 +50,14 @@ class Blocks:
                 _until_stop(lambda window=window: self._decoder(input_ids=window, use_cache=False))
         finally:
             hook.remove()
-        return found
+        return inputs
 
     def _side_inputs(self) -> list[dict[str, Any]]:
-        """What every block is given by name, from one pass of one window."""
-        found: list[dict[str, Any]] = []
+        """Return the keyword arguments of every block, from one pass of one window."""
+        of_block: list[dict[str, Any]] = []
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+            of_block.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
 
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self._modules]
         try:
@@ -65,20 +65,20 @@ class Blocks:
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
+        return of_block
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
-        """One block: hidden states [1, seqlen, hidden] to hidden states."""
+        """Run one block: hidden states [1, seqlen, hidden] to hidden states."""
         out: Any = self._modules[index](hidden, **self._kwargs[index])
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
     def input_of(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """What a layer inside a block is given, [1, seqlen, in]; the block runs no further than that."""
-        found: list[Tensor] = []
+        """Return the input of a layer inside a block, [1, seqlen, in]; the block runs no further than that."""
+        caught: list[Tensor] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0])
+            caught.append(args[0])
             raise _Reached
 
         hook = layer.register_forward_pre_hook(catch)
@@ -86,7 +86,7 @@ class Blocks:
             _until_stop(lambda: self.run(index, hidden))
         finally:
             hook.remove()
-        return found[0]
+        return caught[0]
 
 
 def _until_stop(forward: Any) -> None:
@@ -94,25 +94,25 @@ def _until_stop(forward: Any) -> None:
         forward()
     except _Reached:
         return
-    raise RuntimeError("a decoder block did not reach the layer that was waited for")
+    raise RuntimeError("a decoder block never called the layer whose input was requested")
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model takes a gradient inside the block."""
-    took = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in took:
+    """Turn off the gradients of all parameters inside the block."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in took:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 @torch.enable_grad()
 def gradients(model: Any, window: Tensor, groups: Sequence[Sequence[str]]) -> Mapping[int, Tensor]:
-    """The gradient of a window's summed next-token loss with respect to the input of each group's layers.
+    """Compute the gradient of a window's summed next-token loss with respect to the input of each group's layers.
 
     Args:
         model: a causal language model whose parameters are frozen.
@@ -120,7 +120,7 @@ def gradients(model: Any, window: Tensor, groups: Sequence[Sequence[str]]) -> Ma
         groups: module paths of layers that read one tensor.
 
     Returns:
-        For each group's index the gradient through all its layers, [1, seqlen, in].
+        By index of the group, the gradient through all its layers, [1, seqlen, in].
     """
     inputs: dict[int, Tensor] = {}
 

@@ -1,7 +1,7 @@
 """The calibrated state on disk: one safetensors file under a key of everything it depends on, shared by cells."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nmsweep.calibrate.learn import Loss
+from nmsweep.calibration.learn import Loss
 from nmsweep.errors import InputError
 from nmsweep.methods.base import State
 from nmsweep.results.storage import whole_file
 
 VERSION = 1
-"""Raised when calibration gives other numbers; part of every key."""
+"""Part of every key; increased when calibration gives other numbers."""
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibration found out.
+    """The result of a calibration.
 
     Attributes:
-        state: for each target layer, by module path.
+        state: of each target layer, by module path.
         losses: of the trained blocks, before and after.
-        key: of its file; empty where nothing was calibrated or kept.
+        key: of its file; empty where nothing was calibrated or stored.
     """
 
     state: Mapping[str, State] = field(default_factory=dict)
@@ -34,45 +34,26 @@ class Calibrated:
     key: str = ""
 
     def provenance(self) -> dict[str, Any]:
-        """What a record says of it."""
+        """Return what a record says about it."""
         return {"key": self.key, "losses": [asdict(loss) for loss in self.losses]} if self.key else {}
-
-
-def calibrate(folder: Path, key: str, make: Callable[[], Calibrated]) -> Calibrated:
-    """The state of a key: read from its file, or made and kept.
-
-    Args:
-        folder: where states lie.
-        key: hash of everything that the state depends on.
-        make: calibrates.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    file = state_file(folder, key)
-    if file.is_file():
-        return read_state(file, key)
-    made = make()
-    _write(file, made)
-    return Calibrated(made.state, made.losses, key)
 
 
 def state_file(folder: Path, key: str) -> Path:
     return folder / f"{key}.safetensors"
 
 
-def _write(file: Path, made: Calibrated) -> None:
-    """Whole or not at all; a tensor that layers share is kept once."""
+def write_state(file: Path, calibrated: Calibrated) -> None:
+    """Write a state atomically; a tensor that layers share is stored once."""
     tensors: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     places: dict[str, str] = {}
-    for layer, state in made.state.items():
+    for layer, state in calibrated.state.items():
         for name, value in state.items():
             place = first.setdefault(id(value), f"{layer}/{name}")
             places[f"{layer}/{name}"] = place
             if place not in tensors:
                 tensors[place] = value.detach().cpu().contiguous().clone()
-    metadata = {"places": json.dumps(places), "losses": json.dumps([asdict(loss) for loss in made.losses])}
+    metadata = {"places": json.dumps(places), "losses": json.dumps([asdict(loss) for loss in calibrated.losses])}
     with whole_file(file) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -92,5 +73,7 @@ def read_state(file: Path, key: str) -> Calibrated:
             layer, _, entry = place.rpartition("/")
             state.setdefault(layer, {})[entry] = tensors[name]
         return Calibrated(state, [Loss(**loss) for loss in json.loads(metadata["losses"])], key)
-    except Exception as error:  # the library raises its own kinds beside OSError; each means that the file is no state
+    except (
+        Exception
+    ) as error:  # besides OSError the library raises types of its own; each means that the file is damaged
         raise InputError(f"calibrated state {file.name}: {type(error).__name__}: {error}") from error

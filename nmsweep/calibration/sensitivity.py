@@ -1,22 +1,23 @@
-"""How much each layer's output suffers from being pruned by itself, on a calibration text."""
+"""Measure how much pruning each layer alone changes its output, on a calibration text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmsweep.calibrate.fit import fit
+from nmsweep.calibration.fit import fit
 from nmsweep.config.pattern import Pattern
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.methods.base import Layer, State, WeightCriterion
 from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models.targets import input_groups
 from nmsweep.sparsity.install import dense_targets, sparse_layers
-from nmsweep.sparsity.linear import TokenView
 from nmsweep.sparsity.scope import Scope
+from nmsweep.sparsity.shared_input import TokenView
 
 
 def output_errors(
@@ -31,16 +32,16 @@ def output_errors(
     seed: int = 0,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[Pattern, float]]:
-    """‖ŷ−y‖/‖y‖ of every target layer under every pattern, over all tokens of a text, each on the dense model's input.
+    """Return ‖ŷ−y‖/‖y‖ of every target layer under every pattern, over all tokens of a text, on the dense model's input.
 
-    Calibrated stages are fitted on the same text with ``prefix=dense``, once a pattern; learned stages are left out.
-    Memory: one window's activations, and one pruned copy of each weight where weights are pruned.
+    Calibrated stages are fitted on the same text with ``prefix=dense``, once for each pattern; learned stages are left out.
+    Memory: the activations of one window, and for weight pruning one pruned copy of each weight.
 
     Args:
         model: a dense causal language model of transformers.
         windows: ids [n_windows, seqlen].
         sparsification: criterion and mitigations; its pattern is not used.
-        patterns: to try.
+        patterns: to measure.
         targets: presets or globs that say which layers.
         scope: which tokens are pruned; ``prefill`` and ``decode`` take all.
         settings: of calibration.
@@ -66,53 +67,48 @@ def output_errors(
     finally:
         for hook in hooks:
             hook.remove()
-    found: dict[str, dict[Pattern, float]] = {}
+    errors: dict[str, dict[Pattern, float]] = {}
     for meter in meters:
-        found.setdefault(meter.name, {})[meter.pattern] = meter.error
-    return found
+        errors.setdefault(meter.name, {})[meter.pattern] = meter.error
+    return errors
 
 
 @dataclass
 class _Meter:
-    """A hook on one dense layer: what its sparse double makes of the same input."""
+    """A hook on one dense layer that compares its output with that of a sparse layer on the same input."""
 
     name: str
     pattern: Pattern
-    double: Callable[[Tensor], Tensor]
-    wrong: float | Tensor = 0.0
-    whole: float | Tensor = 0.0
+    sparse: Callable[[Tensor], Tensor]
+    squared_error: float | Tensor = 0.0
+    squared_norm: float | Tensor = 0.0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        self.wrong += (self.double(args[0]).double() - y.double()).square().sum()
-        self.whole += y.double().square().sum()
+        self.squared_error += (self.sparse(args[0]).double() - y.double()).square().sum()
+        self.squared_norm += y.double().square().sum()
 
     @property
     def error(self) -> float:
-        whole = float(self.whole)
-        return (float(self.wrong) / whole) ** 0.5 if whole else 0.0
+        norm = float(self.squared_norm)
+        return (float(self.squared_error) / norm) ** 0.5 if norm else 0.0
 
 
 def _meters(
-    model: Any, windows: Tensor, made: Sparsification, targets: Sequence[str], scope: str, settings: CalibrationConfig, seed: int
+    model: Any, windows: Tensor, method: Sparsification, targets: Sequence[str], scope: str, settings: CalibrationConfig,
+    seed: int,
 ) -> list[_Meter]:  # fmt: skip
     state: Mapping[str, State] = {}
-    if made.calibrated:
-        state = fit(model, windows, made, targets, scope=scope, settings=settings, seed=seed).state
-    linears, view = dense_targets(model, made, targets), TokenView(Scope.parse(scope))
-    if isinstance(made.criterion, WeightCriterion):
-        return [
-            _Meter(name, made.pattern, _pruned(made.criterion, name, linears[name], made, state)) for name in linears
-        ]
+    if method.calibrated:
+        state = fit(model, windows, method, targets, scope=scope, settings=settings, seed=seed).state
+    linears, view = dense_targets(model, method, targets), TokenView(Scope.parse(scope))
+    if isinstance(method.criterion, WeightCriterion):
+        meters = []
+        for name, linear in linears.items():
+            weight, _ = method.criterion.pruned(Layer(name, linear), method.pattern, state.get(name, {}))
+            meters.append(_Meter(name, method.pattern, partial(F.linear, weight=weight, bias=linear.bias)))
+        return meters
     return [
-        _Meter(name, made.pattern, double.forward)  # the hook is the double's too
+        _Meter(name, method.pattern, sparse.forward)  # not the layer itself, which shares this hook
         for group in input_groups(model, list(linears))
-        for name, double in sparse_layers(made, {name: linears[name] for name in group}, state, view).items()
+        for name, sparse in sparse_layers(method, {name: linears[name] for name in group}, state, view).items()
     ]
-
-
-def _pruned(
-    criterion: WeightCriterion, name: str, linear: nn.Linear, made: Sparsification, state: Mapping[str, State]
-) -> Callable[[Tensor], Tensor]:
-    """The layer with its weight pruned."""
-    weight, _ = criterion.pruned(Layer(name, linear), made.pattern, state.get(name, {}))
-    return lambda x: F.linear(x, weight, linear.bias)

@@ -1,4 +1,4 @@
-"""The calibration text: where it is, its windows, and the proof that it is not the text that is evaluated."""
+"""The calibration text: find it, cut it into windows, and check that it has nothing in common with the evaluated text."""
 
 import json
 import re
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from nmsweep.data.tasks import MINI_FOLDER, MINI_TASKS, TRAINING_FILES, TaskSource, read_text
 from nmsweep.errors import DataError
+from nmsweep.methods.sparsification import Sparsification
 
 SHARED_WORDS = 13
-"""So many words in a row that stand in both texts are the same text; the measure of contamination of arXiv:2005.14165."""
+"""Two texts overlap if they share this many consecutive words; the contamination test of arXiv:2005.14165."""
 
 
 def find_source(source: str, tasks: Sequence[str], mirror: Path | None) -> TaskSource:
@@ -22,12 +23,12 @@ def find_source(source: str, tasks: Sequence[str], mirror: Path | None) -> TaskS
 
     Args:
         source: ``auto`` (mini where only mini tasks are evaluated, else WikiText-2), ``mini``, ``wikitext2`` (its training
-            split: of the mirror, or of the hub), or a text file.
+            split, from the mirror or the hub), or a text file.
         tasks: the evaluated tasks.
         mirror: the folder of local data; None for the hub.
 
     Raises:
-        DataError: it is not there.
+        DataError: it does not exist.
     """
     source = source_name(source, tasks)
     if source == "mini":
@@ -41,7 +42,7 @@ def find_source(source: str, tasks: Sequence[str], mirror: Path | None) -> TaskS
 
 
 def source_name(source: str, tasks: Sequence[str]) -> str:
-    """``mini``, ``wikitext2`` or a text file: what `source` means where these tasks are evaluated."""
+    """Return ``mini``, ``wikitext2`` or a text file; ``auto`` goes by the evaluated tasks."""
     if source != "auto":
         return source
     return "mini" if all(task in MINI_TASKS or task == "mini_prose" for task in tasks) else "wikitext2"
@@ -57,19 +58,30 @@ def _train_file(mirror: Path) -> dict[str, Path]:
     )
 
 
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer puts a BOS before a text (Llama, Gemma)."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def default_samples(sparsification: Sparsification) -> int:
+    """Return the number of windows where the user gives none."""
+    return 256 if sparsification.learned else 32
+
+
 def windows(
     text: str, tokenizer: Any, *, n_samples: int, seqlen: int, seed: int, bos: bool, exact: bool = True
 ) -> Tensor:
-    """Windows of a text that do not overlap, in an order that `seed` decides.
+    """Draw windows from a text, without overlap.
 
     Args:
-        text: tokenised once, without special tokens.
+        text: tokenised as a whole, without special tokens.
         tokenizer: of transformers.
-        n_samples: windows.
-        seqlen: tokens in a window, a BOS included.
-        seed: of the choice.
+        n_samples: number of windows.
+        seqlen: tokens in a window, including a BOS.
+        seed: of the draw.
         bos: whether each window begins with the BOS token.
-        exact: refuse a text with fewer windows; else take what there is.
+        exact: refuse a text with fewer windows, instead of taking all it has.
 
     Returns:
         ids [n_windows, seqlen], int64.
@@ -91,12 +103,12 @@ def windows(
 
 
 def check_disjoint(calibration: TaskSource, evaluated: Sequence[TaskSource]) -> None:
-    """Refuse a calibration text that has words in common with what is evaluated.
+    """Check that the calibration text does not overlap with the evaluated data.
 
-    Data that only the hub has is compared for texts, not for items of the harness.
+    Items of the harness that only the hub has are not compared here (see `check_items`).
 
     Raises:
-        DataError: both have the same 13 words in a row; the message shows them.
+        DataError: both contain the same 13 consecutive words; the message shows them.
     """
     for source in evaluated:
         if source.kind == "text" or source.split in source.files:
@@ -104,10 +116,10 @@ def check_disjoint(calibration: TaskSource, evaluated: Sequence[TaskSource]) -> 
 
 
 def check_items(calibration: TaskSource, task: str, items: Iterable[Any]) -> None:
-    """`check_disjoint` for items of a task that are here as plain values.
+    """Check that the calibration text does not overlap with the items of a task.
 
     Raises:
-        DataError: one of them has the same 13 words in a row as the calibration text; the message shows them.
+        DataError: both contain the same 13 consecutive words; the message shows them.
     """
     _refuse(calibration, task, _first_shared(_phrases(_Hashable(calibration)), map(_joined, items)))
 
@@ -121,7 +133,7 @@ def _refuse(calibration: TaskSource, task: str, shared: str) -> None:
 
 
 class _Hashable:
-    """A source that a cache can tell from others, by its content."""
+    """A source as a cache key, by its content."""
 
     def __init__(self, source: TaskSource) -> None:
         self.source = source
@@ -140,7 +152,7 @@ def _shared(calibration: _Hashable, evaluated: _Hashable) -> str:
 
 
 def _first_shared(known: frozenset[tuple[str, ...]], texts: Iterable[str]) -> str:
-    """The first words in a row that are known; empty without any."""
+    """Return the first known phrase of the texts; empty without one."""
     return next((" ".join(phrase) for text in texts for phrase in _runs(text) if phrase in known), "")
 
 
@@ -164,7 +176,7 @@ def _texts(source: TaskSource) -> Iterator[str]:
 
 
 def _joined(item: Any) -> str:
-    """All texts of an item, kept apart."""
+    """Join all strings of an item, separated so that no phrase spans two of them."""
     return " . ".join(_strings(item))
 
 

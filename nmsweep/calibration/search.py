@@ -1,12 +1,12 @@
-"""The greedy policy on a model: output errors of every pattern, then one pattern for each layer."""
+"""Search a pattern for each layer of a model: measure the output errors of all patterns, then assign greedily."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from nmsweep.calibrate.policy import density_of, greedy
-from nmsweep.calibrate.sensitivity import output_errors
+from nmsweep.calibration.policy import density_of, greedy
+from nmsweep.calibration.sensitivity import output_errors
 from nmsweep.config.pattern import Pattern
 from nmsweep.config.recipe import Recipe
 from nmsweep.config.schema import AllocationConfig, CalibrationConfig
@@ -26,17 +26,17 @@ def search(
     seed: int = 0,
     step: Callable[[], None] = lambda: None,
 ) -> Recipe:
-    """Give each target layer the strictest pattern under an average density budget, by its output error on a text.
+    """Assign a pattern to each target layer under an average density budget, by output errors on a text.
 
     Args:
         model: a dense causal language model of transformers.
         windows: ids [n_windows, seqlen].
-        sparsification: criterion and mitigations; its pattern is the budget where `allocation` has none.
+        sparsification: criterion and mitigations; its pattern sets the budget where `allocation` has none.
         allocation: the patterns to choose from, and the budget.
         targets, scope, settings, seed, step: as for `output_errors`.
 
     Raises:
-        InputError: a budget that no choice or every choice meets, or widths that do not fit a pattern.
+        InputError: no assignment meets the budget, or every one does; or widths that do not fit a pattern.
     """
     ladder: Sequence[Pattern] = allocation.ladder
     budget = allocation.density or 1 - sparsification.pattern.sparsity
