@@ -80,9 +80,6 @@ def _application(words: list[str]) -> int:
 
 
 def _report(words: Sequence[str]) -> int:
-    from nmsweep.report.workers import get_ready
-
-    get_ready(words)
     from nmsweep.commands.report import report
 
     return report(words)

@@ -9,7 +9,8 @@ import pandas as pd
 
 from nmsweep.errors import InputError, nearest
 from nmsweep.results.record import CellRecord, cell_folders, find_cell, items_file, read_cell
-from nmsweep.statistics.comparison import compare, flipped, primary_metric
+from nmsweep.statistics.comparison import compare
+from nmsweep.statistics.flips import flipped, primary_metric
 
 
 def show_flips(results_dir: Path, cell: str, task: str | None, limit: int) -> None:
