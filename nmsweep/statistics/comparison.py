@@ -139,7 +139,7 @@ def compare_cells(
                 compared = _compare_text if metric == PERPLEXITY else _compare_metric
                 head = {"cell_id": chunk, "task": group.task, "metric": metric, "n_items": len(group.item)}
                 parts.append(pd.DataFrame(head | compared(group, metric, dense, chunk)))
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(dtype=object)
     return table.reindex(columns=["cell_id", "task", "metric", *COLUMNS])
 
 

@@ -108,7 +108,7 @@ def _intervals(a: Results, b: Results, rows: pd.DataFrame, problems: list[str]) 
     ratio = table["metric"] == PERPLEXITY
     return pd.DataFrame(
         {
-            "cell_b": table["cell_id"].str.removeprefix("b "), "task": table["task"], "metric": table["metric"],
+            "cell_b": table["cell_id"].map(lambda cell: cell.removeprefix("b ")), "task": table["task"], "metric": table["metric"],
             "low": table["ratio_low"].where(ratio, -table["drop_high"]),
             "high": table["ratio_high"].where(ratio, -table["drop_low"]),
             "p_holm": holm_by_task(table),
