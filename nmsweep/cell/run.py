@@ -37,7 +37,7 @@ from nmsweep.results.record import (
     write_cell,
 )
 from nmsweep.sparsity.install import SparseModel, install
-from nmsweep.statistics.identity import METHOD, SCORES, method_id, scores_sha256, twins
+from nmsweep.statistics.identity import METHOD, SCORES, duplicates_of, method_id, scores_sha256
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         about = {"launch": session.launch, "wall_s": round(time.perf_counter() - started, 3)}
         record = write(cell, loaded, done, calibrated, about)
     log_cell(cfg, record, session.sweep, session.display.say)
-    for same in twins(cfg.results_dir, cell.folder):
+    for same in duplicates_of(cfg.results_dir, cell.folder):
         log.warning("%s", same)
         session.display.say(f"    {same}")
     session.display.finished(summary(record))

@@ -11,7 +11,8 @@ from nmsweep.commands.words import key_values, whole_number
 from nmsweep.errors import InputError, nearest
 from nmsweep.results.layout import items_file
 from nmsweep.results.record import CellRecord, cell_folders, find_cell, read_cell
-from nmsweep.statistics.comparison import compare, flipped, primary_metric
+from nmsweep.statistics.comparison import compare
+from nmsweep.statistics.flips import flipped, primary_metric
 
 
 def main(words: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""The words of `nmsweep report`."""
+"""`nmsweep report`: its words and its exit code."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _WORDS = ("results_dir", "rows", "cols", "metric", "check", "compare")
 
 @dataclass(frozen=True)
 class Request:
-    """What a command asks for: a report, a check or a comparison of two folders."""
+    """A report, a check or a comparison of two folders."""
 
     results_dir: Path = Path("results")
     table: TableSpec | None = None
@@ -28,10 +28,10 @@ class Request:
 
 
 def parse_words(words: Sequence[str]) -> Request:
-    """Read ``results_dir=DIR rows=… cols=… metric=…``, ``--check``, ``--compare A B``; ``report.`` may stand before a key.
+    """Read ``results_dir=DIR rows=… cols=… metric=…``, ``--check``, ``--compare A B``; ``report.`` may precede a key.
 
     Raises:
-        InputError: a word that is not understood, or a table that cannot be; all mistakes together.
+        InputError: a word that is not known, or a table that cannot be made; all mistakes together.
     """
     rest, folders, errors = list(words), [], []
     if "--compare" in rest:
@@ -40,47 +40,48 @@ def parse_words(words: Sequence[str]) -> Request:
         del rest[at : at + 1 + len(folders)]
         if len(folders) != 2:
             errors.append(f"--compare: {len(folders)} folders are named; name two, as in --compare A B")
-    given = {}
+    options = {}
     for word in rest:
         key, separator, value = word.removeprefix("--").removeprefix("report.").partition("=")
         key = key.replace("-", "_")
         if key == "check" and not separator:
             separator, value = "=", "true"
         if not separator or key not in _WORDS:
-            errors.append(
-                f"report: {word!r} is not understood; {nearest(key, [f'{name}=' for name in _WORDS])}, --check, --compare A B"
-            )
-        given[key] = value
-    if "compare" in given:
-        folders = given["compare"].split(",")
+            allowed = nearest(key, [f"{name}=" for name in _WORDS])
+            errors.append(f"report: {word!r} is not known; {allowed}, --check, --compare A B")
+        options[key] = value
+    if "compare" in options:
+        folders = options["compare"].split(",")
         if len(folders) != 2:
-            errors.append(f"report.compare: {given['compare']!r} names {len(folders)} folders; allowed: compare=A,B")
-    if given.get("check", "true").lower() not in ("true", "false"):
-        errors.append(f"report.check: {given['check']!r}; allowed: true, false")
-    table = _table(given, errors)
+            errors.append(f"report.compare: {options['compare']!r} names {len(folders)} folders; allowed: compare=A,B")
+    check = options.get("check", "false").lower()
+    if check not in ("true", "false"):
+        errors.append(f"report.check: {options['check']!r}; allowed: true, false")
+    table = _table(options, errors)
     if errors:
         raise InputError(*errors)
     compare = (Path(folders[0]), Path(folders[1])) if folders else None
-    return Request(
-        Path(given.get("results_dir", "results")), table, given.get("check", "false").lower() == "true", compare
-    )
+    return Request(Path(options.get("results_dir", "results")), table, check == "true", compare)
 
 
-def _table(given: dict[str, str], errors: list[str]) -> TableSpec | None:
-    if not {"rows", "cols", "metric"} & set(given):
+def _table(options: dict[str, str], errors: list[str]) -> TableSpec | None:
+    if not {"rows", "cols", "metric"} & set(options):
         return None
     try:
-        return parse_spec(given.get("rows", "pattern"), given.get("cols", "model"), given.get("metric", "drop"))
+        return parse_spec(options.get("rows", "pattern"), options.get("cols", "model"), options.get("metric", "drop"))
     except InputError as error:
         errors += error.messages
         return None
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the subcommand; returns its exit code, 1 where a check finds a number that the samples do not give.
+    """Run the subcommand.
+
+    Returns:
+        The exit code: 1 where a check finds a number that differs from its samples, else 0.
 
     Raises:
-        InputError: a word that is not understood, or a folder without results.
+        InputError: a word that is not known, or a folder without results.
     """
     asked = parse_words(words)
     out = Console()
@@ -96,24 +97,19 @@ def main(words: Sequence[str]) -> int:
 
 
 def check(results_dir: Path, out: Console) -> int:
-    """Recompute every number and print what differs."""
+    """Recompute every number and print those that differ; returns the exit code."""
     results = read_results(results_dir)
-    found = check_results(results)
-    for finding in found.wrong:
-        where = " ".join(filter(None, (finding.cell_id, finding.task, finding.metric)))
-        out.print(f"differs: {plain(where)}: {plain(finding.message)}", markup=False, highlight=False, soft_wrap=True)
-    for finding in found.unknown:
-        out.print(
-            f"unchecked: {finding.cell_id} {plain(finding.task)} {plain(finding.metric)}: {finding.message}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    for problem in results.problems:
-        out.print(f"unreadable: {plain(problem)}", markup=False, highlight=False, soft_wrap=True)
-    out.print(
-        f"{found.n_equal} numbers of {len(results.done)} cells are what their samples give; {len(found.wrong)} differ, {len(found.unknown)} cannot be recomputed",
-        highlight=False,
-        soft_wrap=True,
+    checked = check_results(results)
+    lines = [
+        f"{word}: {' '.join(filter(None, (finding.cell_id, finding.task, finding.metric)))}: {finding.message}"
+        for word, findings in (("differs", checked.wrong), ("unchecked", checked.unknown))
+        for finding in findings
+    ]
+    lines += [f"unreadable: {problem}" for problem in results.problems]
+    lines.append(
+        f"{checked.n_equal} numbers of {len(results.done)} cells are what their samples give; "
+        f"{len(checked.wrong)} differ, {len(checked.unknown)} cannot be recomputed"
     )
-    return int(bool(found.wrong or results.problems))
+    for line in lines:
+        out.print(plain(line), markup=False, highlight=False, soft_wrap=True)
+    return int(bool(checked.wrong or results.problems))

@@ -12,7 +12,7 @@ from nmsweep.data.yamls import listed
 from nmsweep.errors import DataError
 from nmsweep.evaluate.result import TaskResult
 from nmsweep.results.record import Metric
-from nmsweep.statistics.comparison import WEIGHT_PREFIX
+from nmsweep.results.samples import WEIGHT_PREFIX
 
 
 def numbered(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

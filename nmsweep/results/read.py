@@ -1,14 +1,11 @@
-"""All records of a results folder at once, quickly, while a sweep may be writing to it."""
+"""All records of a results folder at once, while a sweep may be writing to it."""
 
-import io
+import csv
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +16,36 @@ import yaml
 from nmsweep.config.pattern import parse_pattern
 from nmsweep.errors import InputError
 from nmsweep.results.layout import CONFIG, FAILED, METRICS, PROVENANCE
-from nmsweep.results.record import METRIC_COLUMNS, SCHEMA, cell_folders, read_metrics
+from nmsweep.results.record import METRIC_COLUMNS, SCHEMA, cell_folders, is_newer
 
 FIELDS = (
     "model", "revision", "operand", "pattern", "criterion", "mitigation", "targets", "scope", "profile", "dtype", "seed",
 )  # fmt: skip
-"""What a cell is told apart by in a table."""
+"""The settings that distinguish cells in a table."""
 
-_NUMERIC = ("value", "stderr", "n", "m", "n_items", "sparsity", "flops_share", "seed")
-_WORDS = tuple(name for name in METRIC_COLUMNS if name not in _NUMERIC)
+_FLOATS = ("value", "stderr", "sparsity", "flops_share")
+_INTEGERS = ("n", "m", "n_items", "seed")
 _NOT_A_SETTING = ("results_dir", "data.mirror", "baseline", "plugins", "force", "device", "eval.batch_tokens", "eval.skip_missing")  # fmt: skip
 _TOP_KEY = re.compile(r"(?<=\n)(?=[^ \-\n])")
-"""Where config.yaml is cut into blocks."""
+"""Splits config.yaml into its top-level keys."""
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a results folder holds.
+    """The records of a results folder.
 
     Attributes:
         folder: the results folder.
         tidy: one row for each finished cell, task and metric, with the columns of metrics.csv.
         cells: one row a cell, indexed by cell id, failed ones too: `FIELDS`, `dense_cell_id`, `sparsity`, `flops_share`,
-            `status`, `error`, `tasks` (joined by +), `variant` (settings that tell it from a cell with the same fields),
+            `status`, `error`, `tasks` (joined by +), `variant` (settings that differ between cells with equal fields),
             `place` (its folder).
         configs: effective config by cell id.
-        blocks: config.yaml by cell id, cut at its top-level keys: most cells share most blocks.
+        blocks: config.yaml by cell id, split at its top-level keys: most cells share most blocks.
         provenance: provenance.json by cell id.
-        problems: records that could not be read, one message each.
+        problems: a message for each record that could not be read.
     """
 
     folder: Path
@@ -61,52 +58,54 @@ class Results:
 
     @property
     def done(self) -> pd.DataFrame:
+        """The finished cells."""
         return self.cells[self.cells["status"] == "done"]
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The small files of one cell, unparsed."""
-
-    place: Path
-    metrics: bytes
-    config: str
-    provenance: Mapping[str, Any]
-
-
 def read_results(results_dir: Path) -> Results:
-    """Read the metrics, configs and provenance of every cell, and the failures. Samples and layers are left alone.
+    """Read the metrics, configs and provenance of every cell, and the failures; not the samples and layers.
 
-    A folder that vanishes while it is read (a cell that is being replaced) is left out; a damaged one is a problem.
+    A folder that vanishes meanwhile (a cell that is being replaced) is left out; a damaged one is a problem.
 
     Raises:
         InputError: the folder has no finished cell.
     """
     problems: list[str] = []
-    files = _read_cells(cell_folders(results_dir), problems)
-    tables = _parse_metrics(files, problems)
-    if not tables:
-        raise InputError(
-            f"results_dir: {results_dir} has no finished cell{_because(problems)}; "
-            "run `nmsweep` first or pass results_dir=DIR"
-        )
+    rows: list[dict[str, Any]] = []
     configs: dict[str, Mapping[str, Any]] = {}
     provenance: dict[str, Mapping[str, Any]] = {}
     places: dict[str, Path] = {}
     blocks: dict[str, list[str]] = {}
-    for one in files:
-        cell_id = str(one.provenance.get("cell_id") or one.place.name.rpartition("_")[2])
-        blocks.setdefault(cell_id, _TOP_KEY.split(one.config))
-        configs.setdefault(cell_id, read_config(blocks[cell_id]))
-        provenance.setdefault(cell_id, one.provenance)
-        places.setdefault(cell_id, one.place)
-    tidy = pd.concat(tables, ignore_index=True).drop_duplicates(["cell_id", "task", "metric"])
-    tidy = tidy.assign(**{name: _as_objects(tidy[name]) for name in _WORDS})
-    tidy = tidy[tidy["cell_id"].isin(set(configs))]
-    tidy = tidy.sort_values(
+    for folder in cell_folders(results_dir):
+        try:
+            known = json.loads((folder / PROVENANCE).read_bytes())
+            if is_newer(known):
+                raise InputError(
+                    f"schema {known['schema']} of a newer nmsweep; this version reads up to {SCHEMA}; update nmsweep"
+                )
+            cell_id = str(known.get("cell_id") or folder.name.rpartition("_")[2])
+            config = _TOP_KEY.split((folder / CONFIG).read_text(encoding="utf-8"))
+            metrics = read_rows(folder / METRICS)
+        except (OSError, ValueError, AttributeError, csv.Error, InputError) as error:
+            if folder.is_dir():
+                problems.append(f"record {folder.name}: {_said(error)}")
+            continue
+        if cell_id not in configs:
+            rows += [row for row in metrics if row["cell_id"] == cell_id]
+            blocks[cell_id], configs[cell_id] = config, read_config(config)
+            provenance[cell_id], places[cell_id] = known, folder
+    if not rows:
+        because = f" that can be read ({problems[0]})" if problems else ""
+        raise InputError(
+            f"results_dir: {results_dir} has no finished cell{because}; run `nmsweep` first or pass results_dir=DIR"
+        )
+    tidy = pd.DataFrame(rows, columns=list(METRIC_COLUMNS)).astype(
+        dict.fromkeys(_FLOATS, float) | dict.fromkeys(_INTEGERS, "Int64")
+    )
+    tidy = tidy.drop_duplicates(["cell_id", "task", "metric"]).sort_values(
         ["model", "pattern", "criterion", "mitigation", "cell_id", "task", "metric"], ignore_index=True
     )
-    cells = _cells(tidy, configs, places)
+    cells = _cells(tidy, places)
     failed = pd.DataFrame(_failures(results_dir, set(cells.index), configs, provenance, problems))
     if len(failed):
         cells = pd.concat([cells, failed.set_index("cell_id")])
@@ -115,81 +114,42 @@ def read_results(results_dir: Path) -> Results:
     )
 
 
-def _because(problems: Sequence[str]) -> str:
-    return f" that can be read ({problems[0]})" if problems else ""
+def _said(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    return f"{type(error).__name__}: {error}; remove the folder and run its cell again"
 
 
-_SLOW = 1e-3
-"""Seconds a cell from which threads are worth it: a file server answers several at once, a near disk only waits for them."""
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read a metrics.csv; columns that an older version did not write are empty.
+
+    Raises:
+        ValueError: a column, a cell id or a number is missing.
+        InputError: a row has a pattern that does not exist.
+    """
+    with open(file, newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        rows: list[dict[str, Any]] = list(reader)
+    if missing := {"cell_id", "pattern", "task", "metric", "value"} - set(reader.fieldnames or ()):
+        raise ValueError(f"metrics.csv has no column {', '.join(sorted(missing))}")
+    for row in rows:
+        for name in METRIC_COLUMNS:
+            row.setdefault(name, "")
+        if not row["cell_id"] or not row["value"]:
+            raise ValueError("metrics.csv has a row without cell_id or value")
+        _check_pattern(row["pattern"])
+        row |= {name: float(row[name]) if row[name] else np.nan for name in _FLOATS}
+        row |= {name: int(row[name]) if row[name] else None for name in _INTEGERS}
+    return rows
 
 
-def _read_cells(folders: Sequence[Path], problems: list[str]) -> list[_Files]:
-    started = time.perf_counter()
-    found = [_read_one(folder) for folder in folders[:50]]
-    if time.perf_counter() - started > _SLOW * len(found):
-        with ThreadPoolExecutor(8) as pool:
-            found += pool.map(_read_one, folders[50:])
-    else:
-        found += map(_read_one, folders[50:])
-    problems += [one for one in found if isinstance(one, str)]
-    return [one for one in found if isinstance(one, _Files)]
-
-
-def _read_one(folder: Path) -> _Files | str | None:
-    try:
-        provenance = json.loads(_bytes(folder, PROVENANCE))
-        if provenance.get("schema", 1) > SCHEMA:
-            return f"record {folder.name}: schema {provenance['schema']}, of a newer nmsweep; at most {SCHEMA} is understood here; update nmsweep"
-        return _Files(folder, _bytes(folder, METRICS), _bytes(folder, CONFIG).decode(), provenance)
-    except (OSError, ValueError, AttributeError) as error:
-        if not folder.is_dir():
-            return None
-        return f"record {folder.name}: {type(error).__name__}: {error}; remove the folder and run its cell again"
-
-
-def _bytes(folder: Path, name: str) -> bytes:
-    with open(f"{folder}/{name}", "rb") as file:  # making a path costs as much as reading it
-        return file.read()
-
-
-def _parse_metrics(files: list[_Files], problems: list[str]) -> list[pd.DataFrame]:
-    """Files with one header are parsed as one; if that fails, one by one, and those that are damaged are taken out."""
-    by_header: dict[bytes, list[_Files]] = {}
-    for one in files:
-        by_header.setdefault(one.metrics.partition(b"\n")[0], []).append(one)
-    tables = []
-    for header, same in by_header.items():
-        body = b"\n".join(one.metrics.partition(b"\n")[2].rstrip(b"\n") for one in same)
-        try:
-            tables.append(_table(header + b"\n" + body))
-        except (ValueError, InputError):
-            for one in same:
-                try:
-                    tables.append(_table(one.metrics))
-                except (ValueError, InputError) as error:
-                    problems.append(
-                        f"record {one.place.name}: metrics.csv: {error}; remove the folder and run its cell again"
-                    )
-                    files.remove(one)
-    return [table for table in tables if len(table)]
-
-
-def _table(text: bytes) -> pd.DataFrame:
-    """metrics.csv as text; columns that an older version did not write are empty."""
-    table = read_metrics(io.BytesIO(text))
-    if missing := {"cell_id", "pattern", "task", "metric", "value"} - set(table.columns):
-        raise InputError(f"has no column {', '.join(sorted(missing))}")
-    if table["cell_id"].eq("").any() or table["value"].isna().any():
-        raise InputError("has a row without cell_id or value")
-    for pattern in table["pattern"].unique():
-        parse_pattern(pattern)  # one that is none would end the whole report later
-    for column in set(METRIC_COLUMNS) - set(table.columns):
-        table[column] = np.nan if column in _NUMERIC else ""
-    return table[list(METRIC_COLUMNS)]
+@cache
+def _check_pattern(text: str) -> None:
+    parse_pattern(text)
 
 
 def read_config(blocks: Iterable[str]) -> Mapping[str, Any]:
-    """config.yaml by its blocks; thousands of files share most of them, and each distinct one is parsed once."""
+    """Parse config.yaml by its blocks: thousands of files share most of them, and each distinct one is parsed once."""
     try:
         config: dict[str, Any] = {}
         for block in blocks:
@@ -204,29 +164,16 @@ def _parsed(block: str) -> Mapping[str, Any]:
     return yaml.load(block, Loader=_Loader) or {}
 
 
-def _as_objects(words: pd.Series) -> pd.Series:
-    """Words as Python's, each distinct one once: they are looked at one by one, which Arrow is slow at."""
-    codes, distinct = pd.factorize(words)
-    return pd.Series(np.asarray(distinct, dtype=object)[codes], index=words.index, dtype=object)
-
-
-def _cells(tidy: pd.DataFrame, configs: Mapping[str, Any], places: Mapping[str, Path]) -> pd.DataFrame:
-    cells = tidy.drop_duplicates("cell_id").set_index("cell_id")[[*FIELDS, "dense_cell_id", "sparsity", "flops_share", "status"]]  # fmt: skip
-    tasks: dict[str, dict[str, None]] = {}
-    for cell_id, task in zip(tidy["cell_id"].tolist(), tidy["task"].tolist(), strict=True):
-        tasks.setdefault(cell_id, {})[task] = None
-    return cells.assign(
-        tasks=pd.Series({cell_id: "+".join(one) for cell_id, one in tasks.items()}, dtype=object),
-        error="",
-        place=pd.Series(places),
-        status="done",
-    )
+def _cells(tidy: pd.DataFrame, places: Mapping[str, Path]) -> pd.DataFrame:
+    cells = tidy.drop_duplicates("cell_id").set_index("cell_id")[[*FIELDS, "dense_cell_id", "sparsity", "flops_share"]]
+    tasks = tidy.groupby("cell_id", sort=False)["task"].agg(lambda names: "+".join(names.unique()))
+    return cells.assign(tasks=tasks, error="", place=pd.Series(places), status="done")
 
 
 def _failures(
     results_dir: Path, finished: set[str], configs: dict[str, Any], provenance: dict[str, Any], problems: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Cells that failed and were not finished since."""
+    """Cells that failed and did not finish later."""
     folder = results_dir / FAILED
     for place in sorted(folder.iterdir()) if folder.is_dir() else ():
         cell_id = place.name.rpartition("_")[2]
@@ -244,7 +191,7 @@ def _failures(
 
 
 def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a table, of a cell that has a config only."""
+    """Return a table's fields for a cell without metrics."""
     model, criterion = config.get("model") or {}, config.get("criterion") or {}
     name = Path(str(model["path"])).name if model.get("path") and not model.get("keep_name") else model.get("name", "")
     return {
@@ -257,33 +204,23 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def variants(cells: pd.DataFrame, configs: Mapping[str, Mapping[str, Any]]) -> pd.Series:
-    """For cells that no field tells apart, the settings that do (``eval.limit=32``); empty for the others."""
-    found = dict.fromkeys(cells.index, "")
-    numbers = cells.groupby([*FIELDS, "tasks"], sort=False, dropna=False).ngroup()
-    groups: dict[int, list[str]] = {}
-    for cell_id, number in zip(cells.index, numbers.tolist(), strict=True):
-        groups.setdefault(number, []).append(cell_id)
-    for same in groups.values():
+    """Return the settings that differ between cells with equal fields (``eval.limit=32``); empty for the others."""
+    words = dict.fromkeys(cells.index, "")
+    for same in cells.groupby([*FIELDS, "tasks"], sort=False, dropna=False).indices.values():
         if len(same) < 2:
             continue
-        flat = {cell_id: dict(_flat(one)) for cell_id, one in zip(same, _not_shared(same, configs), strict=True)}
-        keys = sorted({key for one in flat.values() for key in one})
-        differing = [key for key in keys if len({str(one.get(key)) for one in flat.values()}) > 1]
-        for cell_id, one in flat.items():
-            found[cell_id] = ", ".join(f"{key}={one.get(key)}" for key in differing) or str(cell_id)
-    return pd.Series(found, dtype=object)
+        settings = {str(cell_id): dict(flatten(configs.get(str(cell_id), {}))) for cell_id in cells.index[same]}
+        keys = sorted({key for known in settings.values() for key in known} - set(_NOT_A_SETTING))
+        differing = [key for key in keys if len({str(known.get(key)) for known in settings.values()}) > 1]
+        for cell_id, known in settings.items():
+            words[cell_id] = ", ".join(f"{key}={known.get(key)}" for key in differing) or cell_id
+    return pd.Series(words, dtype=object)
 
 
-def _not_shared(cells: Iterable[str], configs: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Configs without what is one object in all of them, as a block that `read_config` parsed once is."""
-    found = [configs.get(cell, {}) for cell in cells]
-    keys = [key for key in dict.fromkeys(chain(*found)) if len({id(one.get(key)) for one in found}) > 1]
-    return [{key: one[key] for key in keys if key in one} for one in found]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values of nested mappings."""
     for key, value in node.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" not in _NOT_A_SETTING:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
             yield f"{prefix}{key}", value

@@ -1,1 +1,1 @@
-"""Intervals, tests and paired comparisons: one implementation for cells and reports. Takes arrays; no torch."""
+"""Intervals, tests and comparisons of paired items, used by cells and reports alike. Takes arrays; no torch."""

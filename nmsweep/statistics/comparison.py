@@ -1,271 +1,286 @@
-"""A sparse cell against its dense one, item by item, from their `samples.parquet`. No torch."""
+"""Sparse cells against their dense cell, item by item."""
 
-import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from nmsweep.errors import InputError
-from nmsweep.statistics.statistics import Pairs, bootstrap_means, holm, interval, mcnemar, relative_drops
+from nmsweep.results.samples import Floats, ItemGroup, item_groups, numeric_table
+from nmsweep.results.tidy import PERPLEXITY
+from nmsweep.statistics.intervals import Replicates, percentile_interval, resample_counts, resampled_means
+from nmsweep.statistics.tests import holm, mcnemar
 
-METRIC_PREFIX = "metric_"
-"""Columns of samples.parquet that hold one item's value of a metric."""
+COLUMNS = {
+    "n_items": "items, or windows of a text",
+    "dense": "the metric in the dense cell",
+    "value": "the metric in the sparse cell",
+    "drop": "dense − sparse, in the metric's unit; NaN for perplexity",
+    "drop_low": "its 95 % interval",
+    "drop_high": "",
+    "relative_drop": "(dense − sparse) / dense",
+    "relative_low": "its 95 % interval",
+    "relative_high": "",
+    "ratio": "sparse / dense perplexity; NaN for other metrics",
+    "ratio_low": "its 95 % interval",
+    "ratio_high": "",
+    "flip_rate": "share of items that changed between right and wrong, lost + gained; NaN unless all items are 0 or 1",
+    "lost": "share of items right only in the dense cell",
+    "gained": "share of items right only in the sparse cell",
+    "changed": "share of items whose chosen answer differs, from one wrong answer to another included; NaN without choices",
+    "p_value": "exact two-sided McNemar test of lost against gained",
+    "mean_abs_delta": "mean |log-likelihood sparse − dense| over all choices, nats",
+    "kl": "mean KL(dense ‖ sparse) of the next-token distributions of a text's first tokens, nats",
+    "top1_agreement": "share of those tokens for which both models have the same most likely next token",
+}
+"""Columns of a comparison and their meaning; NaN where one does not apply."""
 
-WEIGHT_PREFIX = "weight_"
-"""Columns that hold one item's weight in a metric of a group, where its subtasks count alike whatever their size."""
+_CHUNK = 256
+"""Cells compared at once: bounds the memory of their replicates."""
 
+_FORMULAS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "drop": lambda dense, sparse: dense - sparse,
+    "relative": lambda dense, sparse: (dense - sparse) / dense,
+    "accuracy": lambda dense, sparse: sparse,
+    "ratio": lambda dense, sparse: np.exp(sparse - dense),
+    "perplexity": lambda dense, sparse: np.exp(sparse),
+}
+"""Quantities as functions of the mean in the dense and in the sparse cell; for a text the mean is the loss a token, nats."""
 
-@dataclass(frozen=True)
-class Comparison:
-    """One metric of one task, sparse against dense. What does not apply is NaN.
-
-    Attributes:
-        n_items: items, or windows of a text.
-        dense, value: the metric in the two cells.
-        drop: dense − sparse, in the metric's unit, with its interval; NaN for perplexity.
-        relative_drop: (dense − sparse) / dense, with its interval.
-        ratio: sparse / dense perplexity, with its interval.
-        lost, gained: share of items right only in the dense, only in the sparse cell; `flip_rate` is their sum.
-        changed: share of items whose chosen answer is another one, wrong ones included.
-        p_value: exact McNemar test of lost against gained, two-sided.
-        mean_abs_delta: mean |log-likelihood sparse − dense| over all choices, in nats.
-        kl: mean KL(dense ‖ sparse) of the next-token distributions on the text's first tokens, in nats.
-        top1_agreement: share of those tokens for which both models' most likely next token is the same.
-    """
-
-    task: str
-    metric: str
-    n_items: int
-    dense: float
-    value: float
-    drop: float = math.nan
-    drop_low: float = math.nan
-    drop_high: float = math.nan
-    relative_drop: float = math.nan
-    relative_low: float = math.nan
-    relative_high: float = math.nan
-    ratio: float = math.nan
-    ratio_low: float = math.nan
-    ratio_high: float = math.nan
-    flip_rate: float = math.nan
-    lost: float = math.nan
-    gained: float = math.nan
-    changed: float = math.nan
-    p_value: float = math.nan
-    mean_abs_delta: float = math.nan
-    kl: float = math.nan
-    top1_agreement: float = math.nan
+HAVE_REPLICATES = frozenset(_FORMULAS)
+"""Names of the quantities that can be resampled."""
 
 
-COMPARISON_COLUMNS = tuple(field.name for field in fields(Comparison))
-
-
-def compare(dense: pd.DataFrame, sparse: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Everything about a sparse cell and its dense one, from their samples.
+def compare(dense: pd.DataFrame, sparse: pd.DataFrame) -> pd.DataFrame:
+    """Compare a sparse cell with its dense one.
 
     Args:
-        dense, sparse: the `samples` of the two cells; tasks that one of them lacks are left out.
-        seed: of the bootstrap.
+        dense, sparse: `samples` of the two cells; tasks that only one of them has are left out.
 
     Returns:
-        one row for each task and metric, with the columns of `Comparison`.
+        One row for each task and metric: `task`, `metric` and the `COLUMNS`.
 
     Raises:
-        InputError: the two cells did not see the same items.
+        InputError: the two cells did not answer the same items.
     """
-    rows = []
-    for task in sorted(set(dense["task"]) & set(sparse["task"])):
-        both = aligned(dense, sparse, task)
-        if _has(both.first, "nll"):
-            rows.append(compare_text(task, *both, seed))
-        rows += [compare_metric(pairs, seed, *both) for pairs in metric_pairs(task, *both)]
-    return pd.DataFrame([asdict(row) for row in rows], columns=list(COMPARISON_COLUMNS))
+    tasks = sorted(set(dense["task"]) & set(sparse["task"]))
+    table = pd.concat([_compared(*aligned(dense, sparse, task)) for task in tasks]) if tasks else pd.DataFrame()
+    return table.reindex(columns=["task", "metric", *COLUMNS]).reset_index(drop=True)
 
 
-class Aligned(NamedTuple):
-    """The rows of one task in the dense and the sparse cell, in the same order."""
-
-    first: pd.DataFrame
-    second: pd.DataFrame
+def _compared(dense: pd.DataFrame, sparse: pd.DataFrame) -> pd.DataFrame:
+    group = group_of_two(dense, sparse)
+    return compare_cells([group], {"sparse": "dense"}, {group.task: group.metrics})
 
 
-def aligned(dense: pd.DataFrame, sparse: pd.DataFrame, task: str) -> Aligned:
-    """The task's rows in two cells, sorted by item.
+def group_of_two(dense: pd.DataFrame, sparse: pd.DataFrame) -> ItemGroup:
+    """Return the rows of one task in two cells, from `aligned`, as a group of the cells ``dense`` and ``sparse``.
 
     Raises:
-        InputError: the items are not the same.
+        InputError: the windows have other numbers of tokens.
+    """
+    numbered = {
+        name: numeric_table(pa.Table.from_pandas(samples.assign(item=range(len(samples))), preserve_index=False))
+        for name, samples in (("dense", dense), ("sparse", sparse))
+    }
+    groups = list(item_groups(numbered))
+    if len(groups) > 1:
+        raise InputError(_other_items(groups[0].task, dense, sparse))
+    return groups[0]
+
+
+def aligned(dense: pd.DataFrame, sparse: pd.DataFrame, task: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the task's rows in two cells, sorted by item.
+
+    Raises:
+        InputError: the items differ.
     """
     keys = [key for key in ("item", "doc_hash") if key in dense and key in sparse]
-    a, b = (
+    first, second = (
         samples[samples["task"] == task].sort_values("item", kind="stable").reset_index(drop=True)
         for samples in (dense, sparse)
     )
-    if len(a) != len(b) or not a[keys].astype(str).equals(b[keys].astype(str)):
-        raise InputError(
-            f"task {task}: the dense and the sparse cell saw {len(a)} and {len(b)} items that are not the same ones; "
-            "compare cells of one data set and one eval.limit"
-        )
-    return Aligned(a, b)
+    if len(first) != len(second) or not first[keys].astype(str).equals(second[keys].astype(str)):
+        raise InputError(_other_items(task, first, second))
+    return first, second
 
 
-def metric_pairs(task: str, dense: pd.DataFrame, sparse: pd.DataFrame) -> list[Pairs]:
-    """The metrics of a task that are means over items."""
-    return [
-        Pairs(
-            task,
-            column.removeprefix(METRIC_PREFIX),
-            dense[column].to_numpy(np.float64),
-            sparse[column].to_numpy(np.float64),
-            _subtasks(dense, column.removeprefix(METRIC_PREFIX)),
-        )
-        for column in sorted(set(dense.columns) & set(sparse.columns))
-        if column.startswith(METRIC_PREFIX) and "perplexity" not in column and dense[column].notna().all()
-        if sparse[column].notna().all()
-    ]
+def _other_items(task: str, dense: pd.DataFrame, sparse: pd.DataFrame) -> str:
+    return (
+        f"task {task}: the dense and the sparse cell answered {len(dense)} and {len(sparse)} items that are not the "
+        "same ones; compare cells with the same data and eval.limit"
+    )
 
 
-def _subtasks(samples: pd.DataFrame, metric: str) -> NDArray[np.str_] | None:
-    """Each item's subtask where these count alike whatever their size; None where items do."""
-    if not _has(samples, f"{WEIGHT_PREFIX}{metric}"):
+def compare_cells(
+    groups: Sequence[ItemGroup], dense_of: Mapping[str, str], metrics: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
+    """Compare many cells with their dense cells.
+
+    Args:
+        groups: the items of all cells.
+        dense_of: the dense cell of each sparse one. Pairs that did not answer the same items are left out.
+        metrics: those to compare, by task.
+
+    Returns:
+        One row for each sparse cell, task and metric: `cell_id`, `task`, `metric` and the `COLUMNS`.
+    """
+    parts = []
+    for group in groups:
+        for metric in metrics.get(group.task, ()):
+            known = group.cells_with(metric)
+            cells = [cell for cell in group.rows if cell in known and dense_of.get(cell) in known]
+            for start in range(0, len(cells), _CHUNK):
+                chunk = cells[start : start + _CHUNK]
+                dense = [dense_of[cell] for cell in chunk]
+                compared = _compare_text if metric == PERPLEXITY else _compare_metric
+                head = {"cell_id": chunk, "task": group.task, "metric": metric, "n_items": len(group.item)}
+                parts.append(pd.DataFrame(head | compared(group, metric, dense, chunk)))
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(dtype=object)
+    return table.reindex(columns=["cell_id", "task", "metric", *COLUMNS])
+
+
+def _compare_text(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[str]) -> dict[str, Floats]:
+    """Perplexity of a text: the windows are the items."""
+    n_tokens = group.of("n_tokens", cells).sum(axis=1)
+    before, after = (np.exp(group.of("nll", side).sum(axis=1) / n_tokens) for side in (dense, cells))
+    low, high = percentile_interval(quantity_replicates("ratio", [(group, metric)], dense, cells))
+    ratio = {"ratio": after / before, "ratio_low": low, "ratio_high": high}
+    of_slice = {name: _mean_of_slice(group, name, cells) for name in ("kl", "top1_agreement")}
+    return {"dense": before, "value": after} | ratio | of_slice
+
+
+def _mean_of_slice(group: ItemGroup, name: str, cells: Sequence[str]) -> Floats:
+    """Means over the tokens of the windows that have the number; NaN where none has."""
+    if name not in group.values or "n_compared" not in group.values:
+        return np.full(len(cells), np.nan)
+    values, tokens = group.of(name, cells), group.of("n_compared", cells)
+    weights = np.where(np.isnan(values), 0, np.nan_to_num(tokens))
+    with np.errstate(invalid="ignore"):
+        return (np.nan_to_num(values) * weights).sum(axis=1) / weights.sum(axis=1)
+
+
+def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[str]) -> dict[str, Floats]:
+    """A metric that is a mean over items."""
+    a, b = group.of(metric, dense), group.of(metric, cells)
+    weights = item_weights(group, metric)
+    before, after = (np.average(side, axis=1, weights=weights) for side in (a, b))
+    found = {"dense": before, "value": after}
+    for name, column in (("drop", "drop"), ("relative", "relative_drop")):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found[column] = _FORMULAS[name](before, after)
+        replicates = quantity_replicates(name, [(group, metric)], dense, cells)
+        found[f"{name}_low"], found[f"{name}_high"] = percentile_interval(replicates)
+    found["relative_drop"][before == 0] = np.nan
+    right_or_wrong = np.isin(a, (0, 1)).all(axis=1) & np.isin(b, (0, 1)).all(axis=1)
+    lost, gained = (a > b).sum(axis=1), (a < b).sum(axis=1)
+    n_items = a.shape[1]
+    flips = {
+        "lost": lost / n_items, "gained": gained / n_items, "flip_rate": (lost + gained) / n_items,
+        "p_value": mcnemar(lost, gained),
+    }  # fmt: skip
+    found |= {name: np.where(right_or_wrong, value, np.nan) for name, value in flips.items()}
+    return found | _moved(group, metric, dense, cells)
+
+
+def _moved(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[str]) -> dict[str, Floats]:
+    """The share of items with another chosen answer, and the mean |Δ log-likelihood|."""
+    if group.loglikelihoods is None:
+        return {}
+    a, b = (group.loglikelihoods[[group.rows[cell] for cell in side]] for side in (dense, cells))
+    same_choices = (np.isnan(a) == np.isnan(b)).all(axis=(1, 2)) & ~np.isnan(b).all(axis=(1, 2))
+    n_choices = (~np.isnan(a)).sum(axis=(1, 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        delta = np.nansum(np.abs(b - a), axis=(1, 2)) / n_choices
+    found = {"mean_abs_delta": np.where(same_choices, delta, np.nan)}
+    before, after = (chosen(group, metric, side) for side in (dense, cells))
+    if before is not None and after is not None:
+        found["changed"] = np.where(same_choices, (before != after).mean(axis=1), np.nan)
+    return found
+
+
+def chosen(group: ItemGroup, metric: str, cells: Sequence[str]) -> NDArray[np.int64] | None:
+    """Return the most likely choice of each item, per character for ``acc_norm``.
+
+    Returns:
+        Indices of choices, [cells, items]; None where the task has no choices.
+    """
+    if group.loglikelihoods is None or group.choice_chars is None:
         return None
-    return samples["subtask"].to_numpy(np.str_)
+    n_choices = group.choice_chars.shape[
+        1
+    ]  # a metric that subtracts unconditional likelihoods has as many values again
+    scores = group.loglikelihoods[[group.rows[cell] for cell in cells]][..., :n_choices]
+    if metric == "acc_norm":
+        scores = scores / group.choice_chars
+    index: NDArray[np.int64] = np.where(np.isnan(group.choice_chars) | np.isnan(scores), -np.inf, scores).argmax(axis=2)
+    return index
 
 
-def compare_metric(pairs: Pairs, seed: int, dense: pd.DataFrame, sparse: pd.DataFrame) -> Comparison:
-    """One metric that is a mean over items."""
-    means = bootstrap_means(pairs, seed)
-    own_dense, own_sparse = pairs.means
-    drop, relative = interval(means[:, 0] - means[:, 1]), interval(relative_drops(means))
-    more: dict[str, float] = {}
-    if pairs.is_binary:
-        lost = int(((pairs.dense == 1) & (pairs.sparse == 0)).sum())
-        gained = int(((pairs.dense == 0) & (pairs.sparse == 1)).sum())
-        n = len(pairs)
-        more = {
-            "flip_rate": (lost + gained) / n,
-            "lost": lost / n,
-            "gained": gained / n,
-            "p_value": mcnemar(lost, gained),
-        }
-    return Comparison(
-        pairs.task, pairs.metric, len(pairs), own_dense, own_sparse,
-        drop=own_dense - own_sparse, drop_low=drop.low, drop_high=drop.high,
-        relative_drop=float(relative_drops(np.array([[own_dense, own_sparse]]))[0]),
-        relative_low=relative.low, relative_high=relative.high,
-        changed=changed(dense, sparse, pairs.metric), mean_abs_delta=mean_abs_delta(dense, sparse), **more,
-    )  # fmt: skip
+def item_weights(group: ItemGroup, metric: str) -> Floats:
+    """Return each item's weight in a metric, [items]: 1, or where subtasks count alike, 1 / the size of its subtask."""
+    if metric not in group.equal_subtasks or group.subtask is None:
+        return np.ones(len(group.item))
+    _, number, sizes = np.unique(group.subtask, return_inverse=True, return_counts=True)
+    weights: Floats = 1 / sizes[number]
+    return weights
 
 
-def compare_text(task: str, dense: pd.DataFrame, sparse: pd.DataFrame, seed: int) -> Comparison:
-    """Perplexity of a text: the windows are the items, and the ratio is exp of the mean difference of their loss."""
-    n_tokens = float(dense["n_tokens"].sum())
-    losses = Pairs(task, "perplexity", dense["nll"].to_numpy(np.float64), sparse["nll"].to_numpy(np.float64))
-    means = bootstrap_means(losses, seed)
-    ends = interval(np.exp((means[:, 1] - means[:, 0]) * len(losses) / n_tokens))
-    own_dense, own_sparse = (math.exp(float(loss.sum()) / n_tokens) for loss in (losses.dense, losses.sparse))
-    return Comparison(
-        task, "perplexity", len(losses), own_dense, own_sparse,
-        ratio=own_sparse / own_dense, ratio_low=ends.low, ratio_high=ends.high,
-        kl=_mean_of(sparse, "kl"), top1_agreement=_mean_of(sparse, "top1_agreement"),
-    )  # fmt: skip
+def mean_replicates(group: ItemGroup, metric: str, cells: Sequence[str]) -> Replicates:
+    """Return bootstrap replicates of a metric's mean, [cells, resamples]; of perplexity, of the mean loss a token in nats."""
+    if metric == PERPLEXITY:
+        counts = resample_counts(group.task, len(group.item))
+        return resampled_means(group.of("nll", cells), group.of("n_tokens", cells[:1])[0], counts)
+    subtask = group.subtask if metric in group.equal_subtasks else None
+    weights = item_weights(group, metric)
+    counts = resample_counts(group.task, len(group.item), subtask)
+    return resampled_means(group.of(metric, cells) * weights, weights, counts)
 
 
-def _mean_of(samples: pd.DataFrame, column: str) -> float:
-    """Mean over the tokens of the windows that have the number."""
-    if column not in samples or not samples[column].notna().any():
-        return math.nan
-    have = samples[samples[column].notna()]
-    return float(np.average(have[column], weights=have["n_compared"]))
+def quantity_replicates(
+    name: str, tasks: Sequence[tuple[ItemGroup, str]], dense: Sequence[str], cells: Sequence[str]
+) -> Replicates:
+    """Return bootstrap replicates of a quantity's unweighted mean over tasks, [cells, resamples].
+
+    The items of each task are resampled by themselves. The tasks are not: they are not a sample of tasks.
+
+    Args:
+        name: one of `HAVE_REPLICATES`.
+        tasks: of each task, the group that all the cells are in, and the metric.
+        dense: the dense cell of each cell.
+        cells: the sparse cells.
+    """
+    total: Any = 0.0
+    distinct = list(dict.fromkeys([*dense, *cells]))
+    place = {cell: row for row, cell in enumerate(distinct)}
+    rows = [[place[cell] for cell in side] for side in (dense, cells)]
+    for group, metric in tasks:
+        means = mean_replicates(group, metric, distinct)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            total = total + _FORMULAS[name](means[rows[0]], means[rows[1]])
+    replicates: Replicates = total / np.float32(len(tasks))
+    return replicates
+
+
+def quantity_intervals(
+    name: str, tasks: Sequence[tuple[ItemGroup, str]], dense: Sequence[str], cells: Sequence[str]
+) -> tuple[Floats, Floats]:
+    """Return both ends of the 95 % interval of each cell's mean over tasks; arguments as for `quantity_replicates`."""
+    ends = [
+        percentile_interval(quantity_replicates(name, tasks, dense[at : at + _CHUNK], cells[at : at + _CHUNK]))
+        for at in range(0, len(cells), _CHUNK)
+    ]
+    low, high = (np.concatenate(side) for side in zip(*ends, strict=True))
+    return low, high
 
 
 def holm_by_task(table: pd.DataFrame) -> pd.Series:
-    """Adjusted p-values of a report: one family for each task and metric, over all its sparse cells.
+    """Adjust the p-values of a report: one family for each task and metric, over all its sparse cells.
 
     Args:
-        table: rows of `compare` of all sparse cells, with `task`, `metric`, `p_value`.
+        table: rows of comparisons, with `task`, `metric`, `p_value`.
     """
     return table.groupby(["task", "metric"], sort=False)["p_value"].transform(lambda p: holm(p.to_numpy()))
-
-
-def changed(dense: pd.DataFrame, sparse: pd.DataFrame, metric: str) -> float:
-    """Share of items whose chosen answer differs; NaN where the task has no choices."""
-    a, b = chosen(dense, metric), chosen(sparse, metric)
-    return math.nan if a is None or b is None else float((a != b).mean())
-
-
-def chosen(samples: pd.DataFrame, metric: str) -> NDArray[np.int64] | None:
-    """Index of each item's most likely choice, per character for ``acc_norm``; None where the task has no choices."""
-    if not _has(samples, "loglikelihoods") or not _has(samples, "choice_chars"):
-        return None
-    found = []
-    for values, chars in zip(samples["loglikelihoods"], samples["choice_chars"], strict=True):
-        score = np.asarray(values, dtype=np.float64)
-        n_choices = len(chars)  # a metric that subtracts the unconditional likelihood has as many values again
-        norm = np.asarray(chars, dtype=np.float64) if metric == "acc_norm" else 1.0
-        found.append(int(np.argmax(score[:n_choices] / norm)))
-    return np.array(found, dtype=np.int64)
-
-
-def mean_abs_delta(dense: pd.DataFrame, sparse: pd.DataFrame) -> float:
-    """Mean |Δ log-likelihood| over all choices of all items, in nats; NaN where the task has none."""
-    if not _has(dense, "loglikelihoods") or not _has(sparse, "loglikelihoods"):
-        return math.nan
-    a, b = (np.concatenate(samples["loglikelihoods"].to_numpy()) for samples in (dense, sparse))
-    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).mean())
-
-
-def _has(samples: pd.DataFrame, column: str) -> bool:
-    return column in samples and bool(samples[column].notna().all()) and len(samples) > 0
-
-
-def primary_metric(samples: pd.DataFrame, task: str) -> str | None:
-    """The metric that decides whether an item is right: ``acc_norm`` where the task has it, else ``acc``, else the first."""
-    rows = samples[samples["task"] == task]
-    names = [
-        column.removeprefix(METRIC_PREFIX)
-        for column in sorted(rows.columns)
-        if column.startswith(METRIC_PREFIX) and "perplexity" not in column and rows[column].notna().all()
-    ]
-    return min(names, key=lambda name: ({"acc_norm": 0, "acc": 1}.get(name, 2), name), default=None)
-
-
-def flipped(dense: pd.DataFrame, sparse: pd.DataFrame, task: str, metric: str) -> pd.DataFrame:
-    """The items that are right in one cell and wrong in the other.
-
-    Returns:
-        `item`, `doc_hash`, `kind` (``lost``: right only in the dense cell; ``gained``), `gold`, `dense_answer`, `answer`
-        (index of the choice, or what was written), `dense_loglikelihoods`, `loglikelihoods` (None where there are none).
-    """
-    a, b = aligned(dense, sparse, task)
-    column = f"{METRIC_PREFIX}{metric}"
-    before, after = (samples[column].to_numpy(np.float64) for samples in (a, b))
-    moved: list[int] = np.flatnonzero(before != after).tolist()
-    first, second = _answers(a, metric), _answers(b, metric)
-    rows = [
-        {
-            "item": a.at[at, "item"], "doc_hash": a.at[at, "doc_hash"],
-            "kind": "lost" if before[at] > after[at] else "gained", "gold": a.at[at, "gold"],
-            "dense_answer": first[at], "answer": second[at],
-            "dense_loglikelihoods": _list_at(a, at), "loglikelihoods": _list_at(b, at),
-        }
-        for at in moved
-    ]  # fmt: skip
-    columns = ["item", "doc_hash", "kind", "gold", "dense_answer", "answer", "dense_loglikelihoods", "loglikelihoods"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _answers(samples: pd.DataFrame, metric: str) -> list[str]:
-    picked = chosen(samples, metric)
-    if picked is not None:
-        return [str(index) for index in picked]
-    return [str(text) for text in samples["response"]] if _has(samples, "response") else [""] * len(samples)
-
-
-def _list_at(samples: pd.DataFrame, at: int) -> list[float] | None:
-    if not _has(samples, "loglikelihoods"):
-        return None
-    values: Any = samples.at[at, "loglikelihoods"]
-    return [float(value) for value in values]

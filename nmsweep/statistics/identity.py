@@ -1,6 +1,6 @@
-"""Identity watch: cells whose configs differ and whose items have bit-identical scores. No torch.
+"""Identity watch: cells whose configs differ and whose items have bit-identical scores.
 
-A method that does nothing, or a label that runs another method, shows in nothing else.
+Nothing else shows a method without effect, or a label that runs another method.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ SCORES = "scores_sha256"
 """Key of a task's provenance: hash of its items' scores."""
 
 METHOD = "method_id"
-"""Key of a cell's provenance: hash of what should have made a difference."""
+"""Key of a cell's provenance: hash of the settings that should make a difference."""
 
 _NO_METHOD = ("eval", "data", "tasks", "results_dir", "baseline", "device", "plugins", "force")
 
 
 @dataclass(frozen=True)
-class Identical:
-    """Cells of different methods with one set of scores on a task; `cells` are folder names, sorted."""
+class Duplicates:
+    """Cells of different methods with the same scores on a task; `cells` are folder names, sorted."""
 
     task: str
     cells: tuple[str, ...]
@@ -38,7 +38,7 @@ class Identical:
 
 
 def scores_sha256(samples: pd.DataFrame) -> str:
-    """Hash of everything that the model answered to a task's items."""
+    """Hash all answers of the model to a task's items."""
     digest = hashlib.sha256()
     for column in ("item", "loglikelihoods", "nll", "response"):
         if column not in samples:
@@ -50,46 +50,54 @@ def scores_sha256(samples: pd.DataFrame) -> str:
 
 
 def method_id(config: Mapping[str, Any], patterns: Mapping[str, str] | None = None) -> str:
-    """Hash of a cell's config without what is no method: tasks, places, how items are asked.
+    """Hash a cell's config without its tasks, its places and the way items are asked.
 
     Args:
-        config: as it is written down.
-        patterns: of each layer, where they have patterns of their own: these count then, not how they were found, so that
-            a greedy cell and its recipe are one method.
+        config: as it is recorded.
+        patterns: the pattern of each layer, where layers have their own: these count instead of the way they were found,
+            so that a greedy cell and its recipe are one method.
     """
-    found = {key: value for key, value in config.items() if key not in _NO_METHOD}
-    return short_hash({**found, "policy": dict(patterns), "allocation": None} if patterns else found)
+    method = {key: value for key, value in config.items() if key not in _NO_METHOD}
+    return short_hash({**method, "policy": dict(patterns), "allocation": None} if patterns else method)
 
 
-def identical(cells: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Identical]:
+def find_duplicates(cells: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Duplicates]:
     """Find cells with the same scores and different methods.
 
     Args:
-        cells: folder name and provenance of each; those written before scores were hashed are passed over.
+        cells: folder name and provenance of each; records without hashes of their scores are skipped.
     """
     groups: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
     for name, provenance in cells:
         for task, entry in provenance.get("tasks", {}).items():
             if SCORES in entry and METHOD in provenance:
-                about = (str(provenance[METHOD]), str(provenance["part_id"]))
-                groups.setdefault((task, entry[SCORES]), {})[name] = about
+                ids = (str(provenance[METHOD]), str(provenance["part_id"]))
+                groups.setdefault((task, entry[SCORES]), {})[name] = ids
     return [
-        Identical(task, tuple(sorted(same)))
+        Duplicates(task, tuple(sorted(same)))
         for (task, _), same in sorted(groups.items())
         if len({method for method, _ in same.values()}) > 1 and len({part for _, part in same.values()}) > 1
     ]
 
 
-_read: dict[Path, Mapping[str, Any]] = {}  # provenance of cells, which never changes once it is there
+_provenance: dict[Path, Mapping[str, Any]] = {}  # of finished cells, whose records do not change
 
 
-def twins(results_dir: Path, folder: Path) -> list[Identical]:
-    """Finished cells that have a new cell's scores and another method; one entry a task."""
-    for other in cell_folders(results_dir):
-        if other not in _read or other == folder:
+def duplicates_of(results_dir: Path, folder: Path) -> list[Duplicates]:
+    """Find finished cells with the scores of a new cell and another method.
+
+    Args:
+        results_dir: the results folder.
+        folder: the new cell's.
+
+    Returns:
+        One entry for each task with such cells.
+    """
+    for place in cell_folders(results_dir):
+        if place not in _provenance or place == folder:
             try:
-                _read[other] = json.loads((other / PROVENANCE).read_text())
-            except (OSError, ValueError):  # it was removed, or is damaged: `nmsweep status` says so
+                _provenance[place] = json.loads((place / PROVENANCE).read_text())
+            except (OSError, ValueError):  # removed meanwhile, or damaged, which `nmsweep status` reports
                 continue
-    cells = [(place.name, provenance) for place, provenance in _read.items() if place.parent == folder.parent]
-    return [found for found in identical(cells) if folder.name in found.cells]
+    cells = [(place.name, provenance) for place, provenance in _provenance.items() if place.parent == folder.parent]
+    return [duplicates for duplicates in find_duplicates(cells) if folder.name in duplicates.cells]

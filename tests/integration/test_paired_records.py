@@ -26,7 +26,7 @@ from nmsweep.results.layout import items_file
 from nmsweep.results.record import CellRecord, cell_folders, read_cell
 from nmsweep.sparsity.api import sparsify
 from nmsweep.statistics.comparison import compare
-from nmsweep.statistics.identity import identical, scores_sha256
+from nmsweep.statistics.identity import find_duplicates, scores_sha256
 
 Call = Callable[..., tuple[int, str, str]]
 TINY = ("model=tiny-llama", "dtype=float32", "device=cpu", "eval.seqlen=64", "eval.limit=16")
@@ -254,10 +254,10 @@ def test_identity_watch_tells_methods_apart_from_ways_of_asking() -> None:
         return name, {"method_id": method, "part_id": part, "tasks": {"arc": {"scores_sha256": scores}}}
 
     cells = [cell("a", "1", "s", "p1"), cell("b", "1", "s", "p2"), cell("c", "2", "other", "p3")]
-    assert identical(cells) == []
-    (found,) = identical([*cells, cell("d", "3", "s", "p4")])
-    assert found.cells == ("a", "b", "d")
-    assert identical([("old", {"part_id": "p", "tasks": {"arc": {}}}), *cells]) == []
+    assert find_duplicates(cells) == []
+    (duplicates,) = find_duplicates([*cells, cell("d", "3", "s", "p4")])
+    assert duplicates.cells == ("a", "b", "d")
+    assert find_duplicates([("old", {"part_id": "p", "tasks": {"arc": {}}}), *cells]) == []
 
 
 def test_one_bit_of_one_score_is_another_hash() -> None:

@@ -1,24 +1,17 @@
 """The report of real, tiny cells: its check, its commands, and a folder that a sweep writes to meanwhile."""
 
-import atexit
-import gc
-import io
 import shlex
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from rich.console import Console
 from support.results_folder import Plan, make_results
 
 from nmsweep.bench import sweep
 from nmsweep.cell.identity import identify
 from nmsweep.config.compose import cells_of
-from nmsweep.report import workers
-from nmsweep.report.build import make_report
 from nmsweep.report.numbers.scores import make_scores
 from nmsweep.results.read import read_results
 
@@ -141,20 +134,3 @@ def test_a_report_works_while_cells_are_written(nmsweep: Call, results: Path) ->
     assert nmsweep("report", f"results_dir={results}")[0] == 0
     assert {"alpha", "beta"} == set(pd.read_csv(results / "tidy.csv")["model"])
     assert not list(results.rglob(".tmp*"))
-
-
-def test_other_processes_find_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many cells are read and drawn in processes beside this one."""
-    folder = tmp_path / "results"
-    make_results(folder, Plan(models=("alpha",), patterns=("2:4", "8:16"), n_items=16, failed_every=5))
-    written = []
-    for many in (10**6, 2):
-        monkeypatch.setattr(workers, "MANY", many)
-        workers.get_ready([f"results_dir={folder}"])
-        atexit.unregister(gc.freeze)  # other tests' libraries do search for what is left at the end
-        make_report(folder, out=Console(file=io.StringIO()))
-        files = [file for file in sorted((folder / "report").rglob("*")) if file.is_file()]
-        written.append({file.relative_to(folder): file.read_bytes() for file in files})
-        shutil.rmtree(folder / "report")
-    assert len(written[0]) > 30
-    assert written[0] == written[1]

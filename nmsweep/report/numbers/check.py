@@ -1,4 +1,4 @@
-"""`nmsweep report --check`: every metric again from `samples.parquet`, by its definition, against `metrics.csv`."""
+"""`nmsweep report --check`: recompute every metric from `samples.parquet` by its definition."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,17 +8,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from nmsweep.results.layout import LAYERS, SAMPLES
 from nmsweep.results.read import Results
 from nmsweep.results.record import file_digest
-
-Floats = NDArray[np.float64]
+from nmsweep.results.samples import METRIC_PREFIX, WEIGHT_PREFIX, Floats
 
 TOLERANCE = 1e-9
 """Relative: the numbers are written with all their digits."""
-
 
 _OF_SLICE = {"kl_to_dense": "kl", "top1_agreement": "top1_agreement"}
 """Metrics of the first windows of a text, and the column each is the mean of, weighted by `n_compared`."""
@@ -26,7 +23,7 @@ _OF_SLICE = {"kl_to_dense": "kl", "top1_agreement": "top1_agreement"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One number that is not what the samples say, or that they do not say."""
+    """One number that differs from its samples, or that they do not give."""
 
     cell_id: str
     task: str
@@ -36,7 +33,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found: `n_equal` numbers confirmed, those that differ, those that cannot be recomputed."""
+    """The result of a check: `n_equal` confirmed numbers, those that differ, and those that cannot be recomputed."""
 
     n_equal: int
     wrong: list[Finding]
@@ -46,16 +43,15 @@ class Checked:
 def check_results(results: Results) -> Checked:
     """Recompute value, standard error and number of items of every row of metrics.csv, and the cells' sparsity.
 
-    A file whose digest is not the one in provenance.json is a finding too.
+    A file whose digest differs from provenance.json is a finding too.
     """
     wrong: list[Finding] = []
     unknown: list[Finding] = []
     n_equal = 0
     rows = {str(cell_id): same for cell_id, same in results.tidy.groupby("cell_id", sort=False)}
-    for cell_id, cell in results.done.iterrows():
-        for finding in _check_cell(
-            str(cell_id), cell["place"], rows[str(cell_id)], results.provenance[str(cell_id)].get("files") or {}
-        ):
+    for cell_id, place in results.done["place"].items():
+        files = results.provenance[str(cell_id)].get("files") or {}
+        for finding in _check_cell(str(cell_id), place, rows[str(cell_id)], files):
             if finding is None:
                 n_equal += 1
             elif finding.message.startswith("cannot"):
@@ -82,84 +78,109 @@ def _check_cell(
         return
     for row in rows.to_dict("records"):
         task, metric = str(row["task"]), str(row["metric"])
-        items = samples[samples["task"] == task].dropna(axis=1, how="all")
-        found = recompute(metric, items)
-        if found is None:
+        again = recompute(metric, samples[samples["task"] == task].dropna(axis=1, how="all"))
+        if again is None:
             yield Finding(cell_id, task, metric, "cannot be recomputed from the samples: it is no mean over items")
             continue
-        recorded = {key: row[key] for key in ("value", "stderr", "n_items")}
-        yield _difference(cell_id, task, metric, recorded, found)
+        yield _difference(cell_id, task, metric, {key: row[key] for key in ("value", "stderr", "n_items")}, again)
     channels = int(layers["channels"].sum())
     sparsity = 1 - int(layers["kept"].sum()) / channels if channels else 0.0
     yield _difference(cell_id, "", "sparsity", {"value": rows["sparsity"].iloc[0]}, {"value": sparsity})
 
 
 def _difference(
-    cell_id: str, task: str, metric: str, recorded: Mapping[str, Any], found: Mapping[str, Any]
+    cell_id: str, task: str, metric: str, recorded: Mapping[str, Any], again: Mapping[str, Any]
 ) -> Finding | None:
-    bad = [
-        f"{key} is {recorded[key]}, the samples give {found[key]}"
+    wrong = [
+        f"{key} is {recorded[key]}, the samples give {again[key]}"
         for key in recorded
-        if not _equal(recorded[key], found[key])
+        if not _equal(recorded[key], again[key])
     ]
-    return Finding(cell_id, task, metric, "; ".join(bad)) if bad else None
+    return Finding(cell_id, task, metric, "; ".join(wrong)) if wrong else None
 
 
-def _equal(recorded: Any, found: float | None) -> bool:
-    if found is None or pd.isna(recorded):
+def _equal(recorded: Any, again: float | None) -> bool:
+    if again is None or pd.isna(recorded):
         return True  # a standard error that is not recorded, or not defined over items
-    return math.isclose(float(recorded), found, rel_tol=TOLERANCE, abs_tol=1e-12)
+    return math.isclose(float(recorded), again, rel_tol=TOLERANCE, abs_tol=1e-12)
 
 
 def recompute(metric: str, items: pd.DataFrame) -> dict[str, float | None] | None:
-    """A metric of one task from its rows of samples.parquet.
+    """Compute a metric of one task from its rows of samples.parquet.
 
     Returns:
         `value`, `stderr` (None where the samples do not give it), `n_items`; None for a metric that is not recorded item
         by item.
     """
-    n = len(items)
-    if n == 0:
+    n_items = len(items)
+    if n_items == 0:
         return {"value": math.nan, "stderr": None, "n_items": 0}
     if metric == "perplexity" and "nll" in items:
-        return _perplexity(items["nll"].to_numpy(float), items["n_tokens"].to_numpy(float))
+        nll, n_tokens = items["nll"].to_numpy(float), items["n_tokens"].to_numpy(float)
+        value = math.exp(float(nll.sum()) / float(n_tokens.sum()))
+        stderr = _stderr(nll / n_tokens)
+        return {"value": value, "stderr": None if stderr is None else value * stderr, "n_items": n_items}
     if (column := _OF_SLICE.get(metric)) and column in items:
-        have = items[items["n_compared"] > 0]
-        return {
-            "value": float(np.average(have[column], weights=have["n_compared"])),
-            "stderr": None,
-            "n_items": len(have),
-        }
-    right = _right(metric, items)
-    if right is None and f"metric_{metric}" in items:
-        right = items[f"metric_{metric}"].to_numpy(float)
+        compared = items[items["n_compared"] > 0]
+        value = float(np.average(compared[column], weights=compared["n_compared"]))
+        return {"value": value, "stderr": None, "n_items": len(compared)}
+    values = _right(metric, items)
+    if values is None and f"{METRIC_PREFIX}{metric}" in items:
+        values = items[f"{METRIC_PREFIX}{metric}"].to_numpy(float)
         if metric == "perplexity":  # of one continuation an item, as in LAMBADA: exp of the mean loss
-            return {"value": math.exp(-float(right.mean())), "stderr": None, "n_items": n}
-    if right is None or np.isnan(right).any():
+            return {"value": math.exp(-float(values.mean())), "stderr": None, "n_items": n_items}
+    if values is None:
         return None
-    stderr = float(np.std(right, ddof=1)) / math.sqrt(n) if n > 1 else None
-    return {"value": float(right.mean()), "stderr": stderr, "n_items": n}
+    if "subtask" in items:
+        return _pooled(values, items["subtask"].to_numpy(), f"{WEIGHT_PREFIX}{metric}" in items)
+    if np.isnan(values).any():
+        return None
+    return {"value": float(values.mean()), "stderr": _stderr(values), "n_items": n_items}
 
 
-def _perplexity(nll: Floats, n_tokens: Floats) -> dict[str, float | None]:
-    value, n = math.exp(float(nll.sum()) / float(n_tokens.sum())), len(nll)
-    stderr = value * float(np.std(nll / n_tokens, ddof=1)) / math.sqrt(n) if n > 1 else None
-    return {"value": value, "stderr": stderr, "n_items": n}
+def _stderr(values: Floats) -> float | None:
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _pooled(values: Floats, subtask: Any, alike: bool) -> dict[str, float | None] | None:
+    """A metric of a group, over the subtasks that have it.
+
+    Args:
+        values: [items], NaN in subtasks without the metric.
+        subtask: [items].
+        alike: whether subtasks count alike, not by their size.
+
+    Source: `pooled_sample_stderr` and `unweighted_mean_stderr` of lm-eval 0.4.13.
+    """
+    parts = [values[subtask == name] for name in dict.fromkeys(subtask)]
+    parts = [part for part in parts if not np.isnan(part).all()]
+    if not parts or any(np.isnan(part).any() for part in parts):
+        return None
+    sizes = np.array([len(part) for part in parts])
+    errors = [_stderr(part) for part in parts]
+    value = np.average([part.mean() for part in parts], weights=None if alike else sizes)
+    stderr = None
+    if all(error is not None for error in errors):
+        variances = np.array(errors, dtype=float) ** 2
+        if alike:
+            stderr = math.sqrt(variances.sum()) / len(parts)
+        else:
+            stderr = math.sqrt(((sizes - 1) * variances * sizes).sum() / (sizes.sum() - len(sizes)) / sizes.sum())
+    return {"value": float(value), "stderr": stderr, "n_items": int(sizes.sum())}
 
 
 def _right(metric: str, items: pd.DataFrame) -> Floats | None:
-    """Whether the most likely choice is the right one, from log-likelihoods and gold alone; None where that does not apply."""
+    """Whether each item's most likely choice is right, from log-likelihoods and gold; None where that does not apply."""
     if metric not in ("acc", "acc_norm") or not {"loglikelihoods", "choice_chars", "gold"} <= set(items):
         return None
-    if (
-        items[["loglikelihoods", "choice_chars"]].isna().any(axis=None)
-        or not items["gold"].astype(str).str.isdigit().all()
-    ):
+    if items[["loglikelihoods", "choice_chars"]].isna().any(axis=None):
         return None
-    found = []
+    if not items["gold"].astype(str).str.isdigit().all():
+        return None
+    right = []
     for values, chars, gold in zip(items["loglikelihoods"], items["choice_chars"], items["gold"], strict=True):
         scores = np.asarray(values, dtype=float)[: len(chars)]
         if metric == "acc_norm":
             scores = scores / np.asarray(chars, dtype=float)
-        found.append(float(int(np.argmax(scores)) == int(gold)))
-    return np.array(found)
+        right.append(float(int(np.argmax(scores)) == int(gold)))
+    return np.array(right)

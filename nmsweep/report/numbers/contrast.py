@@ -1,4 +1,4 @@
-"""`nmsweep report --compare A B`: what differs between two results folders, and what of it is more than noise."""
+"""`nmsweep report --compare A B`: the numbers that differ between two results folders, and which of them by more than noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from nmsweep.report.numbers.samples import Samples, read_many
 from nmsweep.report.show.formats import plain
-from nmsweep.report.workers import Here
 from nmsweep.results.layout import SAMPLES
 from nmsweep.results.read import FIELDS, Results, read_results
+from nmsweep.results.samples import read_groups
 from nmsweep.results.tidy import PERPLEXITY, primary
-from nmsweep.statistics.changes import Pair
-from nmsweep.statistics.paired import paired
-from nmsweep.statistics.statistics import LEVEL
+from nmsweep.statistics.comparison import compare_cells, holm_by_task
+from nmsweep.statistics.intervals import LEVEL
 
 _MOST_ROWS = 60
 _KEY = [*[name for name in FIELDS if name != "revision"], "variant"]
@@ -46,7 +44,7 @@ class Contrast:
 def contrast(first: Path, second: Path) -> Contrast:
     """Compare the cells of two folders, paired by item.
 
-    Cells are matched by id; those that are left (another version of the code gives another id) by their fields.
+    Cells are matched by id; the others by their fields, since another version of the code gives other ids.
 
     Raises:
         InputError: one of them has no finished cell.
@@ -57,7 +55,7 @@ def contrast(first: Path, second: Path) -> Contrast:
     rows = _values(a, b, matched)
     rows["same_data"] = [_same_data(a, b, row["cell_a"], row["cell_b"], row["task"]) for row in rows.to_dict("records")]
     differing = rows[(rows["a"] != rows["b"]) & rows["same_data"]]
-    rows = rows.merge(_paired(a, b, differing, problems), on=["cell_b", "task", "metric"], how="left")
+    rows = rows.merge(_intervals(a, b, differing, problems), on=["cell_b", "task", "metric"], how="left")
     rows["verdict"] = [_verdict(row) for _, row in rows.iterrows()]
     return Contrast(
         rows,
@@ -68,18 +66,13 @@ def contrast(first: Path, second: Path) -> Contrast:
 
 
 def _matched(a: Results, b: Results) -> list[tuple[str, str]]:
-    same = [(str(cell), str(cell)) for cell in a.done.index if cell in b.done.index]
-    rest_a, rest_b = (results.done.drop(index=[pair[0] for pair in same]) for results in (a, b))
-    by_key = {tuple(row): str(cell) for cell, *row in rest_b[_KEY].itertuples(name=None) if _unique(rest_b, row)}
-    return same + [
-        (str(cell), by_key[tuple(row)])
-        for cell, *row in rest_a[_KEY].itertuples(name=None)
-        if tuple(row) in by_key and _unique(rest_a, row)
-    ]
-
-
-def _unique(cells: pd.DataFrame, row: Sequence[object]) -> bool:
-    return int((cells[_KEY] == list(row)).all(axis=1).sum()) == 1
+    same = [str(cell) for cell in a.done.index if cell in b.done.index]
+    rest_a, rest_b = (
+        results.done.drop(index=same)[_KEY].drop_duplicates(keep=False).rename_axis("cell").reset_index()
+        for results in (a, b)
+    )
+    by_fields = rest_a.merge(rest_b, on=_KEY, suffixes=("_a", "_b"))
+    return [(cell, cell) for cell in same] + list(zip(by_fields["cell_a"], by_fields["cell_b"], strict=True))
 
 
 def _values(a: Results, b: Results, matched: Sequence[tuple[str, str]]) -> pd.DataFrame:
@@ -94,34 +87,38 @@ def _values(a: Results, b: Results, matched: Sequence[tuple[str, str]]) -> pd.Da
 
 
 def _same_data(a: Results, b: Results, cell_a: str, cell_b: str, task: str) -> bool:
-    """Whether both cells saw the same data: then items of one number are one item."""
-    seen = [
+    """Whether both cells were measured on the same data, so that equal item numbers are the same item."""
+    data = [
         (known.get("data"), known.get("version"))
         for results, cell in ((a, cell_a), (b, cell_b))
         for known in [(results.provenance[cell].get("tasks") or {}).get(task, {})]
     ]
-    return seen[0] == seen[1]
+    return data[0] == data[1]
 
 
-def _paired(a: Results, b: Results, rows: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
-    samples: dict[str, Samples] = {}
-    for prefix, results, column in (("a ", a, "cell_a"), ("b ", b, "cell_b")):
-        files = {str(cell): results.done["place"][cell] / SAMPLES for cell in dict.fromkeys(rows[column])}
-        samples |= {prefix + cell: one for cell, one in read_many(files, files, problems, Here()).items()}
-    pairs = [Pair("a " + x, "b " + y) for x, y in dict.fromkeys(zip(rows["cell_a"], rows["cell_b"], strict=True))]
-    metrics = {str(task): list(dict.fromkeys(names)) for task, names in rows.groupby("task")["metric"]}
-    found = paired(samples, pairs, metrics).table
-    table = pd.DataFrame({"cell_b": found["second"].str[2:], "task": found["task"], "metric": found["metric"]})
-    ends = {"low": ("drop_high", "ratio_low", -1), "high": ("drop_low", "ratio_high", -1)}
-    for name, (drop, ratio, sign) in ends.items():
-        empty = pd.Series(np.nan, index=found.index)
-        table[name] = (sign * found.get(drop, empty)).fillna(found.get(ratio, empty))
-    table["p_holm"] = found.get("p_holm", pd.Series(np.nan, index=found.index))
-    return table
+def _intervals(a: Results, b: Results, rows: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
+    """Interval of the change and Holm's p of cells that answered the same items; by `cell_b`, `task`, `metric`."""
+    files = {
+        f"{side} {cell}": results.done["place"][cell] / SAMPLES
+        for side, results in (("a", a), ("b", b))
+        for cell in rows[f"cell_{side}"].unique()
+    }
+    before = dict(zip("b " + rows["cell_b"], "a " + rows["cell_a"], strict=True))
+    metrics = {str(task): list(names.unique()) for task, names in rows.groupby("task")["metric"]}
+    table = compare_cells(read_groups(files, problems), before, metrics)
+    ratio = table["metric"] == PERPLEXITY
+    return pd.DataFrame(
+        {
+            "cell_b": table["cell_id"].map(lambda cell: cell.removeprefix("b ")), "task": table["task"], "metric": table["metric"],
+            "low": table["ratio_low"].where(ratio, -table["drop_high"]),
+            "high": table["ratio_high"].where(ratio, -table["drop_low"]),
+            "p_holm": holm_by_task(table),
+        }
+    )  # fmt: skip
 
 
 def _verdict(row: pd.Series) -> str:
-    """The adjusted test decides where there is one, else the interval."""
+    """Decide by the adjusted test where there is one, else by the interval."""
     if not row["same_data"]:
         return "other items"
     if row["a"] == row["b"]:
@@ -134,15 +131,15 @@ def _verdict(row: pd.Series) -> str:
     return "noise" if row["low"] <= nothing <= row["high"] else "beyond noise"
 
 
-def show_contrast(out: Console, found: Contrast, first: Path, second: Path) -> None:
-    """Print what differs."""
-    counts = found.rows["verdict"].value_counts()
+def show_contrast(out: Console, difference: Contrast, first: Path, second: Path) -> None:
+    """Print the differences, those beyond noise first."""
+    counts = difference.rows["verdict"].value_counts()
     out.print(f"A = {first}, B = {second}", highlight=False, markup=False, soft_wrap=True)
     out.print(
         ", ".join(f"{n} {name}" for name, n in counts.items()) + " (numbers: cell × task, primary metric)",
         highlight=False,
     )
-    for name, ids in (("A", found.only_a), ("B", found.only_b)):
+    for name, ids in (("A", difference.only_a), ("B", difference.only_b)):
         if ids:
             out.print(
                 f"only in {name}: {len(ids)} cells ({', '.join(ids[:8])}{', …' if len(ids) > 8 else ''})",
@@ -150,12 +147,12 @@ def show_contrast(out: Console, found: Contrast, first: Path, second: Path) -> N
                 soft_wrap=True,
             )
     for verdict in ("beyond noise", "other items", "noise"):
-        rows = found.rows[found.rows["verdict"] == verdict]
+        rows = difference.rows[difference.rows["verdict"] == verdict]
         if len(rows):
             out.print(_table(verdict, rows.head(_MOST_ROWS)))
             if len(rows) > _MOST_ROWS:
                 out.print(f"… {len(rows) - _MOST_ROWS} more", highlight=False)
-    for problem in found.problems:
+    for problem in difference.problems:
         out.print(f"warning: {plain(problem)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 

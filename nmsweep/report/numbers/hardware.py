@@ -1,6 +1,5 @@
-"""The hardware view: what N:M formats would need and save, from patterns and layer shapes alone. Theory, not measured."""
+"""The hardware view: the metadata and traffic of N:M formats, computed from patterns and layer shapes. Not measured."""
 
-import csv
 import math
 from pathlib import Path
 
@@ -27,11 +26,11 @@ COLUMNS = {
     "compressed_bytes_per_token": "the same, compressed",
     "linear_flops_kept": "linear FLOPs kept",
 }
-"""Theoretical columns of the view and what they say."""
+"""Theoretical columns of the view and their titles."""
 
 
 def metadata_bits(pattern: Pattern) -> dict[str, float]:
-    """Bits of metadata an element of each coding; NaN where a coding does not apply (an unstructured pattern has no groups)."""
+    """Return each coding's metadata in bits an element; NaN where it does not apply (an unstructured pattern has no groups)."""
     grouped = pattern.kind == "n:m"
     return {
         "combinatorial_bits": pattern.metadata_bits if pattern.metadata_bits is not None else math.nan,
@@ -41,18 +40,18 @@ def metadata_bits(pattern: Pattern) -> dict[str, float]:
 
 
 def compressed_share(pattern: Pattern, value_bits: int) -> float:
-    """Compressed size over dense size of an activation: kept values, and the smallest of the metadata codings."""
+    """Return compressed over dense size of an activation: the kept values and the smallest metadata coding."""
     least = min(bits for bits in metadata_bits(pattern).values() if not math.isnan(bits))
     return (1 - pattern.sparsity) + least / value_bits
 
 
 def hardware_view(results: Results, scores: Scores) -> pd.DataFrame:
-    """One row for each model, pattern, targets and dtype whose activations were pruned: theory, then the measured drop.
+    """Return one row for each model, pattern, targets and dtype with pruned activations: theory, then the measured drop.
 
-    A policy gives each layer a pattern of its own, so it has no row.
+    A policy gives each layer its own pattern, so it has no row.
 
     The measured columns are the mean drop (in points) and perplexity ratio of criterion `act` without mitigation, and the
-    smallest ones of any method, for each kind of data.
+    smallest of any method, for each kind of data.
     """
     sparse = results.done[(results.done["operand"] == "activations")]
     sparse = sparse[[kind_of(pattern) not in ("dense", "policy") for pattern in sparse["pattern"]]]
@@ -76,23 +75,22 @@ def hardware_view(results: Results, scores: Scores) -> pd.DataFrame:
 
 
 def _input_bytes(place: Path, dtype: str) -> float:
-    """Bytes a token of the inputs that the target layers read, each layer by itself; NaN without its record."""
+    """Bytes a token of the target layers' inputs, each layer by itself; NaN without layers.csv."""
     try:
-        with open(place / LAYERS, newline="", encoding="utf-8") as file:
-            widths = [int(layer["in_features"]) for layer in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError):
+        widths = pd.read_csv(place / LAYERS)["in_features"]
+    except (OSError, ValueError, KeyError):
         return math.nan
-    return float(sum(widths)) * _BITS.get(dtype, 16) / 8 if widths else math.nan
+    return float(widths.sum()) * _BITS.get(dtype, 16) / 8 if len(widths) else math.nan
 
 
 def _measured(cells: pd.DataFrame, scores: Scores) -> dict[str, pd.Series]:
-    """Measured columns of all rows, by `_KEY`."""
+    """The measured columns, each indexed by `_KEY`."""
     known = scores.per_cell.join(cells[[*_KEY, "criterion", "mitigation"]], on="cell_id", how="inner")
-    found: dict[str, pd.Series] = {}
+    columns: dict[str, pd.Series] = {}
     for (data, is_text), same in known.groupby(["data", "is_text"], sort=True):
         quantity = QUANTITIES["ratio" if is_text else "drop"]
         of_row = same[_KEY].assign(value=same[quantity.column] * quantity.scale)
         plain = of_row[(same["criterion"] == "act") & (same["mitigation"] == "none")]
-        found[f"{data}: {quantity.title}, act"] = plain.groupby(_KEY)["value"].mean()
-        found[f"{data}: {quantity.title}, best"] = of_row.groupby(_KEY)["value"].min()
-    return found
+        columns[f"{data}: {quantity.title}, act"] = plain.groupby(_KEY)["value"].mean()
+        columns[f"{data}: {quantity.title}, best"] = of_row.groupby(_KEY)["value"].min()
+    return columns

@@ -1,4 +1,4 @@
-"""Which entry of a column is the best, which are not told apart from it, and the intervals of means over seeds."""
+"""The marks of a table: the best entry of a column, those not significantly worse, and intervals of means over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,59 +10,54 @@ import pandas as pd
 from nmsweep.report.numbers.quantities import Quantity
 from nmsweep.report.numbers.scores import Scores
 from nmsweep.report.show.spec import Entry
-from nmsweep.statistics.paired import Matrix, chunks, ends
-from nmsweep.statistics.statistics import LEVEL
+from nmsweep.statistics.intervals import LEVEL, Replicates, percentile_interval
 
 
 def mark(frame: pd.DataFrame, n_front: int, quantity: Quantity, data: str, scores: Scores) -> pd.DataFrame:
-    """The table with its entries marked. Rows that differ in their first `n_front` labels are no rivals, nor is dense."""
+    """Return the table with its entries marked.
+
+    Rows are compared with those that have the same first `n_front` labels; dense is not compared.
+    """
     cells = frame.to_numpy(dtype=object, copy=True)
-    at_task = _place(frame.columns.names, "task")
     for (column, _), places in _rivals(frame, cells, n_front).items():
-        if len(places) > 1 or (quantity.low and len(cells[places[0]].cells) > 1):
-            task = None if at_task is None else str(frame.columns[column][at_task])
-            entries = [cells[place] for place in places]
+        names = list(frame.columns.names)
+        task = str(frame.columns[column][names.index("task")]) if "task" in names else None
+        entries = [cells[place] for place in places]
+        if len(entries) > 1 or (quantity.low and len(entries[0].cells) > 1):
             known = scores.replicates(quantity, [entry.cells for entry in entries], data, task)
             if quantity.low:
-                entries = _with_intervals(entries, known)
+                entries = [_with_interval(entry, own) for entry, own in zip(entries, known, strict=True)]
             for place, entry in zip(places, _marked(entries, known, quantity), strict=True):
                 cells[place] = entry
     return pd.DataFrame(cells, index=frame.index, columns=frame.columns, dtype=object)
 
 
 def _rivals(frame: pd.DataFrame, cells: Any, n_front: int) -> dict[tuple[int, object], list[tuple[int, int]]]:
-    """Rows and columns of finished sparse entries, by what they have in common with their rivals."""
+    """Places of finished sparse entries, by column and front labels."""
     dense_rows, dense_columns = _dense(frame.index), _dense(frame.columns)
     fronts = [key[:n_front] for key in frame.index]
-    found: dict[tuple[int, object], list[tuple[int, int]]] = {}
+    rivals: dict[tuple[int, object], list[tuple[int, int]]] = {}
     for (row, column), entry in np.ndenumerate(cells):
         if entry.status == "done" and not dense_rows[row] and not dense_columns[column]:
-            found.setdefault((column, fronts[row]), []).append((row, column))
-    return found
+            rivals.setdefault((column, fronts[row]), []).append((row, column))
+    return rivals
 
 
 def _dense(labels: pd.Index) -> list[bool]:
-    at = _place(labels.names, "pattern")
-    return [at is not None and key[at] == "dense" for key in labels]
+    names = list(labels.names)
+    return ["pattern" in names and key[names.index("pattern")] == "dense" for key in labels]
 
 
-def _place(names: Sequence[Any], name: str) -> int | None:
-    return list(names).index(name) if name in names else None
+def _with_interval(entry: Entry, replicates: Replicates | None) -> Entry:
+    """The entry; a mean over seeds gets its interval, from the same resampled items in all seeds."""
+    if replicates is None or len(entry.cells) < 2:
+        return entry
+    low, high = percentile_interval(replicates)
+    return replace(entry, low=float(low), high=float(high))
 
 
-def _with_intervals(entries: Sequence[Entry], known: Sequence[Matrix | None]) -> list[Entry]:
-    """The entries, those that are means over seeds with intervals: the same items, resampled in all seeds at once."""
-    found = list(entries)
-    several = [(at, one) for at, one in enumerate(known) if one is not None and len(entries[at].cells) > 1]
-    for chunk in chunks(several):
-        lows, highs = ends(np.stack([one for _, one in chunk]))
-        for (at, _), low, high in zip(chunk, lows.tolist(), highs.tolist(), strict=True):
-            found[at] = replace(entries[at], low=low, high=high)
-    return found
-
-
-def _marked(entries: Sequence[Entry], known: Sequence[Matrix | None], quantity: Quantity) -> list[Entry]:
-    """The entries with their marks; a single one has no rivals."""
+def _marked(entries: Sequence[Entry], known: Sequence[Replicates | None], quantity: Quantity) -> list[Entry]:
+    """The entries with their marks; a single one is not marked."""
     if len(entries) < 2:
         return list(entries)
     values = [entry.value for entry in entries]
@@ -74,10 +69,10 @@ def _marked(entries: Sequence[Entry], known: Sequence[Matrix | None], quantity: 
     ]
 
 
-def not_worse(own: Matrix | None, best: Matrix | None, quantity: Quantity) -> bool:
-    """Whether the 95 % interval of how much worse it is than the best, on the same resampled items, reaches 0."""
-    if own is None or best is None or own.shape != best.shape:
+def not_worse(own: Replicates | None, best: Replicates | None, quantity: Quantity) -> bool:
+    """Return whether the 95 % interval of the paired difference to the best reaches 0."""
+    if own is None or best is None:
         return False
     with np.errstate(invalid="ignore"):  # relative to a dense score of 0 both may be infinite: no evidence, NaN
         worse = own - best if quantity.better == "lower" else best - own
-    return bool(np.count_nonzero(worse <= 0) / worse.size >= (1 - LEVEL) / 2)  # sooner than a mean
+    return bool(np.count_nonzero(worse <= 0) / worse.size >= (1 - LEVEL) / 2)

@@ -1,4 +1,4 @@
-"""What a table or figure can show."""
+"""The quantities of tables and figures."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something a table can show.
+    """A quantity that a table or figure can show.
 
     Attributes:
         name: the word of ``report.metric=``.
@@ -14,9 +14,9 @@ class Quantity:
         column: of `Scores.per_task` and `Scores.per_cell`.
         low, high: columns of its interval; empty without one.
         better: which direction is better.
-        scale: what a value is multiplied by to be shown (100 for points and percent).
-        text: whether it is about perplexity texts.
-        digits: shown after the point.
+        scale: factor of the shown value (100 for points and percent).
+        text: whether it belongs to perplexity texts.
+        digits: digits after the point.
     """
 
     name: str

@@ -1,24 +1,31 @@
 """The numbers of a report: each cell on each task against dense, and its means over tasks, with paired intervals."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from itertools import groupby, islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
-from nmsweep.report.numbers.samples import Floats, Found, read_many
-from nmsweep.report.workers import Here, in_threads
 from nmsweep.results.layout import SAMPLES
 from nmsweep.results.read import Results
+from nmsweep.results.samples import ItemGroup, read_groups
 from nmsweep.results.tidy import PERPLEXITY, drops, primary
-from nmsweep.statistics.changes import Pair
-from nmsweep.statistics.paired import Matrix, PairedResults, Replicates, chunks, ends, paired
+from nmsweep.statistics.comparison import (
+    HAVE_REPLICATES,
+    compare_cells,
+    holm_by_task,
+    quantity_intervals,
+    quantity_replicates,
+)
+from nmsweep.statistics.flips import flipped_items
+from nmsweep.statistics.intervals import Replicates
 
-_Part = tuple[str, str, tuple[tuple[str, str], ...]]
-"""A dense cell, a cell, and tasks with their metrics."""
+_Tasks = tuple[tuple[str, str], ...]
+"""Tasks and their metrics."""
+
+_Places = Mapping[tuple[str, str, str], int]
+"""Number of the group that a cell is in, by task, metric and cell."""
 
 
 @dataclass(frozen=True)
@@ -26,78 +33,95 @@ class Scores:
     """All numbers of a report.
 
     Attributes:
-        per_task: one row for each cell and task, on the task's primary metric: the columns of metrics.csv, `data`, those of
-            `drops` and of `paired`.
+        per_task: one row for each cell and task, on the task's primary metric: the columns of metrics.csv, those of
+            `drops` and of `compare_cells`, and `p_holm`.
         per_cell: one row for each cell and kind of data, unweighted means over tasks; `is_text` says whether over texts.
-            Cell fields are left out: they are in `Results.cells`.
-        paired: the pairs behind them.
+            The fields of a cell are in `Results.cells`.
+        flips: by sparse cell and task, the items right only in the dense cell, and only in the sparse cell.
     """
 
     per_task: pd.DataFrame
     per_cell: pd.DataFrame
-    paired: PairedResults
-    _tasks: Mapping[tuple[str, str, bool], tuple[str, Sequence[tuple[str, str]]]]
-    _kept: dict[tuple[str, tuple[_Part, ...]], Matrix | None] = field(default_factory=dict)
-    """Means over seeds, which several tables show."""
+    flips: Mapping[tuple[str, str], tuple[list[int], list[int]]]
+    _groups: Sequence[ItemGroup]
+    _places: _Places
+    _tasks: Mapping[tuple[str, str, bool], tuple[str, _Tasks]]
+    """Dense cell and tasks behind a mean, by cell, kind of data, and whether over texts."""
 
     def replicates(
         self, quantity: Quantity, entries: Sequence[Sequence[str]], data: str, task: str | None
-    ) -> list[Matrix | None]:
-        """Bootstrap replicates [resamples] of a quantity, of one task or the mean over tasks.
+    ) -> list[Replicates | None]:
+        """Return bootstrap replicates of a quantity, of one task or of the mean over tasks.
 
         Args:
-            entries: the cells of each: those that differ by seed alone, whose mean is wanted.
+            entries: the cells of each table entry. They differ by seed alone; the entry is their mean.
 
         Returns:
-            those of each entry; None where one of its cells has none.
+            [resamples] for each entry; None where one of its cells has none.
         """
-        keys = [(quantity.name, tuple(self._part(quantity, cell, data, task) for cell in cells)) for cells in entries]
-        new = [key for key in dict.fromkeys(keys) if key not in self._kept]
-        rows = iter(_rows(self.paired, quantity.name, [part for _, parts in new for part in parts]))
-        found = {key: _mean(list(islice(rows, len(key[1])))) for key in new}
-        self._kept.update((key, mean) for key, mean in found.items() if len(key[1]) > 1)
-        return [found[key] if key in found else self._kept[key] for key in keys]
+        same: dict[tuple[tuple[int, str], ...], list[tuple[str, str]]] = {}
+        for cell in dict.fromkeys(cell for cells in entries for cell in cells):
+            dense, tasks = self._tasks.get((cell, data, quantity.text), ("", ()))
+            wanted = [pair for pair in tasks if task in (None, pair[0])]
+            numbers = _group_numbers(self._places, dense, cell, wanted)
+            if numbers and quantity.name in HAVE_REPLICATES:
+                same.setdefault(numbers, []).append((dense, cell))
+        known: dict[str, Replicates] = {}
+        for numbers, pairs in same.items():
+            dense_ids, ids = zip(*pairs, strict=True)
+            parts = [(self._groups[number], metric) for number, metric in numbers]
+            known.update(zip(ids, quantity_replicates(quantity.name, parts, dense_ids, ids), strict=True))
+        return [
+            np.mean([known[cell] for cell in cells], axis=0) if all(cell in known for cell in cells) else None
+            for cells in entries
+        ]
 
-    def _part(self, quantity: Quantity, cell: str, data: str, task: str | None) -> _Part:
-        dense, tasks = self._tasks.get((cell, data, quantity.text), ("", ()))
-        return dense, cell, tuple(one for one in tasks if task in (None, one[0]))
 
-
-def make_scores(
-    results: Results, problems: list[str], pool: Executor | None = None, begun: Callable[[], Found] | None = None
-) -> Scores:
-    """Read the samples and work out every number; a samples file that cannot be read is a problem, and has no intervals.
+def make_scores(results: Results, problems: list[str]) -> Scores:
+    """Read the samples and compute every number.
 
     Args:
-        results: whose cells.
-        problems: is told of samples that cannot be read.
-        pool: reads them; without one this process does.
-        begun: of `begin_reading`, where that was started before the cells were known.
+        results: the records.
+        problems: receives a message for samples that cannot be read; their cells have no intervals.
+    """
+    per_task, groups = compared(results, primary(results.tidy), problems)
+    sparse = results.done[results.done["pattern"] != "dense"]
+    metrics = dict(zip(per_task["task"], per_task["metric"], strict=True))
+    flips = flipped_items(groups, sparse["dense_cell_id"].to_dict(), metrics)
+    per_cell, tasks = _averages(per_task), _tasks_of(per_task)
+    known = per_task[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None)
+    places = {
+        (task, metric, cell): number
+        for task, metric in known
+        for number, group in enumerate(groups)
+        if group.task == task
+        for cell in group.cells_with(metric)
+    }
+    _add_intervals(per_cell, groups, places, tasks)
+    return Scores(per_task, per_cell.reset_index(), flips, groups, places, tasks)
+
+
+def compared(results: Results, tidy: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[ItemGroup]]:
+    """Set rows of metrics.csv beside the dense numbers, with what their items say.
+
+    Args:
+        results: the records.
+        tidy: rows of `Results.tidy`.
+        problems: receives a message for samples that cannot be read.
+
+    Returns:
+        The rows of `drops` with the columns of `compare_cells` and `p_holm`, and the items of all cells.
     """
     done = results.done
-    dense_ids = set(done["dense_cell_id"])
-    samples = read_many(
-        {str(cell): place / SAMPLES for cell, place in done["place"].items()},
-        dense_ids,
-        problems,
-        pool or Here(),
-        begun,
-    )
-    chosen = primary(results.tidy)
-    metrics = {str(task): list(dict.fromkeys(names)) for task, names in chosen.groupby("task", sort=False)["metric"]}
-    sparse = done[done["pattern"] != "dense"]
-    pairs = [Pair(dense, str(cell)) for cell, dense in sparse["dense_cell_id"].items()]
-    found = paired(samples, pairs, metrics)
-    per_task = drops(chosen)
-    if len(found.table):
-        extra = found.table.drop(columns=["first", "n_items"]).rename(columns={"second": "cell_id"})
-        per_task = per_task.merge(extra, on=["cell_id", "task", "metric"], how="left")
-    for column in {name for q in QUANTITIES.values() for name in (q.column, q.low, q.high) if name} - set(per_task):
-        per_task[column] = np.nan
-    per_cell = _averages(per_task)
-    tasks = _tasks_of(per_task)
-    _intervals(per_cell, found, tasks)
-    return Scores(per_task, per_cell.reset_index(), found, tasks)
+    groups = read_groups({str(cell): place / SAMPLES for cell, place in done["place"].items()}, problems)
+    metrics = {str(task): list(names.unique()) for task, names in tidy.groupby("task", sort=False)["metric"]}
+    dense_of = done.loc[done["pattern"] != "dense", "dense_cell_id"].to_dict()
+    items = compare_cells(groups, dense_of, metrics)
+    items["p_holm"] = holm_by_task(items)
+    table = drops(tidy)
+    keys = ["cell_id", "task", "metric"]
+    added = [name for name in items if name in keys or name not in table]
+    return table.merge(items[added].astype(dict.fromkeys(added[3:], float)), on=keys, how="left"), groups
 
 
 _MEAN_OF = ("value", "dense", "drop", "relative_drop", "ratio", "kl", "top1_agreement", "flip_rate", "mean_abs_delta")
@@ -108,100 +132,52 @@ _ENDS = [end for name in ("drop", "relative", "ratio") for end in (QUANTITIES[na
 def _averages(per_task: pd.DataFrame) -> pd.DataFrame:
     """Unweighted means over tasks; perplexity texts apart. Index: cell_id, data, is_text."""
     table = per_task.assign(is_text=per_task["metric"] == PERPLEXITY)
-    keys = ["cell_id", "data", "is_text"]
-    grouped = table.groupby(keys, sort=False)
-    means = grouped[[name for name in _MEAN_OF if name in table]].mean()
-    # a mean over fewer tasks than the others' is another number
-    no_text = ~means.index.get_level_values("is_text").to_numpy(dtype=bool)
-    incomplete = (grouped["drop"].count() < grouped.size()).to_numpy() & no_text
+    grouped = table.groupby(["cell_id", "data", "is_text"], sort=False)
+    means = grouped[list(_MEAN_OF)].mean()
+    # a mean over fewer tasks than the other cells' would be another number
+    incomplete = (grouped["drop"].count() < grouped.size()) & ~means.index.get_level_values("is_text").astype(bool)
     for name in ("drop", "relative_drop"):
         means[name] = means[name].mask(incomplete)
-    one = grouped.size() == 1
-    means[_ENDS] = grouped[_ENDS].first().where(one)  # those of several are found from the items
-    names: dict[tuple[str, str, bool], list[str]] = {}
-    for *key, task in zip(*(table[name].tolist() for name in (*keys, "task")), strict=True):
-        names.setdefault((key[0], key[1], key[2]), []).append(task)
-    return means.assign(n_tasks=grouped.size(), tasks=["+".join(sorted(names[key])) for key in means.index])
+    means[_ENDS] = grouped[_ENDS].first().where(grouped.size() == 1)  # those of several tasks need the items
+    tasks = grouped["task"].agg(lambda names: "+".join(sorted(names)))
+    return means.assign(n_tasks=grouped.size(), tasks=tasks)
 
 
-_FORMULAS: Mapping[str, Callable[[Matrix, Matrix], Matrix]] = {
-    "drop": lambda dense, own: dense - own,
-    "relative": lambda dense, own: (dense - own) / dense,
-    "accuracy": lambda dense, own: own,
-    "ratio": lambda dense, own: np.exp(own - dense),
-    "perplexity": lambda dense, own: np.exp(own),
-}
-
-
-def _tasks_of(per_task: pd.DataFrame) -> dict[tuple[str, str, bool], tuple[str, list[tuple[str, str]]]]:
-    """The dense cell, and tasks with their metrics, behind a mean; by cell, kind of data, and whether it is of texts."""
-    found: dict[tuple[str, str, bool], tuple[str, list[tuple[str, str]]]] = {}
+def _tasks_of(per_task: pd.DataFrame) -> dict[tuple[str, str, bool], tuple[str, _Tasks]]:
+    tasks: dict[tuple[str, str, bool], tuple[str, _Tasks]] = {}
     columns = (per_task[name].tolist() for name in ("cell_id", "dense_cell_id", "data", "task", "metric"))
     for cell, dense, data, task, metric in zip(*columns, strict=True):
-        found.setdefault((cell, data, metric == PERPLEXITY), (dense, []))[1].append((task, metric))
-    return found
+        key = (cell, data, metric == PERPLEXITY)
+        tasks[key] = (dense, (*tasks.get(key, ("", ()))[1], (task, metric)))
+    return tasks
 
 
-def _rows(found: PairedResults, name: str, parts: Sequence[_Part]) -> Iterator[Matrix | None]:
-    """Replicates of a quantity's mean over tasks, of each cell; None where there are none."""
-    for groups, run in groupby(parts, key=lambda part: found.groups(*part)):
-        dense, cells, _ = zip(*run, strict=True)
-        if groups and name in _FORMULAS:
-            yield from mean_replicates(name, groups, dense, cells)
-        else:
-            yield from [None] * len(cells)
+def _group_numbers(
+    places: _Places, dense: str, cell: str, tasks: Sequence[tuple[str, str]]
+) -> tuple[tuple[int, str], ...]:
+    """Number of the group that both cells are in, and the metric, of each task; empty where a task has none."""
+    numbers = [(places.get((*pair, cell), -1), places.get((*pair, dense), -2)) for pair in tasks]
+    if any(own != other for own, other in numbers):
+        return ()
+    return tuple((own, metric) for (own, _), (_, metric) in zip(numbers, tasks, strict=True))
 
 
-def _mean(rows: Sequence[Matrix | None]) -> Matrix | None:
-    known = [row for row in rows if row is not None]
-    if len(known) < len(rows):
-        return None
-    return known[0] if len(known) == 1 else sum(known[1:], known[0]) / np.float32(len(known))
-
-
-def mean_replicates(name: str, groups: Sequence[Replicates], dense: Sequence[str], cells: Sequence[str]) -> Matrix:
-    """Replicates [cells, resamples] of a quantity's mean over tasks.
-
-    Args:
-        name: of the quantity.
-        groups: of each task, the replicates among which all the cells are.
-        dense: the dense cell of each cell, or the one of all.
-        cells: whose quantity it is.
-    """
-    total: Matrix | None = None
-    for group in groups:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            one = _FORMULAS[name](group.of(dense), group.of(cells))
-        total = one if total is None else total + one
-    assert total is not None
-    return total if len(groups) == 1 else total / np.float32(len(groups))
-
-
-def _intervals(
+def _add_intervals(
     per_cell: pd.DataFrame,
-    found: PairedResults,
-    tasks: Mapping[tuple[str, str, bool], tuple[str, Sequence[tuple[str, str]]]],
+    groups: Sequence[ItemGroup],
+    places: _Places,
+    tasks: Mapping[tuple[str, str, bool], tuple[str, _Tasks]],
 ) -> None:
-    """Intervals of the means over several tasks, put into `per_cell`."""
-    same: dict[tuple[bool, str, tuple[Replicates, ...]], list[tuple[str, str, bool]]] = {}
-    for key, (dense, chosen) in tasks.items():
-        if key[0] != dense and len(chosen) > 1 and (groups := found.groups(dense, key[0], chosen)):
-            same.setdefault((key[2], dense, groups), []).append(key)
-    jobs = [
-        (QUANTITIES[name], dense, groups, chunk)
-        for (is_text, dense, groups), keys in same.items()
-        for name in (("ratio",) if is_text else ("drop", "relative"))
-        for chunk in chunks(keys)
-    ]
-    known: dict[str, dict[tuple[str, str, bool], float]] = {}
-    for (quantity, _, _, chunk), both in zip(jobs, in_threads(_ends, jobs), strict=True):
-        for column, values in zip((quantity.low, quantity.high), both, strict=True):
-            known.setdefault(column, {}).update(zip(chunk, values.tolist(), strict=True))
-    for column, found_ends in known.items():
-        per_cell[column] = [found_ends.get(key, end) for key, end in zip(per_cell.index, per_cell[column], strict=True)]
-
-
-def _ends(job: tuple[Quantity, str, tuple[Replicates, ...], Sequence[tuple[str, str, bool]]]) -> tuple[Floats, Floats]:
-    """Both ends of a mean's interval, of cells with one dense cell."""
-    quantity, dense, groups, keys = job
-    return ends(mean_replicates(quantity.name, groups, [dense], [key[0] for key in keys]))
+    """Put the intervals of means over several tasks into `per_cell`."""
+    same: dict[tuple[bool, tuple[tuple[int, str], ...]], list[tuple[str, str, bool]]] = {}
+    for key, (dense, wanted) in tasks.items():
+        numbers = _group_numbers(places, dense, key[0], wanted)
+        if key[0] != dense and len(wanted) > 1 and numbers:
+            same.setdefault((key[2], numbers), []).append(key)
+    for (is_text, numbers), keys in same.items():
+        parts = [(groups[number], metric) for number, metric in numbers]
+        dense_ids, cells = [tasks[key][0] for key in keys], [key[0] for key in keys]
+        for name in ("ratio",) if is_text else ("drop", "relative"):
+            low, high = quantity_intervals(name, parts, dense_ids, cells)
+            per_cell.loc[keys, QUANTITIES[name].low] = low
+            per_cell.loc[keys, QUANTITIES[name].high] = high

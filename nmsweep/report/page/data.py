@@ -1,4 +1,4 @@
-"""What the page's script works on: columns of numbers, and each word, config block and item text once."""
+"""The data of the page's script: columns of numbers, and each word, config block and item text once."""
 
 import math
 from collections.abc import Mapping
@@ -11,16 +11,17 @@ from nmsweep.report.numbers.scores import Scores
 from nmsweep.report.page.items import item_texts
 from nmsweep.report.show.spec import metadata_bits_of, order
 from nmsweep.results.read import FIELDS, Results
+from nmsweep.results.tidy import data_kind
 
 _FIELDS = ("data", *FIELDS, "tasks", "variant", "status")
 _NUMBERS = ("accuracy", "drop", "relative", "flips", "perplexity", "ratio", "kl", "agreement")
 _DENSITIES = {"density": "density", "flops_density": "linear FLOPs kept", "bits": "metadata bits"}
 _MOST_FLIPS = 20_000
-"""Flipped items in a page; shared out evenly where there are more."""
+"""Flipped items in a page, divided evenly among cells and tasks where there are more."""
 
 
 class _Words:
-    """Distinct texts by number."""
+    """Numbers distinct texts."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -35,7 +36,13 @@ class _Words:
 
 
 def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dict[str, Any]:
-    """Plain values for JSON: one row for each cell and kind of data, failed cells too; `rerun` is each cell's command."""
+    """Return plain values for JSON: one row for each cell and kind of data, failed cells too.
+
+    Args:
+        results: the records.
+        scores: their numbers.
+        rerun: the command that runs a cell again, by cell id.
+    """
     words, blocks = _Words(), _Words()
     cells = list(map(str, results.cells.index))
     place = {cell: number for number, cell in enumerate(cells)}
@@ -80,7 +87,7 @@ def _rows(results: Results, scores: Scores) -> pd.DataFrame:
 
 
 def _kinds_of(tasks: object) -> list[str]:
-    return sorted({"mini" if task.startswith("mini_") else "real" for task in str(tasks).split("+") if task})
+    return sorted({data_kind(task) for task in str(tasks).split("+") if task})
 
 
 def _columns(rows: pd.DataFrame) -> list[str]:
@@ -89,15 +96,15 @@ def _columns(rows: pd.DataFrame) -> list[str]:
 
 
 def _number(value: Any) -> float | None:
-    """Six digits are more than are shown."""
+    """Round to six digits, more than the page shows; None for JSON unless finite."""
     number = float(value)
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
 def _kinds(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the script must know to show a column."""
-    found = [_kind(QUANTITIES[name], f"{name}_low" in values) for name in _NUMBERS]
-    return found + [{"name": name, "title": title, "scale": 1, "digits": 3} for name, title in _DENSITIES.items()]
+    """Title, scale and digits of each column."""
+    kinds = [_kind(QUANTITIES[name], f"{name}_low" in values) for name in _NUMBERS]
+    return kinds + [{"name": name, "title": title, "scale": 1, "digits": 3} for name, title in _DENSITIES.items()]
 
 
 def _kind(quantity: Quantity, has_ends: bool) -> dict[str, Any]:
@@ -113,16 +120,16 @@ def _tasks(rows: pd.DataFrame, scores: Scores, words: _Words) -> list[list[list[
         table[text] = table[task].fillna(table[other])
     numbers = ("value", "dense", "change", "low", "high", "lost", "gained", "changed", "p_value", "p_holm", "mean_abs_delta", "kl", "top1_agreement")  # fmt: skip
     columns = [table[name].tolist() if name in table else [math.nan] * len(table) for name in numbers]
-    found: dict[tuple[str, str], list[list[Any]]] = {}
+    by_cell: dict[tuple[str, str], list[list[Any]]] = {}
     heads = zip(*(table[name].tolist() for name in ("cell_id", "data", "task", "metric", "n_items")), strict=True)
     for (cell, data, task, metric, n_items), *values in zip(heads, *columns, strict=True):
-        found.setdefault((cell, data), []).append([words(task), words(metric), int(n_items), *map(_number, values)])
-    return [found.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
+        by_cell.setdefault((cell, data), []).append([words(task), words(metric), int(n_items), *map(_number, values)])
+    return [by_cell.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
 
 
 def _flips(results: Results, scores: Scores, rows: pd.DataFrame, words: _Words) -> list[list[list[Any]]]:
-    """Flipped items of each row's tasks: task, some items lost, some gained, and how many there are of both."""
-    flips = scores.paired.flips
+    """Flipped items of each row's tasks: task, some lost and some gained items, and the number of both."""
+    flips = scores.flips
     total = sum(len(lost) + len(gained) for lost, gained in flips.values())
     most = max(1, _MOST_FLIPS // max(1, 2 * len(flips))) if total > _MOST_FLIPS else total
     by_cell: dict[tuple[str, str], list[list[Any]]] = {}
@@ -145,19 +152,21 @@ def _items(results: Results, flips: list[list[list[Any]]], words: _Words) -> dic
 def _provenance(results: Results, cells: list[str], words: _Words) -> dict[str, Any]:
     """Columns by name: numbers, or words."""
     known = [results.provenance.get(cell, {}) for cell in cells]
-    found: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for name in ("time_s", "tokens", "peak_memory_bytes"):
-        found[name] = {"numbers": [one.get(name) for one in known]}
+        columns[name] = {"numbers": [record.get(name) for record in known]}
     for name in ("finished", "device", "git", "command"):
-        found[name] = {"words": [words(one.get(name) or "") for one in known]}
-    found["versions"] = {"words": [words(", ".join(f"{k} {v}" for k, v in (one.get("versions") or {}).items() if v)) for one in known]}  # fmt: skip
-    found["model fingerprint"] = {"words": [words((one.get("model") or {}).get("fingerprint", "")) for one in known]}
-    found["folder"] = {"words": [words(place.name) for place in results.cells["place"]]}
-    return found
+        columns[name] = {"words": [words(record.get(name) or "") for record in known]}
+    columns["versions"] = {"words": [words(", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items() if v)) for record in known]}  # fmt: skip
+    columns["model fingerprint"] = {
+        "words": [words((record.get("model") or {}).get("fingerprint", "")) for record in known]
+    }
+    columns["folder"] = {"words": [words(place.name) for place in results.cells["place"]]}
+    return columns
 
 
 def _order(fields: Mapping[str, list[int]], words: _Words) -> list[int]:
-    """Where each word stands among the words of its field."""
+    """Rank of each word among the words of its field."""
     ranks = [0] * len(words.texts)
     for name, column in fields.items():
         for rank, word in enumerate(sorted(set(column), key=lambda word: order(name, words.texts[word]))):

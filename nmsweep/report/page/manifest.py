@@ -1,4 +1,4 @@
-"""Where the numbers of a report come from: versions, data, devices, and the cell and command behind each number."""
+"""The sources of a report's numbers: versions, data, devices, and the cell and command behind each number."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,71 +9,61 @@ import pandas as pd
 from nmsweep import __version__
 from nmsweep.report.page.rerun import rerun_command
 from nmsweep.results.read import FIELDS, Results
+from nmsweep.statistics.intervals import N_RESAMPLES
 
 
-def manifest(results: Results, n_resamples: int) -> dict[str, Any]:
-    """Everything that the numbers depend on; every value with the number of cells that share it."""
+def manifest(results: Results) -> dict[str, Any]:
+    """Return everything that the numbers depend on; each value with the number of cells that share it."""
     cells = [results.provenance[cell] for cell in results.done.index]
+    versions = ((package, version) for cell in cells for package, version in (cell.get("versions") or {}).items())
+    models = (cell.get("model") or {} for cell in cells)
+    tasks = (pair for cell in cells for pair in (cell.get("tasks") or {}).items())
     return {
-        "report": {"nmsweep": __version__, "bootstrap_resamples": n_resamples, "results_dir": str(results.folder)},
+        "report": {"nmsweep": __version__, "bootstrap_resamples": N_RESAMPLES, "results_dir": str(results.folder)},
         "cells": {str(status): int(n) for status, n in results.cells["status"].value_counts().items()},
         "schema": _counted(cell.get("schema", 1) for cell in cells),
-        "versions": _versions(cells),
+        "versions": _by_name(versions),
         "git": _counted(cell.get("git", "") for cell in cells),
         "device": _counted(cell.get("device", "") for cell in cells),
-        "models": _by_name(_model(cell) for cell in cells),
-        "tasks": _by_name(one for cell in cells for one in _tasks(cell)),
+        "models": _by_name((model.get("name", ""), f"{model.get('fingerprint', '')} {model.get('revision', '')}".strip()) for model in models),
+        "tasks": _by_name((task, f"{part.get('data', '')} version {part.get('version', '')}") for task, part in tasks),
         "problems": list(results.problems),
     }  # fmt: skip
 
 
-def warnings_of(made: Mapping[str, Any]) -> list[str]:
-    """What makes numbers of one folder not comparable: two versions of a model or of a task's data under one name."""
+def warnings_of(sources: Mapping[str, Any]) -> list[str]:
+    """Warn of two versions of a model or of a task's data under one name.
+
+    Args:
+        sources: from `manifest`.
+    """
     return [
         f"{kind} {name}: {len(known)} different fingerprints under one name; their numbers are not comparable"
         for kind in ("models", "tasks")
-        for name, known in made[kind].items()
+        for name, known in sources[kind].items()
         if len(known) > 1
     ]
 
 
 def cell_provenance(results: Results) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Folder name and provenance of every finished cell, for the identity watch."""
+    """Yield folder name and provenance of every finished cell, for the identity watch."""
     for cell_id, place in results.done["place"].items():
         yield place.name, results.provenance[str(cell_id)]
 
 
 def _counted(values: Iterable[object]) -> dict[str, int]:
-    return dict(Counter(str(value) for value in values).most_common())
+    return dict(Counter(map(str, values)).most_common())
 
 
-def _versions(cells: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    found: dict[str, Counter[str]] = {}
-    for cell in cells:
-        for package, version in (cell.get("versions") or {}).items():
-            found.setdefault(str(package), Counter())[str(version)] += 1
-    return {package: dict(counts.most_common()) for package, counts in sorted(found.items())}
-
-
-def _model(cell: Mapping[str, Any]) -> tuple[str, str]:
-    model = cell.get("model") or {}
-    return str(model.get("name", "")), f"{model.get('fingerprint', '')} {model.get('revision', '')}".strip()
-
-
-def _tasks(cell: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    for task, part in (cell.get("tasks") or {}).items():
-        yield str(task), f"{part.get('data', '')} version {part.get('version', '')}"
-
-
-def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    found: dict[str, Counter[str]] = {}
+def _by_name(pairs: Iterable[tuple[object, object]]) -> dict[str, dict[str, int]]:
+    values: dict[str, list[object]] = {}
     for name, value in pairs:
-        found.setdefault(name, Counter())[value] += 1
-    return {name: dict(counts.most_common()) for name, counts in sorted(found.items())}
+        values.setdefault(str(name), []).append(value)
+    return {name: _counted(same) for name, same in sorted(values.items())}
 
 
 def cell_list(results: Results) -> pd.DataFrame:
-    """One row a cell: what it is, how it went, the command that runs it again and the command that made it."""
+    """Return one row a cell: its fields, its status, the command that runs it again and the command that made it."""
     cells = results.cells
     ids = [str(cell_id) for cell_id in cells.index]
     known = [results.provenance.get(cell_id, {}) for cell_id in ids]
@@ -84,8 +74,8 @@ def cell_list(results: Results) -> pd.DataFrame:
             **{name: cells[name].array for name in (*FIELDS, "tasks", "variant", "dense_cell_id", "status", "error")},
             "folder": [place.name for place in cells["place"]],
             **{name: cells[name].array for name in ("sparsity", "flops_share")},
-            **{name: [one.get(name) for one in known] for name in of_record},
+            **{name: [record.get(name) for record in known] for name in of_record},
             "rerun": [rerun_command(results.configs.get(cell_id, {})) for cell_id in ids],
-            "made_by": [one.get("command", "") for one in known],
+            "made_by": [record.get("command", "") for record in known],
         }
     )

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: nothing is fetched, and every word of a record is escaped."""
+"""One self-contained HTML page: it fetches nothing, and every word of a record is escaped."""
 
 import base64
 import json
@@ -18,6 +18,7 @@ from nmsweep.report.show.figures import Figures
 from nmsweep.report.show.formats import caption, html_text, number, plain, span, to_html
 from nmsweep.report.show.spec import Entry, Table, order
 from nmsweep.results.read import Results
+from nmsweep.statistics.intervals import N_RESAMPLES
 
 _TEMPLATE = Path(__file__).parent / "template"
 
@@ -28,18 +29,20 @@ def make_page(
     tables: Sequence[Table],
     figures: Figures,
     hardware: pd.DataFrame,
-    made: Mapping[str, Any],
-    data: str,
+    sources: Mapping[str, Any],
+    data: Mapping[str, Any],
     warnings: Sequence[str],
 ) -> str:
-    """The page as text.
+    """Return the page as text.
 
     Args:
+        results: the records.
+        scores: their numbers.
         tables: shown below the cells, each folded.
-        figures: whose PNG files are put into the page.
-        hardware: of `hardware_view`.
-        made: of `manifest`.
-        data: of `page_data`, by `script_json`.
+        figures: whose PNG files the page contains.
+        hardware: from `hardware_view`.
+        sources: from `manifest`.
+        data: from `page_data`.
         warnings: shown at the top.
     """
     environment = Environment(loader=FileSystemLoader(_TEMPLATE), autoescape=True)
@@ -47,27 +50,27 @@ def make_page(
     return environment.get_template("page.html.jinja").render(
         css=Markup((_TEMPLATE / "page.css").read_text(encoding="utf-8")),
         js=Markup((_TEMPLATE / "page.js").read_text(encoding="utf-8")),
-        data=Markup(data),
+        data=Markup(script_json(data)),
         title=plain(results.folder),
         n_done=int((status == "done").sum()),
         n_failed=int((status == "failed").sum()),
         n_models=results.cells["model"].nunique(),
-        n_resamples=f"{scores.paired.n_resamples:,}",
+        n_resamples=f"{N_RESAMPLES:,}",
         warnings=[plain(warning) for warning in warnings],
         summary=summary_blocks(results, scores),
         tables=[{"title": caption(table), "html": Markup(to_html(table))} for table in tables],
         figures=[
             {"title": f"{figure.title}, {figure.data} tasks", "note": figure.note, "source": _inline(figure.files), "files": _names(figure.files)}
-            for figure in figures.made
+            for figure in figures.drawn
         ],
         skipped=figures.skipped,
         hardware=Markup(hardware_html(hardware)),
-        provenance=provenance_blocks(made),
+        provenance=provenance_blocks(sources),
     )  # fmt: skip
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand in a script element: no character of it can end the element."""
+    """Return JSON that is safe in a script element: no character can end the element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -82,17 +85,17 @@ def _names(files: Iterable[Path]) -> str:
 
 
 def summary_blocks(results: Results, scores: Scores) -> list[dict[str, Any]]:
-    """For each kind of data: the cell with the smallest drop (ratio, where only texts were measured) of a model and pattern."""
+    """Return the cell with the smallest drop and ratio of each model and pattern, for each kind of data."""
     blocks = []
     fields = results.done[["model", "pattern", "criterion", "mitigation"]]
     for data, title in (("real", "Published tasks"), ("mini", "Mini tasks (not comparable with published numbers)")):
         of_data = scores.per_cell[scores.per_cell["data"] == data]
         for name in ("drop", "ratio"):
             quantity = QUANTITIES[name]
-            found = of_data[of_data[quantity.column].notna() & (of_data["is_text"] == quantity.text)].join(fields, on="cell_id")  # fmt: skip
-            if not len(found):
+            known = of_data[of_data[quantity.column].notna() & (of_data["is_text"] == quantity.text)].join(fields, on="cell_id")  # fmt: skip
+            if not len(known):
                 continue
-            best = found.loc[found.groupby(["model", "pattern"], sort=False)[quantity.column].idxmin()]
+            best = known.loc[known.groupby(["model", "pattern"], sort=False)[quantity.column].idxmin()]
             rows = sorted(
                 best.to_dict("records"), key=lambda row: (str(row["model"]), order("pattern", row["pattern"]))
             )
@@ -107,7 +110,7 @@ def summary_blocks(results: Results, scores: Scores) -> list[dict[str, Any]]:
 
 
 def hardware_html(view: pd.DataFrame) -> str:
-    """The hardware view as a table element, theory and measured columns under headings of their own."""
+    """Return the hardware view as a table element, with separate headings for theory and measured columns."""
     if not len(view):
         return "<p>No cell with pruned activations.</p>"
     fields = ["model", "targets", "dtype", "pattern"]
@@ -127,13 +130,13 @@ def _shown(value: object) -> str:
     return html_text(value)
 
 
-def provenance_blocks(made: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The manifest as tables: value and number of cells."""
-    flat = [("git", made["git"]), ("device", made["device"]), ("record schema", made["schema"])]
-    flat += [(f"version of {package}", versions) for package, versions in made["versions"].items()]
+def provenance_blocks(sources: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the manifest as tables of values and numbers of cells."""
+    flat = [("git", sources["git"]), ("device", sources["device"]), ("record schema", sources["schema"])]
+    flat += [(f"version of {package}", versions) for package, versions in sources["versions"].items()]
     rows = [[name, value or "–", n] for name, values in flat for value, n in values.items()]
-    named = [[kind, plain(name), value, n] for kind in ("models", "tasks") for name, values in made[kind].items() for value, n in values.items()]  # fmt: skip
+    named = [[kind, plain(name), value, n] for kind in ("models", "tasks") for name, values in sources[kind].items() for value, n in values.items()]  # fmt: skip
     return [
-        {"title": "Software and devices", "columns": ["what", "value", "cells"], "rows": rows},
+        {"title": "Software and devices", "columns": ["name", "value", "cells"], "rows": rows},
         {"title": "Models and data", "columns": ["kind", "name", "fingerprint and version", "cells"], "rows": named},
     ]

@@ -5,26 +5,27 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nmsweep.config.schema import AllocationConfig, CalibrationConfig, DataConfig, EvalConfig
+from nmsweep.config.schema import AllocationConfig, CalibrationConfig, DataConfig, EvalConfig, RunConfig
 
 _DEFAULTS: Mapping[str, Any] = {
-    "scope": "all", "profile": "strict", "dtype": "bfloat16", "device": "auto", "seed": 0, "plugins": [],
+    **{name: RunConfig.model_fields[name].default for name in ("scope", "profile", "dtype", "device", "seed")},
+    "plugins": [],
     "eval": EvalConfig().model_dump(mode="json"),
     "data": DataConfig().model_dump(mode="json"),
-    "policy": "none",
+    "policy": RunConfig.model_fields["policy"].default,
     "allocation": AllocationConfig().model_dump(mode="json"),
     "calibration": CalibrationConfig().model_dump(mode="json"),
-}  # fmt: skip
+}
 
 _MODEL_KEYS = ("path", "revision", "seed", "trust_remote_code")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:%+*@?-]+")
 
 
 def rerun_command(config: Mapping[str, Any]) -> str:
-    """One shell line, ``nmsweep model=… force=true``: what differs from the defaults; empty for an empty config.
+    """Return one shell line, ``nmsweep model=… force=true``, with the settings that differ from the defaults.
 
     Args:
-        config: as `RunConfig.dump` gives it.
+        config: as `RunConfig.dump` gives it; an empty one gives an empty line.
     """
     return shlex.join(["nmsweep", *_words(config), "force=true"]) if config else ""
 
@@ -56,9 +57,9 @@ def _differing(key: str, value: Any, default: Any) -> Iterator[str]:
     if value == default:
         return
     if isinstance(default, Mapping) and isinstance(value, Mapping):
-        for name, one in value.items():
-            if one != default.get(name):
-                yield _word(f"{key}.{name}", one)
+        for name, inner in value.items():
+            if inner != default.get(name):
+                yield _word(f"{key}.{name}", inner)
     elif list(value if isinstance(value, list | tuple) else [value]) != default:
         yield _word(key, value)
 
@@ -74,9 +75,9 @@ def _literal(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return "[" + ",".join(_literal(one) for one in value) + "]"
+        return "[" + ",".join(map(_literal, value)) + "]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{_literal(key)}:{_literal(one)}" for key, one in value.items()) + "}"
+        return "{" + ",".join(f"{_literal(key)}:{_literal(inner)}" for key, inner in value.items()) + "}"
     text = str(value)
     if isinstance(value, int | float) or (_PLAIN.fullmatch(text)):
         return text

@@ -1,31 +1,31 @@
-"""The figures of a report: only what the records hold; one that has nothing to show is skipped, with the reason said."""
+"""The figures of a report. One without numbers is left out, with the reason."""
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
+from nmsweep.config.pattern import parse_pattern
+from nmsweep.report.numbers.layers import DATA, Sensitivity
+from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.scores import Scores
-from nmsweep.report.show.spec import kind_of, metadata_bits_of
+from nmsweep.report.show.formats import plain
+from nmsweep.report.show.spec import kind_of, metadata_bits_of, order
+from nmsweep.report.show.style import legend_below, legend_room, look, panels
+from nmsweep.results.layout import LAYERS
 from nmsweep.results.read import FIELDS, Results
 
-FIGURES = {
-    "drop_pattern": "Drop against pattern",
-    "ratio_pattern": "Perplexity ratio against pattern",
-    "criterion_mitigation": "Criteria and mitigations",
-    "perplexity_density": "Perplexity against density",
-    "drop_bits": "Drop against metadata bits",
-    "pareto": "Quality against linear FLOPs",
-    "layers": "Sparsity by layer",
-}
-"""Title by name."""
+MOST_SERIES = 6
+MOST_MODELS = 4
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that was written: its name and title, its files, and what was left out for the sake of legibility."""
+    """A figure: its name and title, the kind of data, its files, and a note on what was left out for legibility."""
 
     name: str
     title: str
@@ -36,65 +36,297 @@ class Figure:
 
 @dataclass
 class Figures:
-    """What was drawn, and why the rest was not: ``name (data): reason``."""
+    """The figures drawn, and those left out: ``name (data): reason``."""
 
-    made: list[Figure] = field(default_factory=list)
+    drawn: list[Figure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
-def draw_figures(cells: Mapping[str, pd.DataFrame], folder: Path, pool: Executor) -> Callable[[], Figures]:
-    """Draw every figure for which there are numbers, as PDF and PNG.
+class NothingToDraw(Exception):  # noqa: N818 - not an error: the figure is left out
+    """A figure has nothing to show; the message gives the reason."""
+
+
+def draw_figures(results: Results, scores: Scores, layers: Sequence[Sensitivity], folder: Path) -> Figures:
+    """Draw every figure that has numbers, as PDF and PNG.
 
     Args:
-        cells: `points` by kind of data, mini and real.
-        folder: where they are written, in a folder for each kind.
-        pool: draws them.
-
-    Returns:
-        to be called for what was drawn; it waits for the drawing.
+        results: the records.
+        scores: their numbers.
+        layers: the output errors by layer.
+        folder: receives a folder for each kind of data.
     """
-    futures = [
-        pool.submit(draw_figure, name, data, of_data, folder) for data, of_data in cells.items() for name in FIGURES
-    ]
-
-    def drawn() -> Figures:
-        found = [future.result() for future in futures]
-        return Figures(
-            [one for one in found if isinstance(one, Figure)], [one for one in found if isinstance(one, str)]
-        )
-
-    return drawn
-
-
-def draw_figure(name: str, data: str, cells: pd.DataFrame, folder: Path) -> Figure | str:
-    """One figure, or why there is none."""
-    from nmsweep.report.show.drawings import DRAWINGS, NothingToDraw  # matplotlib: often another process draws
-
-    files: list[Path] = []
-    try:
-        note = DRAWINGS[name](cells, folder / data / name, files)
-    except NothingToDraw as reason:
-        return f"{name} ({data}): {reason}"
-    return Figure(name, FIGURES[name], data, files, note)
-
-
-def all_points(results: Results, scores: Scores) -> dict[str, pd.DataFrame]:
-    """`points` of each kind of data that there is."""
-    found = {data: points(results, scores, data) for data in ("real", "mini")}
-    return {data: cells for data, cells in found.items() if len(cells)}
+    figures = Figures()
+    for data in ("real", "mini"):
+        cells = points(results, scores, data)
+        for name, (title, draw) in _DRAWINGS.items() if len(cells) else ():
+            try:
+                figures.drawn.append(Figure(name, title, data, *draw(cells, folder / data / name)))
+            except NothingToDraw as reason:
+                figures.skipped.append(f"{name} ({data}): {reason}")
+    if layers:
+        figures.drawn.append(_layer_errors(layers, folder / DATA / "error"))
+    else:
+        figures.skipped.append("error (layers): no error by layer is recorded; `nmsweep sensitivity` measures it")
+    return figures
 
 
 def points(results: Results, scores: Scores, data: str) -> pd.DataFrame:
-    """One row a finished cell: its fields, the means over tasks with their ends, the text's numbers, and its densities."""
+    """Return one row a finished cell: fields, means over tasks with their intervals, the text's numbers, and densities."""
     of_data = scores.per_cell[scores.per_cell["data"] == data].set_index("cell_id")
     tasks = of_data[~of_data["is_text"]].drop(columns=["is_text", "data", "ratio", "ratio_low", "ratio_high"])
     text = of_data[of_data["is_text"]][["value", "ratio", "ratio_low", "ratio_high"]].rename(columns={"value": "perplexity"})  # fmt: skip
     cells = results.done[[*FIELDS, "variant", "sparsity", "flops_share", "place"]]
     cells = cells[cells.index.isin(of_data.index)].join(tasks.rename(columns={"value": "accuracy"})).join(text)
-    cells["place"] = cells["place"].map(str)  # a path is slow to send to another process
     cells["density"] = 1 - cells["sparsity"]
     cells["flops_density"] = 1 - cells["flops_share"] * cells["sparsity"]
-    cells["bits"] = [metadata_bits_of(pattern) for pattern in cells["pattern"]]
-    cells["bits"] = cells["bits"].astype(float)
-    cells["kind"] = [kind_of(pattern) for pattern in cells["pattern"]]
+    cells["bits"] = cells["pattern"].map(metadata_bits_of).astype(float)
+    cells["kind"] = cells["pattern"].map(kind_of)
     return cells.sort_values("model", kind="stable")
+
+
+_Drawn = tuple[list[Path], str]
+"""The files of a figure, and a note on what was left out."""
+
+
+def _by_model(
+    cells: pd.DataFrame, place: Path, draw: Callable[[Axes, pd.DataFrame], str], room: float, left: float = 0.45
+) -> _Drawn:
+    """Draw a panel for each of the models with most cells.
+
+    Args:
+        cells: those to show.
+        place: the files' path without suffix.
+        draw: draws the cells of one model; returns a note on what it left out.
+        room: inches below a panel.
+        left: inches left of a panel.
+    """
+    names = list(cells["model"].value_counts().index)
+    models = sorted(names[:MOST_MODELS])
+    notes = [f"{len(names) - MOST_MODELS} more models left out"] if len(names) > MOST_MODELS else []
+    with panels([plain(model) for model in models], place, room, left) as (files, axes):
+        for axis, model in zip(axes, models, strict=True):
+            notes.append(draw(axis, cells[cells["model"] == model]))
+    return files, "; ".join(filter(None, dict.fromkeys(notes)))
+
+
+def _with_number(cells: pd.DataFrame, column: str, why: str) -> pd.DataFrame:
+    """The sparse cells that have a number."""
+    known = cells[cells[column].notna() & (cells["pattern"] != "dense")]
+    if not len(known):
+        raise NothingToDraw(why)
+    return known
+
+
+def _series(cells: pd.DataFrame, column: str) -> tuple[list[tuple[str, pd.DataFrame]], str]:
+    """Lines of one panel: `act` without mitigation first, then those with the smallest mean; a note on the rest."""
+    names = [name for name in ("criterion", "mitigation", "targets", "scope", "profile", "dtype", "seed", "variant") if cells[name].nunique() > 1] or ["criterion"]  # fmt: skip
+    other = (cells["criterion"] != "act") | (cells["mitigation"] != "none")
+    grouped = cells.assign(_other=other).groupby(names, sort=False)
+    rank = pd.DataFrame({"_other": grouped["_other"].any(), "_n": grouped.size(), "_mean": grouped[column].mean()})
+    rank = rank.sort_values(["_other", "_n", "_mean"], ascending=[True, False, True], kind="stable")[:MOST_SERIES]
+    keys = [key if isinstance(key, tuple) else (key,) for key in rank.index]
+    lines = [
+        (plain(", ".join(map(str, key))), cells.iloc[grouped.indices[key[0] if len(names) == 1 else key]])
+        for key in keys
+    ]
+    rest = f"at most {MOST_SERIES} series a panel, the others are left out" if grouped.ngroups > MOST_SERIES else ""
+    return lines, rest
+
+
+def _error_bars(axis: Axes, x: Any, line: pd.DataFrame, quantity: Quantity, label: str, **style: Any) -> None:
+    arms = None
+    if line[quantity.low].notna().any():
+        value = line[quantity.column]
+        lengths = np.stack([value - line[quantity.low], line[quantity.high] - value])
+        arms = np.clip(np.nan_to_num(lengths), 0, None) * quantity.scale
+    axis.errorbar(x, line[quantity.column] * quantity.scale, yerr=arms, label=label, capsize=1.5, elinewidth=0.6, **style)  # fmt: skip
+
+
+def _finish(axis: Axes, x: str, y: str) -> None:
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    legend_below(axis)
+
+
+def _against_pattern(quantity: Quantity) -> Callable[[pd.DataFrame, Path], _Drawn]:
+    def draw(cells: pd.DataFrame, place: Path) -> _Drawn:
+        known = _with_number(cells, quantity.column, f"no sparse cell has a {quantity.title}")
+        if not (known["kind"] == "n:m").any():
+            raise NothingToDraw("no cell has an N:M pattern")
+        models = known[known["kind"] == "n:m"]["model"].unique()
+        return _by_model(known[known["model"].isin(models)], place, panel, legend_room(MOST_SERIES + 2))
+
+    def panel(axis: Axes, cells: pd.DataFrame) -> str:
+        grouped = cells[cells["kind"] == "n:m"]
+        patterns = sorted(set(grouped["pattern"]), key=lambda pattern: order("pattern", pattern))
+        lines, rest = _series(grouped, quantity.column)
+        for number, (name, line) in enumerate(lines):
+            line = line.assign(_x=line["pattern"].map(patterns.index)).sort_values("_x")
+            shift = 0.06 * (number - (len(lines) - 1) / 2)  # side by side, so that no interval hides another
+            _error_bars(axis, line["_x"] + shift, line, quantity, name, **look(number))
+        _unstructured(axis, cells, lines[0][1], quantity)
+        axis.set_xticks(range(len(patterns)), patterns)
+        _finish(axis, "pattern (N kept of M)", quantity.title)
+        return rest
+
+    return draw
+
+
+def _unstructured(axis: Axes, cells: pd.DataFrame, first: pd.DataFrame, quantity: Quantity) -> None:
+    """Draw a line for per-token top-k of the same sparsity and the methods of the first series."""
+    same = cells[cells["kind"] == "unstructured"]
+    for name in ("criterion", "mitigation", "targets", "scope"):
+        same = same[same[name] == first[name].iloc[0]]
+    sparsities = {parse_pattern(pattern).sparsity for pattern in cells[cells["kind"] == "n:m"]["pattern"]}
+    for pattern, line in same.groupby("pattern", sort=False):
+        if parse_pattern(str(pattern)).sparsity in sparsities:
+            axis.axhline(line[quantity.column].mean() * quantity.scale, color="0.45", linestyle=(0, (1, 2)), linewidth=1, label=f"{pattern} unstructured")  # fmt: skip
+
+
+def _heat_map(cells: pd.DataFrame, place: Path) -> _Drawn:
+    quantity = QUANTITIES["drop"] if cells["drop"].notna().any() else QUANTITIES["ratio"]
+    known = _with_number(cells, quantity.column, "no sparse cell has a drop or a ratio")
+    counts = known[known["kind"] == "n:m"]["pattern"].value_counts()
+    if not len(counts) or known["criterion"].nunique() < 2 or known["mitigation"].nunique() < 2:
+        raise NothingToDraw("fewer than two criteria or two mitigations with an N:M pattern")
+    pattern = "8:16" if counts.get("8:16", 0) == counts.max() else str(counts.index[0])
+    known = known[known["pattern"] == pattern]
+    values = known[quantity.column] * quantity.scale
+    low, high = values.min(), values.max()
+
+    def panel(axis: Axes, of_model: pd.DataFrame) -> str:
+        grid = of_model.pivot_table(index="criterion", columns="mitigation", values=quantity.column, sort=False)
+        grid = grid.loc[sorted(grid.index), sorted(grid.columns, key=lambda name: order("mitigation", name))]
+        shown = grid.to_numpy(float) * quantity.scale
+        axis.imshow(shown, cmap="cividis_r", aspect="auto", vmin=low, vmax=high)
+        axis.grid(False)
+        axis.set_xticks(range(grid.shape[1]), [plain(name) for name in grid.columns], rotation=40, ha="right", rotation_mode="anchor")  # fmt: skip
+        axis.set_yticks(range(grid.shape[0]), [plain(name) for name in grid.index])
+        for (row, column), value in np.ndenumerate(shown):
+            text = "–" if np.isnan(value) else f"{value:.{quantity.digits}f}"
+            colour = "white" if value > (low + high) / 2 else "black"
+            axis.text(column, row, text, ha="center", va="center", fontsize=5, color=colour)
+        return ""
+
+    files, note = _by_model(known, place, panel, 0.45, left=0.75)
+    return files, "; ".join(filter(None, [f"pattern {pattern}", quantity.title, note]))
+
+
+def _perplexity_density(cells: pd.DataFrame, place: Path) -> _Drawn:
+    known = _with_number(cells, "perplexity", "no sparse cell has a perplexity")
+    if known["sparsity"].nunique() < 2:
+        raise NothingToDraw("all sparse cells have one sparsity")
+
+    def panel(axis: Axes, of_model: pd.DataFrame) -> str:
+        lines, rest = _series(of_model, "perplexity")
+        for number, (name, line) in enumerate(lines):
+            axis.plot(line["density"], line["perplexity"], label=name, **look(number) | {"linestyle": "none"})
+        dense = cells[(cells["model"] == of_model["model"].iloc[0]) & (cells["pattern"] == "dense")]
+        axis.plot(dense["density"], dense["perplexity"], "*", color="0.3", markersize=6, linestyle="none", label="dense")  # fmt: skip
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.grid(True, which="minor", axis="y")
+        _finish(axis, "density of target layers' inputs", "perplexity")
+        return rest
+
+    return _by_model(known, place, panel, legend_room(MOST_SERIES + 1))
+
+
+def _metadata_bits(cells: pd.DataFrame, place: Path) -> _Drawn:
+    known = _with_number(cells[cells["bits"].notna()], "drop", "no cell with an N:M pattern has a drop")
+
+    def panel(axis: Axes, of_model: pd.DataFrame) -> str:
+        lines, rest = _series(of_model, "drop")
+        for number, (name, line) in enumerate(lines):
+            style = look(number) | {"linestyle": "none"}
+            _error_bars(axis, line["bits"] + 0.004 * number, line, QUANTITIES["drop"], name, **style)
+        tops = of_model[["drop", "drop_high"]].max(axis=1) * 100
+        for bits, same in of_model.groupby("bits"):
+            names = sorted(set(same["pattern"]), key=lambda pattern: order("pattern", pattern))
+            axis.annotate("\n".join(names), (float(str(bits)), tops[same.index].max()), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=5)  # fmt: skip
+        axis.set_ylim(top=tops.max() * 1.2)
+        _finish(axis, "metadata (theory), bits an element", QUANTITIES["drop"].title)
+        return rest
+
+    return _by_model(known, place, panel, legend_room(MOST_SERIES + 1))
+
+
+def _pareto(cells: pd.DataFrame, place: Path) -> _Drawn:
+    known = _with_number(cells, "accuracy", "no sparse cell has an accuracy")
+    if known["flops_density"].nunique() < 2:
+        raise NothingToDraw("all sparse cells have one linear-FLOP density")
+
+    def panel(axis: Axes, of_model: pd.DataFrame) -> str:
+        axis.plot(of_model["flops_density"], of_model["accuracy"] * 100, "o", color="0.6", markersize=2.5, linestyle="none", label="cells")  # fmt: skip
+        front = pd.DataFrame(pareto_front(of_model))
+        axis.step(front["flops_density"], front["accuracy"] * 100, where="post", color="black", marker="s", label="Pareto front")  # fmt: skip
+        for point in front.drop_duplicates("pattern").to_dict("records"):
+            words = [str(point["pattern"]), *(str(point[name]) for name in ("criterion", "mitigation") if point[name] != "none")]  # fmt: skip
+            at_edge = point["flops_density"] > 0.9
+            axis.annotate(plain(" ".join(words)), (point["flops_density"], point["accuracy"] * 100), xytext=(-2 if at_edge else 2, -7), ha="right" if at_edge else "left", textcoords="offset points", fontsize=5)  # fmt: skip
+        _finish(axis, "linear FLOPs kept (share; theory)", "mean accuracy (%)")
+        return ""
+
+    with_dense = cells[cells["model"].isin(known["model"]) & cells["accuracy"].notna()]
+    return _by_model(with_dense, place, panel, legend_room(2))
+
+
+def pareto_front(cells: pd.DataFrame) -> Iterator[dict[str, object]]:
+    """Yield the cells that no other beats in both FLOPs and accuracy, by rising FLOP density."""
+    best = -np.inf
+    for cell in cells.sort_values(["flops_density", "accuracy"], ascending=[True, False]).to_dict("records"):
+        if cell["accuracy"] > best:
+            best = cell["accuracy"]
+            yield {str(key): value for key, value in cell.items()}
+
+
+def _layer_profile(cells: pd.DataFrame, place: Path) -> _Drawn:
+    """Realised sparsity by depth, of the cells whose layers differ from one another."""
+    known = _with_number(cells, "sparsity", "there is no sparse cell")
+    varied = known[known["kind"].isin(["threshold", "policy"])]
+    lines = [(cell, _layers(cell["place"])) for cell in varied.head(MOST_SERIES).to_dict("records")]
+    lines = [(cell, table) for cell, table in lines if table["sparsity"].nunique() > 1]
+    if not lines:
+        raise NothingToDraw("the realised sparsity of every target layer is that of its pattern")
+    with panels([""], place, legend_room(MOST_SERIES)) as (files, (axis,)):
+        for number, (cell, table) in enumerate(lines):
+            words = [str(cell[name]) for name in ("model", "pattern", "criterion")]
+            style = look(number) | {"marker": "", "linewidth": 0.8}
+            axis.plot(range(len(table)), table["sparsity"], label=plain(" ".join(words)), **style)
+        _finish(axis, "target layer, in the order they run", "realised sparsity")
+    return files, ""
+
+
+def _layers(place: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(place / LAYERS)
+    except (OSError, ValueError):
+        return pd.DataFrame({"sparsity": []})
+
+
+def _layer_errors(sensitivities: Sequence[Sensitivity], place: Path) -> Figure:
+    """Draw the error of each projection by depth; a panel for each of the first tables."""
+    shown = sensitivities[:MOST_MODELS]
+    titles = [plain(sensitivity.name.rpartition("_")[0].replace("_", " ")) for sensitivity in shown]
+    n_lines = max(sensitivity.rows["projection"].nunique() for sensitivity in shown)
+    with panels(titles, place, legend_room(n_lines)) as (files, axes):
+        for axis, sensitivity in zip(axes, shown, strict=True):
+            for number, (projection, line) in enumerate(sensitivity.rows.groupby("projection", sort=False)):
+                axis.plot(line["block"], line["relative_error"], label=plain(projection), **look(number))
+            axis.set_ylim(bottom=0)
+            _finish(axis, "block", "‖ŷ − y‖ / ‖y‖")
+    n_more = len(sensitivities) - len(shown)
+    return Figure("error", "Output error by layer", DATA, files, f"{n_more} more left out" if n_more else "")
+
+
+_DRAWINGS: Mapping[str, tuple[str, Callable[[pd.DataFrame, Path], _Drawn]]] = {
+    "drop_pattern": ("Drop against pattern", _against_pattern(QUANTITIES["drop"])),
+    "ratio_pattern": ("Perplexity ratio against pattern", _against_pattern(QUANTITIES["ratio"])),
+    "criterion_mitigation": ("Criteria and mitigations", _heat_map),
+    "perplexity_density": ("Perplexity against density", _perplexity_density),
+    "drop_bits": ("Drop against metadata bits", _metadata_bits),
+    "pareto": ("Quality against linear FLOPs", _pareto),
+    "layers": ("Sparsity by layer", _layer_profile),
+}
+"""Title and drawing by name. A drawing gets the cells of one kind of data, and the files' path without suffix."""

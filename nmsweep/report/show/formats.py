@@ -1,24 +1,22 @@
-"""A table as Markdown, CSV, LaTeX or HTML: pandas and its Styler lay it out, every word of a record is escaped."""
+"""Tables as Markdown, CSV, LaTeX and HTML. Every word of a record is escaped."""
 
 import html
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from nmsweep.report.numbers.quantities import Quantity
 from nmsweep.report.show.spec import Entry, Table
 
-if TYPE_CHECKING:
-    from pandas.io.formats.style import Styler
-
 Escape = Callable[[object], str]
 
 MOST_ROWS = 200
-"""Rows that are shown; nobody reads more, and the CSV has them all."""
+"""Rows of a table outside its CSV file, which has all of them."""
 
 _LONG = 45
 """Rows from which a LaTeX table may break over pages."""
@@ -33,19 +31,19 @@ _WORDS = {"missing": "–", "failed": "failed"}
 
 
 def plain(value: object) -> str:
-    """A record's word on one line: control characters become spaces."""
+    """Return a record's word on one line, with spaces for control characters."""
     return "".join(
         " " if unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp") else char for char in str(value)
     ).strip()
 
 
 def markdown_text(value: object) -> str:
-    """Text that neither breaks a Markdown table nor becomes markup."""
+    """Escape text for a Markdown table."""
     return re.sub(r"([\\`*_{}\[\]<>|~$#!])", r"\\\1", plain(value)).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def latex_text(value: object) -> str:
-    """Text for LaTeX with T1 fonts; characters beyond them are named by their code point."""
+    """Escape text for LaTeX with T1 fonts; other characters become their code point."""
     return "".join(_latex_char(char) for char in plain(value))
 
 
@@ -55,24 +53,25 @@ def _latex_char(char: str) -> str:
 
 
 def html_text(value: object) -> str:
+    """Escape text for HTML."""
     return html.escape(plain(value))
 
 
 def number(value: float, quantity: Quantity) -> str:
-    """A number as it is shown: scaled, rounded to the quantity's digits, a plain zero without a sign."""
+    """Scale and round a number for display; zero has no sign."""
     text = f"{value * quantity.scale:.{quantity.digits}f}"
     return text.lstrip("-") if not text.strip("-0.") else text
 
 
 def span(entry: Entry, quantity: Quantity) -> str:
-    """The interval, ``[10.1, 14.2]``; empty where there is none."""
+    """Return the interval, ``[10.1, 14.2]``; empty where there is none."""
     if entry.low != entry.low or entry.high != entry.high:
         return ""
     return f"[{number(entry.low, quantity)}, {number(entry.high, quantity)}]"
 
 
 def caption(table: Table) -> str:
-    """What the table is, on one line, unescaped."""
+    """Return the table's caption, on one line, unescaped."""
     words = [f"{table.spec.title}: {table.quantity.title}"]
     if (
         table.data in ("mini", "real")
@@ -90,7 +89,7 @@ _USUAL = {("mitigation", "none"), ("targets", "all"), ("scope", "all"), ("profil
 
 
 def legend(table: Table, escape: Escape = plain) -> str:
-    """What the marks mean, only those that are there, and how many rows are left out; `escape` is for a name in it."""
+    """Explain the marks that the table has, and count the rows left out; `escape` is applied to names."""
     entries = table.frame[:MOST_ROWS].to_numpy().ravel().tolist()
     words = []
     if any(entry.best for entry in entries):
@@ -111,7 +110,7 @@ def legend(table: Table, escape: Escape = plain) -> str:
 
 
 def _frame(table: Table, escape: Escape) -> pd.DataFrame:
-    """The rows that are shown under escaped labels, made unique: two names may look alike once escaped."""
+    """The rows to show, with escaped labels, numbered where two become equal by escaping."""
     frame = table.frame[:MOST_ROWS].copy()
     frame.index = _labels(frame.index, escape)
     frame.columns = _labels(frame.columns, escape)
@@ -131,9 +130,9 @@ def _labels(labels: pd.Index, escape: Escape) -> pd.Index:
     return pd.MultiIndex.from_tuples(keys, names=names)
 
 
-@lru_cache(maxsize=64)  # one text stands in a file of its own and in the summary
+@lru_cache(maxsize=64)  # used for its own file and for the summary
 def to_markdown(table: Table) -> str:
-    """A heading, the table, its legend."""
+    """Return a heading, the table and its legend."""
     frame = _frame(table, markdown_text).map(lambda entry: _markdown_entry(entry, table.quantity))
     if frame.columns.nlevels > 1:
         frame.columns = [" / ".join(key) for key in frame.columns]
@@ -153,23 +152,23 @@ def _markdown_entry(entry: Entry, quantity: Quantity) -> str:
 
 
 def to_csv(table: Table) -> pd.DataFrame:
-    """One row an entry, unscaled, with the cells that it comes from; all of them."""
+    """Return one row an entry, unscaled, with the cells behind it; all rows."""
     frame = table.frame
     rows, columns = list(frame.index), list(frame.columns)
     entries: list[Entry] = frame.to_numpy().ravel().tolist()
-    found: dict[str, Any] = {
+    csv: dict[str, Any] = {
         str(name): [key[at] for key in rows for _ in columns] for at, name in enumerate(frame.index.names)
     }
-    found |= {str(name): [key[at] for key in columns] * len(rows) for at, name in enumerate(frame.columns.names)}
-    found |= {"data": table.data, "metric": table.quantity.name}
-    found |= {name: [getattr(entry, name) for entry in entries] for name in ("value", "low", "high", "status", "best")}
-    found["not_worse"] = [entry.best or entry.tied for entry in entries]
-    found["cells"] = ["+".join(entry.cells) for entry in entries]
-    return pd.DataFrame(found)
+    csv |= {str(name): [key[at] for key in columns] * len(rows) for at, name in enumerate(frame.columns.names)}
+    csv |= {"data": table.data, "metric": table.quantity.name}
+    csv |= {name: [getattr(entry, name) for entry in entries] for name in ("value", "low", "high", "status", "best")}
+    csv["not_worse"] = [entry.best or entry.tied for entry in entries]
+    csv["cells"] = ["+".join(entry.cells) for entry in entries]
+    return pd.DataFrame(csv)
 
 
 def to_latex(table: Table, label: str) -> str:
-    """A table for ``\\input``; needs booktabs and graphicx, and longtable where it is long."""
+    """Return a table for ``\\input``; needs booktabs and graphicx, and longtable where it is long."""
     frame = _frame(table, latex_text)
     is_long = len(frame) > _LONG
     styler = _styled(frame, lambda entry: _latex_entry(entry, table.quantity, with_span=not is_long))
@@ -204,7 +203,7 @@ _PREAMBLE = r"""\documentclass{{article}}
 
 
 def latex_document(files: Mapping[str, str]) -> str:
-    """A document that sets tables; keys are their file names without ``.tex``."""
+    """Return a document that sets tables, given by their file names without ``.tex``."""
     return _PREAMBLE.format(inputs="\n\\clearpage\n".join(f"\\input{{{name}}}" for name in files))
 
 
@@ -223,9 +222,9 @@ def _latex_entry(entry: Entry, quantity: Quantity, with_span: bool) -> str:
     return text + (rf" {{\scriptsize {interval}}}" if interval else "")
 
 
-@lru_cache(maxsize=64)  # one text stands in a file of its own and in the page
+@lru_cache(maxsize=64)  # used for its own file and for the page
 def to_html(table: Table) -> str:
-    """A table element with its caption and legend."""
+    """Return a table element with its caption and legend."""
     frame = _frame(table, html_text)
     styler = _styled(frame, lambda entry: _html_entry(entry, table.quantity))
     styler = styler.set_caption(f"{html_text(caption(table))}<br><small>{html_text(legend(table))}</small>")
@@ -241,14 +240,12 @@ def _html_entry(entry: Entry, quantity: Quantity) -> str:
     return text + (f" <small>{interval}</small>" if interval else "")
 
 
-def _styled(frame: pd.DataFrame, show: Callable[[Entry], str]) -> "Styler":
-    from pandas.io.formats.style import Styler  # and Jinja, which the processes that draw go without
-
+def _styled(frame: pd.DataFrame, show: Callable[[Entry], str]) -> Styler:
     formatter: Any = show
     return Styler(frame, cell_ids=False).format(formatter)
 
 
 def html_document(table: Table) -> str:
-    """The table as a page of its own."""
+    """Return the table as a separate page."""
     style = "body{font:14px sans-serif}td{text-align:right}td,th{padding:2px 8px}caption{text-align:left}"
     return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html_text(caption(table))}</title><style>{style}</style></head>\n<body>{to_html(table)}</body></html>\n'

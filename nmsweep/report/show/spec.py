@@ -1,4 +1,4 @@
-"""What a table shows: its rows, columns and quantity, its entries, and the usual forms."""
+"""The form of a table: its rows, columns and quantity, its entries, and the presets."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.results.read import FIELDS
 
 DIMENSIONS = (*FIELDS, "tasks", "variant", "task")
-"""What rows and columns can be made of; `tasks` is the set of tasks that a mean is over, `task` one of them."""
+"""Fields for rows and columns; `tasks` is the set of tasks that a mean is over, `task` one of them."""
 
 Status = Literal["done", "failed", "missing"]
 
@@ -23,9 +23,9 @@ class Entry:
     """One number of a table, in the quantity's own unit.
 
     Attributes:
-        status: ``missing``: no cell was run for this place.
-        best: it is the best of its column (among the rows that belong together).
-        tied: it is not significantly worse than the best: the 95 % interval of their paired difference holds 0.
+        status: ``missing`` where no cell was run.
+        best: whether it is the best of its column, among the rows with the same front fields.
+        tied: whether it is not significantly worse than the best: the 95 % interval of their paired difference contains 0.
         cells: ids of the cells behind it, one for each seed.
     """
 
@@ -43,11 +43,11 @@ MISSING = Entry()
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What a table shows.
+    """The form of a table.
 
     Attributes:
-        name: of its files.
-        title: for its caption.
+        name: the name of its files.
+        title: the start of its caption.
         rows, cols: fields of `DIMENSIONS`.
         metric: a key of `QUANTITIES`.
         where: allowed values by field; a dense cell is always allowed.
@@ -72,18 +72,18 @@ PRESETS = (
     TableSpec("targets_pattern", "Sensitivity by target layers", ("targets",), ("pattern",), where=_PLAIN),
     TableSpec("pattern_task", "Patterns and tasks", ("pattern",), ("task",), where=_PLAIN),
 )  # fmt: skip
-"""The usual forms. Fields that vary and are neither rows nor columns stand in front of the rows."""
+"""The tables of every report. Fields that vary and are neither rows nor columns are put in front of the rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table, filled.
+    """A table with its entries.
 
     Attributes:
         data: ``mini`` or ``real``; never both in one table.
         front: fields put in front of the rows, because they vary.
         constants: field and value that all sparse entries share, for the caption.
-        frame: of `Entry`; index levels `front` + rows, column levels cols.
+        frame: `Entry` objects; index levels are `front` and the rows, column levels the cols.
     """
 
     spec: TableSpec
@@ -98,11 +98,12 @@ class Table:
         return f"{self.spec.name}_{self.quantity.name}"
 
     def entries(self) -> Iterable[Entry]:
+        """Return all entries, column by column."""
         return (entry for column in self.frame.columns for entry in self.frame[column])
 
 
 def parse_spec(rows: str, cols: str, metric: str) -> TableSpec:
-    """A table as the command line asks for it: fields joined by ``+``.
+    """Parse the table of a command line, with fields joined by ``+``.
 
     Raises:
         InputError: a field or quantity that does not exist, or a field in both; all mistakes together.
@@ -128,7 +129,7 @@ def _split(words: str) -> tuple[str, ...]:
 
 @cache
 def order(name: str, value: object) -> tuple[float, float, str]:
-    """Where a field's value stands: dense and none first, patterns by sparsity, mitigations by number of stages."""
+    """Return a sort key: dense and none first, patterns by sparsity, mitigations by number of stages."""
     text = str(value)
     if name == "pattern":
         pattern = parse_pattern(text)
@@ -140,13 +141,13 @@ def order(name: str, value: object) -> tuple[float, float, str]:
 
 @cache
 def kind_of(pattern: str) -> str:
-    """``dense``, ``n:m``, ``unstructured``, ``threshold``, or ``policy`` where each layer has a pattern of its own."""
+    """Return ``dense``, ``n:m``, ``unstructured``, ``threshold``, or ``policy`` where each layer has its own pattern."""
     parsed = parse_pattern(pattern)
     return "policy" if parsed.policy else parsed.kind
 
 
 @cache
 def metadata_bits_of(pattern: str) -> float:
-    """Theoretical bits of metadata an element; NaN unless all layers have one N:M pattern."""
+    """Return the theoretical bits of metadata an element; NaN unless all layers have one N:M pattern."""
     bits = parse_pattern(pattern).metadata_bits
     return float("nan") if bits is None or kind_of(pattern) != "n:m" else bits

@@ -1,4 +1,4 @@
-"""Tables of a report, filled: which cells stand in which row and column."""
+"""The tables of a report: cells arranged by rows and columns."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from nmsweep.results.tidy import data_kind
 
 
 def preset_tables(results: Results, scores: Scores) -> list[Table]:
-    """Every preset that has something to show: drops, and perplexity ratios, for mini and for real data."""
+    """Return the presets that have numbers: drops, and perplexity ratios, for mini and for real data."""
     tables = []
     for spec in PRESETS:
         for metric in ("drop",) if "task" in spec.cols else ("drop", "ratio"):
@@ -25,25 +25,25 @@ def preset_tables(results: Results, scores: Scores) -> list[Table]:
 
 
 def _worth_it(spec: TableSpec, long: pd.DataFrame) -> bool:
-    """Whether there is a number; a form about weight pruning or targets says nothing where only one is there."""
+    """Whether there is a number, and for a table about weight pruning or targets, more than one of these."""
     special = {"operand_pattern": "operand", "targets_pattern": "targets"}.get(spec.name)
     return bool(long["value"].notna().any()) and (special is None or long[special].nunique() > 1)
 
 
 def make_tables(spec: TableSpec, results: Results, scores: Scores) -> list[Table]:
-    """The table for each kind of data that has numbers for it."""
+    """Return the table for each kind of data that has numbers for it."""
     tables = []
     for data in ("real", "mini"):
-        found = _numbers(spec, scores, data)
-        if len(found):
-            long = _allowed(spec, _long(spec, found, results, scores, data))
+        numbers = _numbers(spec, scores, data)
+        if len(numbers):
+            long = _allowed(spec, _long(spec, numbers, results, scores, data))
             if _worth_it(spec, long):
                 tables.append(_table(spec, long, data, scores))
     return tables
 
 
 def _numbers(spec: TableSpec, scores: Scores, data: str) -> pd.DataFrame:
-    """The rows of `scores` that have a number of the table's quantity: a task's where tasks have rows or columns."""
+    """The rows of `scores` with the table's quantity: of each task where `task` is a row or column."""
     quantity = QUANTITIES[spec.metric]
     by_task = _by_task(spec)
     source = scores.per_task if by_task else scores.per_cell
@@ -55,15 +55,15 @@ def _by_task(spec: TableSpec) -> bool:
     return "task" in (*spec.rows, *spec.cols)
 
 
-def _long(spec: TableSpec, found: pd.DataFrame, results: Results, scores: Scores, data: str) -> pd.DataFrame:
-    """One row for each cell (and task), failed ones with an empty value; dense ones where they have a value."""
+def _long(spec: TableSpec, numbers: pd.DataFrame, results: Results, scores: Scores, data: str) -> pd.DataFrame:
+    """One row for each cell (and task), failed ones with an empty value."""
     quantity, by_task = QUANTITIES[spec.metric], _by_task(spec)
-    columns: dict[str, Any] = {"value": found[quantity.column]}
+    columns: dict[str, Any] = {"value": numbers[quantity.column]}
     for end in ("low", "high"):
-        columns[end] = found[getattr(quantity, end)] if getattr(quantity, end) else np.nan
+        columns[end] = numbers[getattr(quantity, end)] if getattr(quantity, end) else np.nan
     if by_task:
-        columns["task"] = found["task"]
-    long = pd.DataFrame({"cell_id": found["cell_id"], **columns})
+        columns["task"] = numbers["task"]
+    long = pd.DataFrame({"cell_id": numbers["cell_id"], **columns})
     fields = results.cells[[*FIELDS, "variant", "status"]]
     long = long.join(fields, on="cell_id")
     labels = scores.per_cell[(scores.per_cell["data"] == data) & (scores.per_cell["is_text"] == quantity.text)]
@@ -73,7 +73,7 @@ def _long(spec: TableSpec, found: pd.DataFrame, results: Results, scores: Scores
 
 
 def _failed(results: Results, data: str, quantity: Quantity, done: pd.DataFrame, by_task: bool) -> pd.DataFrame:
-    """Failed cells that would have had such a number; what a failed cell cannot know is taken from finished ones."""
+    """Failed cells that would have had such a number; fields that they lack are taken from finished ones."""
     cells = results.cells[results.cells["status"] == "failed"]
     rows = []
     for cell_id, cell in zip(cells.index, cells.to_dict("records"), strict=True):
@@ -132,40 +132,39 @@ def _table(spec: TableSpec, long: pd.DataFrame, data: str, scores: Scores) -> Ta
 
 
 def _front(dims: Sequence[str], long: pd.DataFrame) -> tuple[str, ...]:
-    """Fields without which two different cells would share a place; cells that differ by seed alone are averaged."""
+    """Fields that keep different cells apart; cells that differ by seed alone are averaged."""
     front: list[str] = []
     done = long[long["status"] == "done"]
-    keys = list(zip(*(done[name].tolist() for name in dims), strict=True))
-    for name in (one for one in DIMENSIONS if one in long and one not in (*dims, "seed", "revision", "operand")):
-        known: dict[tuple[object, ...], object] = {}
-        values = done[name].tolist()
-        if any(known.setdefault(key, value) != value for key, value in zip(keys, values, strict=True)):
+    for name in DIMENSIONS:
+        if name not in long or name in (*dims, "seed", "revision", "operand"):
+            continue
+        if (done.groupby([*dims, *front], sort=False, dropna=False)[name].nunique(dropna=False) > 1).any():
             front.append(name)
-            keys = [(*key, value) for key, value in zip(keys, values, strict=True)]
     return tuple(front)
 
 
 def _slots(long: pd.DataFrame, fields: Sequence[str]) -> dict[tuple[object, ...], Entry]:
     """Entries by the values of their fields."""
-    rows: dict[tuple[object, ...], list[tuple[str, str, float, float, float]]] = {}
-    numbers = zip(*(long[name].tolist() for name in ("status", "cell_id", "value", "low", "high")), strict=True)
-    for key, one in zip(zip(*(long[name].tolist() for name in fields), strict=True), numbers, strict=True):
-        rows.setdefault(key, []).append(one)
-    return {key: _entry(same) for key, same in rows.items()}
+    rows: dict[tuple[object, ...], list[Entry]] = {}
+    keys = long[list(fields)].itertuples(index=False, name=None)
+    columns = (long[name].tolist() for name in ("value", "low", "high", "status", "cell_id"))
+    for key, (*numbers, status, cell_id) in zip(keys, zip(*columns, strict=True), strict=True):
+        rows.setdefault(key, []).append(Entry(*numbers, status=status, cells=(cell_id,)))
+    return {key: _merged(entries) for key, entries in rows.items()}
 
 
-def _entry(same: Sequence[tuple[str, str, float, float, float]]) -> Entry:
-    """The mean over seeds; their interval is found later, from all of them."""
-    done = [one for one in same if one[0] == "done"]
-    if not done:
-        return Entry(status="failed", cells=tuple(one[1] for one in same))
-    ids = tuple(one[1] for one in done)
+def _merged(entries: Sequence[Entry]) -> Entry:
+    """The mean over seeds; `mark` adds its interval."""
+    done = [entry for entry in entries if entry.status == "done"]
     if len(done) == 1:
-        return Entry(*done[0][2:], status="done", cells=ids)
-    return Entry(sum(one[2] for one in done) / len(done), status="done", cells=ids)
+        return done[0]
+    cells = tuple(cell for entry in done or entries for cell in entry.cells)
+    if not done:
+        return Entry(status="failed", cells=cells)
+    return Entry(sum(entry.value for entry in done) / len(done), status="done", cells=cells)
 
 
 def _labels(long: pd.DataFrame, fields: Sequence[str]) -> list[tuple[object, ...]]:
-    """Distinct keys in reading order."""
+    """Distinct keys in display order."""
     distinct = long[list(fields)].drop_duplicates().itertuples(index=False, name=None)
     return sorted(distinct, key=lambda key: [order(name, value) for name, value in zip(fields, key, strict=True)])

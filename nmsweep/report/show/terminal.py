@@ -1,4 +1,4 @@
-"""The results on the terminal."""
+"""Results on the terminal."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +18,7 @@ _MOST_ROWS = 60
 
 
 def show_results(out: Console, results: Results, scores: Scores) -> None:
-    """One table for mini and one for real data: each cell's mean drops with their intervals, failures last."""
+    """Print one table for mini and one for real data: mean drops with their intervals, failures last."""
     for data in ("real", "mini"):
         rows = _rows(results, scores, data)
         if len(rows):
@@ -37,7 +37,7 @@ def show_results(out: Console, results: Results, scores: Scores) -> None:
 
 
 def show_table(out: Console, table: Table) -> None:
-    """A table that was asked for."""
+    """Print a table."""
     rich_table = RichTable(
         title=escape(plain(caption(table))), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
@@ -60,7 +60,7 @@ def _entry(entry: Entry, quantity: Quantity) -> str:
 
 
 def _rows(results: Results, scores: Scores, data: str) -> pd.DataFrame:
-    """One row a cell, in reading order: fields, then the means over tasks and the text's numbers."""
+    """One row a cell, in display order: fields, then the means over tasks and the text's numbers."""
     of_data = scores.per_cell[scores.per_cell["data"] == data].set_index("cell_id")
     tasks = of_data[~of_data["is_text"]].add_prefix("task_")
     texts = of_data[of_data["is_text"]].add_prefix("text_")
