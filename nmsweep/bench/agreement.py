@@ -25,8 +25,9 @@ from nmsweep.config.compose import cells_of
 from nmsweep.config.schema import RunConfig
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import InputError
-from nmsweep.evaluate.lm import NMSweepLM, Scoring, quiet
+from nmsweep.evaluate.lm import NMSweepLM, Scoring
 from nmsweep.evaluate.packed.rows import Request
+from nmsweep.evaluate.running import quiet
 from nmsweep.models import LoadedModel, load_model
 from nmsweep.sparsity.api import sparsify
 from nmsweep.sparsity.install import Installed

@@ -8,10 +8,10 @@ from typing import Any
 from nmsweep.bench.timing import Contender, interleave, peak_memory, ratios
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import InputError
-from nmsweep.evaluate.kept import kept_task
-from nmsweep.evaluate.lm import NMSweepLM, quiet
+from nmsweep.evaluate.lm import NMSweepLM, Prepared
 from nmsweep.evaluate.packed.rows import Request
-from nmsweep.evaluate.requests import templates_compiled_once
+from nmsweep.evaluate.running import quiet, running_lm_eval
+from nmsweep.evaluate.task import harness_task
 
 WARM_UP = 32
 """Requests that are answered before the clock runs."""
@@ -67,11 +67,10 @@ def task_requests(
     """
     found: list[Request] = []
     lm = _Listener(model, tokenizer, found)
-    with quiet(), templates_compiled_once():
+    with running_lm_eval():
         for leaf in source.leaves:
-            task = kept_task(leaf, leaf.shots(num_fewshot)).task
-            task.build_all_requests(limit=limit)
-            lm.loglikelihood([request for request in task.instances if request.request_type == "loglikelihood"])
+            instances = harness_task(leaf, leaf.shots(num_fewshot)).build(Prepared(), limit=limit)
+            lm.loglikelihood([request for request in instances if request.request_type == "loglikelihood"])
     return found
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.errors import DataError, NonFiniteError
+from nmsweep.evaluate.base import Advance, TaskResult
 from nmsweep.evaluate.logits import decoder, divergence, token_logprobs
-from nmsweep.evaluate.result import Advance, TaskResult
 from nmsweep.results.record import Metric
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nmsweep.evaluate.base import Advance
 from nmsweep.evaluate.logits import decoder, target_logprobs
 from nmsweep.evaluate.packed.attention import PrefixCache, attention_masks
 from nmsweep.evaluate.packed.packing import PREFIX_SHARE, Cost, batches, cut, pack
 from nmsweep.evaluate.packed.rows import Group, Request, Row, one_each, queries
 from nmsweep.evaluate.packed.segments import Segments
-from nmsweep.evaluate.result import Advance
 from nmsweep.methods.base import counting
 
 MASKED_SLOWDOWN = 4
