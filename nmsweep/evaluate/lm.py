@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from nmsweep.evaluate.base import Advance
 from nmsweep.evaluate.packed.attention import why_single_rows
 from nmsweep.evaluate.packed.rows import Group, Request
-from nmsweep.evaluate.packed.scoring import Budget, out_of_memory, plan, score
+from nmsweep.evaluate.packed.scoring import Budget, cost_of, out_of_memory, plan, score
 from nmsweep.evaluate.running import quiet
 from nmsweep.methods.base import counting
 
@@ -124,7 +124,7 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         known = self._token_ids.get((context, continuation))
-        return known or super()._encode_pair(context, continuation)  # type: ignore[no-any-return]
+        return known or super()._encode_pair(context, continuation)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -147,7 +147,7 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
     def _packed(self, requests: Sequence[Request]) -> list[Group]:
         """Arrange requests in rows, or take the plan that was kept."""
         single = self.why_single_rows is not None
-        key = (len(requests), self.max_length, self.budget.tokens, single, self.model.dtype)
+        key = (len(requests), self.max_length, self.budget.tokens, single or cost_of(self.model))
         plans: dict[object, list[Group]] = {}  # parts of rolling requests come in many sets and are not kept
         if self._plans is not None and requests and requests[0][0] is not None:
             plans = self._plans

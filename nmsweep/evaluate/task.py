@@ -1,11 +1,12 @@
 """A task of lm-eval with its items in memory, built once for all cells of a process."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import datasets
 from lm_eval.api.instance import Instance
@@ -52,7 +53,7 @@ class HarnessTask:
         self.docs: list[dict[str, Any]] = [dict(doc) for doc in self.task.eval_docs]
         self._index = {id(doc): index for index, doc in enumerate(self.docs)}
         self._hashes: dict[int, str] = {}
-        self._prepared: WeakKeyDictionary[Any, dict[Prompting, Prepared]] = WeakKeyDictionary()
+        self._prepared: dict[tuple[Prompting, str], Prepared] = {}
         self.task.doc_iterator = self._doc_iterator
         self.task.doc_to_text = self._once(self.task.doc_to_text)
         self.task.doc_to_target = self._once(self.task.doc_to_target)
@@ -60,7 +61,7 @@ class HarnessTask:
 
     def prepared(self, prompting: Prompting, tokenizer: Any) -> Prepared:
         """Return the requests kept for a way of prompting and a tokenizer; empty the first time."""
-        return self._prepared.setdefault(tokenizer, {}).setdefault(prompting, Prepared())
+        return self._prepared.setdefault((prompting, tokenizer_identity(tokenizer)), Prepared())
 
     def build(self, prepared: Prepared, **options: Any) -> list[Instance]:
         """Build the requests, or take those in `prepared` and remove their answers.
@@ -176,6 +177,16 @@ def harness_task(source: TaskSource, num_fewshot: int) -> HarnessTask:
     if key not in _tasks:
         _tasks[key] = HarnessTask(source, num_fewshot)
     return _tasks[key]
+
+
+@lru_cache(maxsize=1)
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Return the sha256 of everything that decides how a tokenizer turns text or a chat into token ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    options = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "chat_template")]
+    special = sorted(tokenizer.special_tokens_map.items(), key=str)
+    return hashlib.sha256(repr([vocabulary, options, special]).encode()).hexdigest()
 
 
 def load_task(source: TaskSource, num_fewshot: int) -> ConfigurableTask:

@@ -84,6 +84,10 @@ def test_another_tokenizer_gets_requests_of_its_own(built: list[str]) -> None:
     run()
     built.clear()
     run(tokenizer=tiny_tokenizer("tiny-llama"))
+    assert built == [], "the model was loaded again"
+    chat = tiny_tokenizer("tiny-llama")
+    chat.chat_template = "{{ messages[0]['content'] }}!"
+    run(tokenizer=chat)
     assert built.count("prompt") == 6
 
 

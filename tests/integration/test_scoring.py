@@ -338,10 +338,10 @@ def test_with_the_masks_of_stock_sparse_equals_stock(shape: str, method: str) ->
 @contextmanager
 def turned_around(masks: Masks) -> Iterator[None]:
     """Every mask turned around: a replay that looked at nothing would not notice."""
-    kept = masks._kept
-    masks._kept = [{key: ~bits for key, bits in layer.items()} for layer in kept]
+    recorded = masks._masks
+    masks._masks = [{key: ~bits for key, bits in layer.items()} for layer in recorded]
     yield
-    masks._kept = kept
+    masks._masks = recorded
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
