@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmsweep.bench.timing import Contender, interleave, peak_bytes, ratios
+from nmsweep.bench.timing import Contender, interleave, median_ms, peak_bytes, ratios
 from nmsweep.cell.identity import model_spec
 from nmsweep.config.compose import cells_of
 from nmsweep.evaluate.logits import decoder
@@ -77,7 +77,7 @@ def run(
             {
                 "model": model, "dtype": dtype, "pattern": method[0], "criterion": method[1], "mitigation": method[2],
                 "batch": batch, "seqlen": seqlen, "ratio": middle, "ratio_q1": low, "ratio_q3": high,
-                "dense_ms": 1e3 * times["dense"].median_s,
+                "dense_ms": median_ms(times["dense"]),
                 "memory_ratio": memory[name] / memory["dense"] if memory["dense"] else None, "rounds": rounds,
             }
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmsweep.bench.timing import Contender, interleave, ratios
+from nmsweep.bench.timing import Contender, interleave, median_ms, ratios
 from nmsweep.config.pattern import parse_pattern
 from nmsweep.errors import InputError, nearest
 from nmsweep.kernels import prune
@@ -80,7 +80,7 @@ def run(
                 {
                     "pattern": share, "form": name, "shape": f"{batch * seqlen}x{hidden}", "dtype": dtype,
                     "ratio": middle, "ratio_q1": low, "ratio_q3": high,
-                    "ms": 1e3 * times[f"{name} {share}"].median_s, "copy_ms": 1e3 * times["copy"].median_s,
+                    "ms": median_ms(times[f"{name} {share}"]), "copy_ms": median_ms(times["copy"]),
                     "topk_ratio": quartiles[f"topk {share}"][0] if name == "act" else None, "rounds": rounds,
                 }
             )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from nmsweep.bench.timing import Contender, interleave, peak_memory, ratios
+from nmsweep.bench.timing import Contender, interleave, median_ms, peak_memory, ratios
 from nmsweep.cell.identity import identify, model_spec
 from nmsweep.config.compose import cells_of
 from nmsweep.data.tasks import TaskSource
@@ -128,7 +128,7 @@ def compare(
     return {
         "requests": len(asked), "batch_tokens": batch_tokens,
         "speedup": middle, "speedup_q1": low, "speedup_q3": high,
-        **{f"{scoring}_s": times[scoring].median_s for scoring in reversed(paths)},
+        **{f"{scoring}_s": median_ms(times[scoring]) / 1e3 for scoring in reversed(paths)},
         **{f"{scoring}_tokens": n_tokens[scoring] for scoring in reversed(paths)},
         **{f"{scoring}_gb": memory[scoring] / 1e9 for scoring in reversed(paths)},
         "memory_ratio": memory["packed"] / memory["stock"] if memory["stock"] else None,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmsweep.bench.timing import Contender, interleave, ratios
+from nmsweep.bench.timing import Contender, interleave, median_ms, ratios
 from nmsweep.errors import InputError
 from nmsweep.kernels import prune
 
@@ -105,7 +105,7 @@ def _row(calls: dict[str, Callable[[], Tensor]], difference: float, device: str,
     times = interleave({name: Contender(call, repeats=5) for name, call in calls.items()}, device, rounds)
     quartiles = ratios(times, "dense")
     return {
-        "dense_ms": 1e3 * times["dense"].median_s,
+        "dense_ms": median_ms(times["dense"]),
         **{name: quartiles[name][0] for name in calls if name != "dense"},
         "sparse_q1": quartiles["sparse"][1],
         "sparse_q3": quartiles["sparse"][2],

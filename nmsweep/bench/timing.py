@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +11,6 @@ from pathlib import Path
 import torch
 
 from nmsweep.cell.provenance import device_name
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one contender, one for each round."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,10 @@ class Contender:
     repeats: int = 1
 
 
-def interleave(contenders: Mapping[str, Contender], device: str, rounds: int, warm_up: int = 2) -> dict[str, Timing]:
+Times = dict[str, list[float]]
+
+
+def interleave(contenders: Mapping[str, Contender], device: str, rounds: int, warm_up: int = 2) -> Times:
     """Run all contenders once a round, in turn.
 
     Args:
@@ -47,8 +39,11 @@ def interleave(contenders: Mapping[str, Contender], device: str, rounds: int, wa
         device: where they run; waited for before and after each run.
         rounds: measured rounds.
         warm_up: rounds before them that are not measured.
+
+    Returns:
+        Seconds of each contender, one for each round.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: Times = {name: [] for name in contenders}
     for number in range(warm_up + rounds):
         for name, contender in contenders.items():
             with contender.around():
@@ -56,7 +51,7 @@ def interleave(contenders: Mapping[str, Contender], device: str, rounds: int, wa
                 elapsed = _time(contender, device)
             if number >= warm_up:
                 times[name].append(elapsed)
-    return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
+    return times
 
 
 def synchronize(device: str) -> None:
@@ -81,11 +76,16 @@ def _time(contender: Contender, device: str) -> float:
     return (time.perf_counter() - began) / contender.repeats
 
 
-def ratios(times: Mapping[str, Timing], base: str) -> dict[str, tuple[float, float, float]]:
+def median_ms(seconds: Sequence[float]) -> float:
+    """Return the median in milliseconds."""
+    return 1e3 * statistics.median(seconds)
+
+
+def ratios(times: Times, base: str) -> dict[str, tuple[float, float, float]]:
     """Return median, lower and upper quartile of each contender's time over the base's of the same round."""
     quartiles = {}
-    for name, timing in times.items():
-        each = [seconds / base_s for seconds, base_s in zip(timing.seconds, times[base].seconds, strict=True)]
+    for name, seconds in times.items():
+        each = [second / base_second for second, base_second in zip(seconds, times[base], strict=True)]
         low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
         quartiles[name] = (middle, low, high)
     return quartiles

@@ -212,13 +212,11 @@ def load_task(source: TaskSource, num_fewshot: int) -> ConfigurableTask:
         raise DataError(
             f"task {source.task}: its code needs {error.name or error}; install it: pip install {error.name}"
         ) from error
-    except _HUB_ERRORS as error:
-        if source.files:
-            raise _malformed(source, error) from error
-        raise unreachable(str(source.config.get("dataset_path")), error) from error
     except Exception as error:  # the templates and code of a task may raise anything on malformed items
         if source.files:
             raise _malformed(source, error) from error
+        if isinstance(error, (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)):
+            raise unreachable(str(source.config.get("dataset_path")), error) from error
         raise
     return task
 
@@ -248,9 +246,6 @@ def _other_examples(source: TaskSource, config: Mapping[str, Any], num_fewshot: 
     if (fewshot_config := config.get("fewshot_config") or {}).get("split"):
         change["fewshot_config"] = {**fewshot_config, "split": split}
     return change
-
-
-_HUB_ERRORS = (OSError, ConnectionError, ValueError, KeyError, datasets.exceptions.DatasetsError)
 
 
 def _malformed(source: TaskSource, reason: object) -> DataError:
