@@ -5,6 +5,7 @@ The way of one task: `task` builds its requests, `lm` encodes them, `packed` sco
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -52,14 +53,11 @@ def measure(
         NonFiniteError: the model returns NaN or infinity.
     """
     if source.members:
-        results = [
-            measure(
-                model, tokenizer, member, prompting=prompting, batch_tokens=batch_tokens, advance=advance,
-                scoring=scoring, across_tokens=across_tokens,
-            )
-            for member in source.members
-        ]  # fmt: skip
-        return pooled(source, results)
+        measure_member = partial(
+            measure, model, tokenizer, prompting=prompting, batch_tokens=batch_tokens, advance=advance, scoring=scoring,
+            across_tokens=across_tokens,
+        )  # fmt: skip
+        return pooled(source, [measure_member(member) for member in source.members])
     shots = source.shots(prompting.num_fewshot)
     task = harness_task(source, shots)
     prepared = task.prepared(prompting, tokenizer)

@@ -1,7 +1,6 @@
 """Read log-probabilities of given tokens without holding `[tokens, vocab]` for more than a slice of the tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,36 +24,20 @@ def decoder(model: nn.Module) -> nn.Module:
     return model.get_decoder()  # type: ignore[operator, no-any-return]
 
 
-def token_logprobs(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def target_logprobs(
+    model: Any, hidden: Tensor, cells: NDArray[np.int64], targets: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
     """Compute the log-probability of each target, and whether it is the most likely token.
 
     Args:
         model: a causal language model of transformers.
         hidden: [tokens, hidden], last hidden states.
-        targets: [tokens], the token that each position should predict.
-
-    Returns:
-        log-probabilities [tokens], fp32 (float64 for a float64 model), natural logarithm; greedy [tokens] bool.
-    """
-    parts = zip(_parts(model, hidden), targets.split(_part_tokens(model)), strict=True)
-    read = [_read(logits, torch.arange(len(part), device=hidden.device), part) for logits, part in parts]
-    logprobs, greedy = zip(*read, strict=True)
-    return torch.cat(logprobs), torch.cat(greedy)
-
-
-def target_logprobs(
-    model: Any, hidden: Tensor, cells: NDArray[np.int64], targets: NDArray[np.int64]
-) -> tuple[Tensor, Tensor]:
-    """Do as `token_logprobs` where several targets may share a cell, as the first tokens of an item's choices do.
-
-    Args:
-        model: a causal language model of transformers.
-        hidden: [tokens, hidden], last hidden states.
-        cells: [k], positions in `hidden`; the logits of each are computed once.
+        cells: [k], the place in `hidden` that should predict each target. Several targets may share a cell, as the first
+            tokens of an item's choices do; its logits are computed once.
         targets: [k], tokens.
 
     Returns:
-        log-probabilities [k]; greedy [k].
+        log-probabilities [k], fp32 (float64 for a float64 model), natural logarithm; greedy [k] bool.
     """
     places, back = np.unique(cells, return_inverse=True)
     order = np.argsort(back, kind="stable")
@@ -190,9 +173,15 @@ def _find_head(model: Any) -> Head:
         return heads[-1]
     hidden = hidden * (_PROBE_STD / embedding(hidden)[finite].float().std()).to(dtype)  # so large that a cap shows
     raw = _widened(embedding(hidden))
-    with _returning(decoder(model), hidden):
-        ids = torch.zeros(1, 4, dtype=torch.long, device=device)
+    ids = torch.zeros(1, 4, dtype=torch.long, device=device)
+    body = vars(decoder(model))
+    before = dict(body)
+    body.update(forward=lambda *args, **kwargs: _Output(hidden), _forward_pre_hooks={}, _forward_hooks={})
+    try:
         expected = model.forward(input_ids=ids, use_cache=False).logits[finite].to(raw.dtype)
+    finally:
+        body.clear()
+        body.update(before)
     differences = []
     for head in heads:
         differences.append(float((head(raw)[finite] - expected).abs().max() / expected.abs().max()))
@@ -205,21 +194,8 @@ def _find_head(model: Any) -> Head:
     )
 
 
-@contextmanager
-def _returning(module: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Let a decoder return these hidden states without computing anything; its hooks do not run."""
-    before = {name: vars(module).get(name) for name in ("forward", "_forward_pre_hooks", "_forward_hooks")}
-    vars(module).update(forward=lambda *args, **kwargs: _Output(hidden), _forward_pre_hooks={}, _forward_hooks={})
-    try:
-        yield
-    finally:
-        vars(module).update(before)
-        if before["forward"] is None:
-            del module.forward
-
-
 class _Output:
-    """Output of a decoder; every field but the hidden states is None."""
+    """Output of a decoder that computed nothing; every field but the hidden states is None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.errors import DataError, NonFiniteError
 from nmsweep.evaluate.base import Advance, TaskResult
-from nmsweep.evaluate.logits import decoder, divergence, token_logprobs
+from nmsweep.evaluate.logits import decoder, divergence, target_logprobs
 from nmsweep.results.record import Metric
 
 
@@ -94,7 +95,7 @@ def perplexity(
     for batch in ids.split(max(1, batch_tokens // seqlen)):
         on_device = batch.to(model.device)
         hidden = _hidden(model, on_device)
-        losses.append(_window_nll(model, hidden, on_device).cpu())
+        losses.append(_window_nll(model, hidden, batch).cpu())
         advance(batch.numel())
         if as_dense and n_left >= 2:
             comparisons += _compared(model, hidden, on_device, n_left, as_dense)
@@ -137,8 +138,9 @@ def _hidden(model: Any, ids: Tensor) -> Tensor:
 
 
 def _window_nll(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Compute Σ nll of each window, float64 [batch], for ids [batch, seqlen] and their hidden states."""
-    logprobs, _ = token_logprobs(model, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    """Compute Σ nll of each window, float64 [batch], for ids [batch, seqlen] on the CPU and their hidden states."""
+    targets = ids[:, 1:].flatten().numpy()
+    logprobs, _ = target_logprobs(model, hidden[:, :-1].flatten(0, 1), np.arange(len(targets)), targets)
     return -logprobs.double().view(len(ids), -1).sum(-1)
 
 

@@ -13,8 +13,9 @@ import lm_eval.utils
 
 @contextlib.contextmanager
 def running_lm_eval() -> Iterator[None]:
-    """Run lm-eval's evaluator inside the block."""
-    with quiet(), _templates_compiled_once(), _without_pool():
+    """Run lm-eval's evaluator inside the block; it forks no pool, which a process that uses a GPU must not do."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    with quiet(), _templates_compiled_once():
         yield
 
 
@@ -46,16 +47,3 @@ def _templates_compiled_once() -> Iterator[None]:
         yield
     finally:
         del environment.from_string
-
-
-@contextlib.contextmanager
-def _without_pool() -> Iterator[None]:
-    """Keep lm-eval from forking a pool for its bootstrap: a process that uses a GPU must not fork."""
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("DISABLE_MULTIPROC")
-        if before is not None:
-            os.environ["DISABLE_MULTIPROC"] = before

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ class HarnessTask:
             outcomes.append(Outcome(self._index[id(doc)], results, metrics))
             return metrics
 
-        self.task.build_all_requests = lambda **options: self.build(prepared, **options)
+        self.task.build_all_requests = partial(self.build, prepared)
         self.task.process_results = process_results
         try:
             yield outcomes
