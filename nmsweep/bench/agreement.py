@@ -63,7 +63,7 @@ def run(
         shots = source.num_fewshot(cfg.eval.num_fewshot)
         few = min(FLOAT64_ITEMS, cfg.eval.limit or FLOAT64_ITEMS)
         loaded = models["bfloat16"]
-        asked, first = (
+        requests, first = (
             task_requests(loaded.model, loaded.tokenizer, source, limit=limit, num_fewshot=shots)
             for limit in (cfg.eval.limit, few)
         )
@@ -72,8 +72,9 @@ def run(
             for dtype, loaded in models.items():
                 if dtype == "bfloat16" and method not in (None, ("act", "none")):
                     continue
-                requests = first if dtype == "float64" else asked
-                row, packed = compare(loaded, requests, cfg.eval.batch_tokens, method, exact)
+                row, packed = compare(
+                    loaded, first if dtype == "float64" else requests, cfg.eval.batch_tokens, method, exact
+                )
                 exact = packed if dtype == "float64" else []
                 row = {"model": cfg.model_name, "task": source.task, **row}
                 shown = (f"{key} {value:.1e}" if isinstance(value, float) else str(value) for key, value in row.items())
@@ -82,15 +83,14 @@ def run(
 
 
 def compare(
-    loaded: LoadedModel, asked: Sequence[Request], batch_tokens: int, method: Method, exact: Answers
+    loaded: LoadedModel, requests: Sequence[Request], batch_tokens: int, method: Method, exact: Answers
 ) -> tuple[dict[str, Any], Answers]:
     """Score requests on both paths.
 
     Args:
         loaded: the dense model.
-        asked: the requests.
-        batch_tokens: padded tokens computed at once; but in float64, lm-eval's path also runs with a quarter of them and
-            with one request, and packed (dense or in bf16) with an eighth and eight times as many.
+        requests: encoded.
+        batch_tokens: padded tokens computed at once. Except in float64, each path also runs with others: see the columns.
         method: what makes the model sparse.
         exact: packed answers in float64 to the first of the requests; empty for none.
 
@@ -101,35 +101,36 @@ def compare(
     criterion, mitigation = method or ("none", "none")
     row = {
         "dtype": str(dtype).removeprefix("torch."), "pattern": "8:16" if method else "dense", "criterion": criterion,
-        "mitigation": mitigation, "requests": len(asked),
+        "mitigation": mitigation, "requests": len(requests),
     }  # fmt: skip
     with _sparse(loaded, method) as layers:
-        packed = answers(loaded, asked, "packed", batch_tokens, across)
+        packed = answers(loaded, requests, "packed", batch_tokens, across)
         masks = Masks(layers) if layers and not across and dtype == torch.float32 else None
         with masks.recording() if masks else nullcontext():
-            stock = answers(loaded, asked, "stock", batch_tokens, across)
+            stock = answers(loaded, requests, "stock", batch_tokens, across)
         row |= differences("packed", packed, stock)
         if dtype == torch.float64:
             return row, packed
-        if not across:  # where one request is taken at a time, whatever the budget
-            row |= differences("stock", answers(loaded, asked, "stock", batch_tokens // 4), stock)
-            row |= differences("single", answers(loaded, asked, "stock", 1), stock)
+        if not across:  # else the budget has no effect: lm-eval's path takes one request a batch
+            row |= differences("stock", answers(loaded, requests, "stock", batch_tokens // 4), stock)
+            if dtype == torch.float32:
+                row |= differences("single", answers(loaded, requests, "stock", 1), stock)
         if method is None or dtype == torch.bfloat16:
-            row |= budget_differences(loaded, asked, batch_tokens)
+            row |= budget_differences(loaded, requests, batch_tokens)
         if exact:
             row |= differences("packed_exact", packed[: len(exact)], exact)
             row |= differences("stock_exact", stock[: len(exact)], exact)
         if masks:
             with masks.replaying():
-                replayed = [answers(loaded, asked, scoring, batch_tokens) for scoring in ("packed", "stock")]
+                replayed = [answers(loaded, requests, scoring, batch_tokens) for scoring in ("packed", "stock")]
             row |= differences("replayed", *replayed)
     return row, packed
 
 
-def budget_differences(model: LoadedModel, asked: Sequence[Request], batch_tokens: int) -> dict[str, Any]:
+def budget_differences(model: LoadedModel, requests: Sequence[Request], batch_tokens: int) -> dict[str, Any]:
     """Compare packed with an eighth of the tokens a batch, with all and with eight times as many."""
     budgets = (batch_tokens // 8, batch_tokens, batch_tokens * 8)
-    return differences("budget", *(answers(model, asked, "packed", tokens) for tokens in budgets))
+    return differences("budget", *(answers(model, requests, "packed", tokens) for tokens in budgets))
 
 
 def _sparse(loaded: LoadedModel, method: Method) -> AbstractContextManager[Installed | None]:
@@ -139,12 +140,12 @@ def _sparse(loaded: LoadedModel, method: Method) -> AbstractContextManager[Insta
 
 
 def answers(
-    loaded: LoadedModel, asked: Sequence[Request], scoring: Scoring, batch_tokens: int, across_tokens: bool = False
+    loaded: LoadedModel, requests: Sequence[Request], scoring: Scoring, batch_tokens: int, across_tokens: bool = False
 ) -> Answers:
     """Score requests on one path."""
     lm = NMSweepLM(loaded.model, loaded.tokenizer, batch_tokens, lambda n_tokens: None, scoring, across_tokens)
     with quiet():
-        return lm._loglikelihood_tokens(asked)
+        return lm._loglikelihood_tokens(requests)
 
 
 def differences(name: str, *alternatives: Answers) -> dict[str, Any]:

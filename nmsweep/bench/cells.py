@@ -19,22 +19,20 @@ CELLS = (
 """The first cell also loads the model and builds the requests; the others are what most of a sweep consists of."""
 
 
-def run(*, overrides: Sequence[str], device: str, stock: bool) -> Iterator[dict[str, Any]]:
+def run(*, overrides: Sequence[str], device: str) -> Iterator[dict[str, Any]]:
     """Run cells, each into a results folder of its own.
 
     Args:
         overrides: of a run.
         device: where it runs.
-        stock: whether lm-eval's own path is timed too.
 
     Yields:
         One row a cell: seconds of each task, and of everything (``total``).
     """
-    cells = CELLS if stock else CELLS[:-1]
-    configs = [cells_of([*overrides, f"device={device}", *c], multirun=False, config_dir=None)[0] for c in cells]
+    configs = [cells_of([*overrides, f"device={device}", *c], multirun=False, config_dir=None)[0] for c in CELLS]
     session = Session()
     with tempfile.TemporaryDirectory() as folder, session.display:
-        for at, (cell, cfg) in enumerate(zip(cells, configs, strict=True)):
+        for at, (cell, cfg) in enumerate(zip(CELLS, configs, strict=True)):
             started = time.perf_counter()
             record = run_cell(
                 cfg.model_copy(update={"results_dir": Path(folder) / str(at), "baseline": False}), session

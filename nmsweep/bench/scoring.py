@@ -56,11 +56,11 @@ def run(
     loaded = load_model(model_spec(cfg), dtype=cfg.dtype, device=device)
     rows = []
     for source in sources:
-        asked = task_requests(loaded.model, loaded.tokenizer, source, limit=limit, num_fewshot=shots)
-        if not asked:
+        requests = task_requests(loaded.model, loaded.tokenizer, source, limit=limit, num_fewshot=shots)
+        if not requests:
             raise InputError(f"tasks: {source.task} has no log-likelihood to compute; leave it out")
         row = compare(
-            loaded.model, loaded.tokenizer, asked, device=device, batch_tokens=batch_tokens, rounds=rounds
+            loaded.model, loaded.tokenizer, requests, device=device, batch_tokens=batch_tokens, rounds=rounds
         )  # fmt: skip
         rows.append({"model": model, "dtype": dtype, "task": source.task, "num_fewshot": shots, **row})
     return rows
@@ -83,7 +83,7 @@ def task_requests(
         for leaf in source.leaves:
             instances = harness_task(leaf, leaf.shots(num_fewshot)).build(Prepared(), limit=limit)
             lm.loglikelihood([request for request in instances if request.request_type == "loglikelihood"])
-    return lm.asked
+    return lm.requests
 
 
 class _Recorder(NMSweepLM):
@@ -91,15 +91,15 @@ class _Recorder(NMSweepLM):
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer, 1, lambda n_tokens: None)
-        self.asked: list[Request] = []
+        self.requests: list[Request] = []
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        self.asked.extend(requests)
+        self.requests.extend(requests)
         return []
 
 
 def compare(
-    model: Any, tokenizer: Any, asked: Sequence[Request], *, device: str, batch_tokens: int, rounds: int
+    model: Any, tokenizer: Any, requests: Sequence[Request], *, device: str, batch_tokens: int, rounds: int
 ) -> dict[str, Any]:
     """Time both paths on the same requests.
 
@@ -120,13 +120,13 @@ def compare(
         n_tokens[scoring], memory[scoring] = lm.n_tokens, peak()
 
     for scoring in paths:
-        answer(scoring, asked[:WARM_UP])
-    contenders: dict[str, Contender] = {scoring: Contender(partial(answer, scoring, asked)) for scoring in paths}
+        answer(scoring, requests[:WARM_UP])
+    contenders: dict[str, Contender] = {scoring: Contender(partial(answer, scoring, requests)) for scoring in paths}
     times = interleave(contenders, device, rounds, warm_up=0)
     middle, low, high = ratios(times, "packed")["stock"]
     pairs = list(zip(answers["packed"], answers["stock"], strict=True))
     return {
-        "requests": len(asked), "batch_tokens": batch_tokens,
+        "requests": len(requests), "batch_tokens": batch_tokens,
         "speedup": middle, "speedup_q1": low, "speedup_q3": high,
         **{f"{scoring}_s": median_ms(times[scoring]) / 1e3 for scoring in reversed(paths)},
         **{f"{scoring}_tokens": n_tokens[scoring] for scoring in reversed(paths)},

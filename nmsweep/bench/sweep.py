@@ -1,4 +1,4 @@
-"""Measure what a sweep costs beside its cells: its time by their number, one worker against two, and commands on many records."""
+"""Measure the overhead of a sweep: its time by number of cells, one worker against two, and commands on many records."""
 
 import csv
 import io
@@ -87,8 +87,8 @@ def _scaling(folder: Path, rounds: int) -> list[dict[str, Any]]:
     per_cell, start = np.polyfit(SIZES, times, 1)
     residual = times - (per_cell * np.array(SIZES) + start)
     rows = [
-        {"what": "sweep", "cells": n_cells, "workers": 1, "seconds": total, "measuring_s": own}
-        for n_cells, total, own in zip(SIZES, times, np.median(measuring, axis=0), strict=True)
+        {"what": "sweep", "cells": n_cells, "workers": 1, "seconds": total, "measuring_s": inside}
+        for n_cells, total, inside in zip(SIZES, times, np.median(measuring, axis=0), strict=True)
     ]
     fit = {
         "what": "line through them", "seconds_per_cell": per_cell, "start_s": start,

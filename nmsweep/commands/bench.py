@@ -27,14 +27,14 @@ def bench(words: Sequence[str]) -> int:
         raise InputError(f"bench: {unknown[0]!r} does not exist; {nearest(unknown[0], BENCHMARKS)}")
     if malformed := [word for word in words if "=" not in word]:
         raise InputError(*(f"bench: {word!r} is not understood; write key=value" for word in malformed))
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
+    typed = {key: value for key, _, value in (word.partition("=") for word in words)}
     known = {key for name in names for key in BENCHMARKS[name]}
-    others = [key for key in given if key not in known]
+    others = [key for key in typed if key not in known]
     if others and OVERRIDES not in known:
         raise InputError(*(f"bench {' '.join(names)}: {key}= is not known; {nearest(key, known)}" for key in others))
-    given[OVERRIDES] = shlex.join(f"{key}={given[key]}" for key in others)
+    typed[OVERRIDES] = shlex.join(f"{key}={typed[key]}" for key in others)
     for name in names:
-        texts = {key: given.get(key, default) for key, (default, _) in BENCHMARKS[name].items()}
+        texts = {key: typed.get(key, default) for key, (default, _) in BENCHMARKS[name].items()}
         values = _values(name, texts)
         run = import_module(f"nmsweep.bench.{name}").run
         rows = run(**{key: values[key] for key in inspect.signature(run).parameters})
@@ -119,12 +119,6 @@ def _device(key: str, text: str) -> str:
     return device
 
 
-def _flag(key: str, text: str) -> bool:
-    if text not in ("true", "false"):
-        raise InputError(f"bench: {key}={text}; true or false is needed")
-    return text == "true"
-
-
 def _only(key: str, text: str) -> bool:
     if text not in ("", "only"):
         raise InputError(f"{key}: {text!r}; only is allowed; leave the word out for every dtype")
@@ -195,6 +189,6 @@ BENCHMARKS: Mapping[str, Options] = {
         **_OF_A_RUN, "rounded": ("", _only),
         "methods": ("act,none|act,shift+var|amber,none|clact_causal,none|clact,none", _methods),
     },
-    "cells": {**_OF_A_RUN, "stock": ("true", _flag)},
+    "cells": _OF_A_RUN,
 }  # fmt: skip
 """The keys of each benchmark."""

@@ -1,4 +1,4 @@
-"""How a task is asked, and the result of measuring it."""
+"""Types of evaluation: how items become prompts, and the result of measuring a task."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -53,7 +53,7 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
         across_tokens: whether pruning one token depends on other tokens of its sequence (`clact`, a scope in percent). Then
             sequences do not share rows, and lm-eval's own path, which does not tell the model about padding, takes one
             request a batch.
-        prepared: the requests that this object will be asked, every time the same; None if that is not known.
+        prepared: keeps the requests for the next object, if it will be asked the same ones; None otherwise.
     """
 
     def __init__(

@@ -508,10 +508,10 @@ def test_the_record_says_how_it_was_scored() -> None:
     assert how() == "packed, 64 tokens a batch"
     assert how(scoring="stock") == "stock, 64 tokens a batch"
     assert how(across_tokens=True).startswith(
-        "packed, but one continuation a row: what is pruned depends on other tokens"
+        "packed, but one continuation a row: pruning a token depends on other tokens"
     )
     model.config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2 attention takes no mask of its own" in how()
+    assert "flash_attention_2 attention takes no custom mask" in how()
 
 
 @pytest.mark.parametrize("criterion", criteria())

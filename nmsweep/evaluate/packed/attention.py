@@ -20,9 +20,9 @@ def why_single_rows(model: Any, across_tokens: bool) -> str | None:
     config = model.config.get_text_config()
     attention = config._attn_implementation
     if across_tokens:
-        return "what is pruned depends on other tokens of the sequence"
+        return "pruning a token depends on other tokens of its sequence"
     if attention not in ("sdpa", "eager"):
-        return f"{attention} attention takes no mask of its own"
+        return f"{attention} attention takes no custom mask"
     if not hasattr(decoder(model), "rotary_emb") or _layer_types(config) - {"full_attention", "sliding_attention"}:
         return f"{config.model_type} does not attend by position id alone"
     return None

@@ -119,10 +119,10 @@ def queries(requests: Sequence[Request], max_length: int) -> list[Query]:
         whole = np.array((context + continuation)[-(max_length + 1) :], dtype=np.int64)
         ids, targets = whole[:-1], whole[-n_targets:]
         key = ids.astype(">u4").tobytes()  # sorts as the tokens do
-        _, asked = sequences.setdefault(key, (ids, {}))
+        _, questions = sequences.setdefault(key, (ids, {}))
         first = len(ids) - n_targets
-        asked.setdefault((first, targets.tobytes()), Question(first, targets, [])).requests.append(index)
-    return [Query(ids, list(asked.values())) for _, (ids, asked) in sorted(sequences.items())]
+        questions.setdefault((first, targets.tobytes()), Question(first, targets, [])).requests.append(index)
+    return [Query(ids, list(questions.values())) for _, (ids, questions) in sorted(sequences.items())]
 
 
 def shared(a: Ints, b: Ints) -> int:

@@ -32,18 +32,18 @@ class Budget:
     """Padded tokens computed at once; halved when memory runs out, never raised again."""
 
     tokens: int
-    asked: int = field(init=False)
+    initial: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.asked = self.tokens
+        self.initial = self.tokens
 
     def halve(self, tried: int, least: int) -> None:
         """Lower the budget after a batch of `tried` tokens ran out of memory, but not below `least`."""
         self.tokens = min(self.tokens, max(tried // 2, least))
 
     def __str__(self) -> str:
-        lowered = f", {self.tokens} after memory ran out" if self.tokens < self.asked else ""
-        return f"{self.asked} tokens a batch{lowered}"
+        lowered = f", {self.tokens} after memory ran out" if self.tokens < self.initial else ""
+        return f"{self.initial} tokens a batch{lowered}"
 
 
 def cost_of(model: Any) -> Cost:
@@ -181,8 +181,9 @@ class _Scorer:
     def _score(self, rows: Sequence[Row], n_prefix: int, cache: PrefixCache | None) -> tuple[Tensor, Tensor] | None:
         """Return log-probability and greedy flag of the rows' targets; None if memory runs out and a smaller batch is possible."""
         try:
-            with counting(_weights(rows)):
-                return self._forward(rows, n_prefix, cache)
+            layout = _lay_out(rows)
+            with counting(layout[3]):
+                return self._forward(rows, layout, n_prefix, cache)
         except RuntimeError as error:
             if not out_of_memory(error) or (len(rows) == 1 and len(rows[0]) == rows[0].longest):
                 raise
@@ -190,9 +191,11 @@ class _Scorer:
             torch.cuda.empty_cache()
         return None
 
-    def _forward(self, rows: Sequence[Row], n_prefix: int, cache: PrefixCache | None) -> tuple[Tensor, Tensor]:
-        device, width = self.model.device, max(map(len, rows))
-        ids, depth, end = _lay_out(rows, width).to(device)
+    def _forward(
+        self, rows: Sequence[Row], layout: Tensor, n_prefix: int, cache: PrefixCache | None
+    ) -> tuple[Tensor, Tensor]:
+        device, width = self.model.device, layout.shape[2]
+        ids, depth, end = layout[:3].to(device)
         if self.single_rows:
             lengths = torch.tensor([len(row) for row in rows], device=device)
             real = (torch.arange(width, device=device) < lengths[:, None]).long()
@@ -230,18 +233,14 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _weights(rows: Sequence[Row]) -> Tensor:
-    """Return how many sequences each token of a batch is part of, [batch, width] int64; 0 for padding."""
-    weights = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for at, row in enumerate(rows):
-        weights[at, : len(row)] = row.weight
-    return torch.from_numpy(weights)
+def _lay_out(rows: Sequence[Row]) -> Tensor:
+    """Return token, depth, end and weight of each place, [4, batch, width] int64.
 
-
-def _lay_out(rows: Sequence[Row], width: int) -> Tensor:
-    """Return token, depth and end of each place, [3, batch, width] int64; padding is token 0 at depth 0 that sees only itself."""
-    layout = np.zeros((3, len(rows), width), dtype=np.int64)
+    Padding is token 0 at depth 0 that sees only itself, and counts for no sequence.
+    """
+    width = max(map(len, rows))
+    layout = np.zeros((4, len(rows), width), dtype=np.int64)
     layout[2] = np.arange(1, width + 1)
     for at, row in enumerate(rows):
-        layout[:, at, : len(row)] = row.ids, row.depth, row.end
+        layout[:, at, : len(row)] = row.ids, row.depth, row.end, row.weight
     return torch.from_numpy(layout)
