@@ -1,43 +1,36 @@
-"""How far packed scoring is from lm-eval's own path, that from itself, and both from float64: docs/evaluation.md.
+"""Measure how far packed scoring is from lm-eval's own path, that path from itself, and both from float64.
 
 Columns: ``packed`` packed against lm-eval's path; ``stock`` lm-eval's path against itself with a quarter of the tokens a
-batch, ``single`` with one request a batch; ``packed_exact``, ``stock_exact`` each against packed float64; ``replayed`` packed against lm-eval's path, both with
-the masks that the latter had; ``budget`` the furthest of packed with an eighth, with all and with eight times the tokens.
-
-python -m nmsweep.bench.agreement model=smollm2 tasks=arc_easy+boolq data.mirror=DIR eval.limit=40 device=cpu
-python -m nmsweep.bench.agreement model=smollm2 tasks=hellaswag data.mirror=DIR eval.limit=40 device=cpu rounded=only
+batch, ``single`` with one request a batch; ``packed_exact``, ``stock_exact`` each against packed float64; ``replayed`` packed
+against lm-eval's path, both with the masks that the latter had; ``budget`` the furthest of packed with an eighth, with all
+and with eight times the tokens. docs/evaluation.md has the numbers.
 """
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from nmsweep.bench.exact import keep_float64
 from nmsweep.bench.replay import Masks
 from nmsweep.bench.scoring import task_requests
-from nmsweep.bench.timing import machine
-from nmsweep.cell.identity import device_kind, identify, model_spec
+from nmsweep.cell.identity import identify, model_spec
 from nmsweep.config.compose import cells_of
-from nmsweep.config.schema import RunConfig
-from nmsweep.data.tasks import TaskSource
-from nmsweep.errors import InputError
-from nmsweep.evaluate.lm import NMSweepLM, Scoring, quiet
+from nmsweep.evaluate.lm import NMSweepLM, Scoring
 from nmsweep.evaluate.packed.rows import Request
+from nmsweep.evaluate.running import quiet
 from nmsweep.models import LoadedModel, load_model
 from nmsweep.sparsity.api import sparsify
 from nmsweep.sparsity.install import SparseModel
 
 Answers = list[tuple[float, bool]]
 
-METHODS = (("act", "none"), ("act", "shift+var"), ("amber", "none"), ("clact_causal", "none"), ("clact", "none"))
-"""Criteria and mitigations at 8:16, calibrated ones left out."""
-
-ROUNDED = (None, ("act", "none"))
-"""Methods that are scored in bf16 too; None is the dense model."""
+Method = tuple[str, str] | None
+"""Criterion and mitigation at 8:16; None for the dense model."""
 
 ACROSS_TOKENS = ("clact", "clact_causal")
 
@@ -45,170 +38,159 @@ FLOAT64_ITEMS = 20
 """Items of each task that are scored in float64."""
 
 
-def rows(
-    model32: LoadedModel, model64: LoadedModel, asked: Sequence[Request], n_float64: int, batch_tokens: int,
-    method: tuple[str, str] | None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One method (None: dense) on both paths, in float64 and in fp32.
+def run(
+    *, overrides: Sequence[str], device: str, methods: Sequence[tuple[str, str]], rounded: bool
+) -> Iterator[dict[str, Any]]:
+    """Compare the paths on every task of a run, for the dense model and each method.
 
     Args:
-        model32, model64: one model in float32 and in float64.
-        asked: the requests.
-        n_float64: how many of them, from the first, are scored in float64 too.
-        batch_tokens: padded tokens computed at once; lm-eval's path also runs with a quarter of them and with one request.
-        method: criterion and mitigation at 8:16.
+        overrides: of a run; its tasks, limit and budget count.
+        device: where it runs.
+        methods: criteria and mitigations at 8:16.
+        rounded: whether to score in bf16 only.
+
+    Yields:
+        One row a task, method and dtype, printed as it comes; in bf16 only for the dense model and `act`.
     """
-    first, across = asked[:n_float64], method is not None and method[0] in ACROSS_TOKENS
-    words = _named(method)
-    with _sparse(model64, method):
-        exact = _answers(model64, first, "packed", batch_tokens, across)
-        row64 = _differences("packed", exact, _answers(model64, first, "stock", batch_tokens, across))
-    with _sparse(model32, method) as layers:
-        packed = _answers(model32, asked, "packed", batch_tokens, across)
-        masks = Masks(layers) if layers and not across else None
+    words = ["pattern=dense", *overrides, f"device={device}"]
+    (cfg,) = cells_of(words, multirun=False, config_dir=None)
+    sources = [source for source in identify(cfg).sources if source.kind == "harness"]
+    dtypes = ("bfloat16",) if rounded else ("float64", "float32", "bfloat16")
+    models = {dtype: load_model(model_spec(cfg), dtype=dtype, device=device) for dtype in dtypes}
+    if not rounded:
+        keep_float64(models["float64"].model)
+    for source in sources:
+        shots = source.num_fewshot(cfg.eval.num_fewshot)
+        few = min(FLOAT64_ITEMS, cfg.eval.limit or FLOAT64_ITEMS)
+        loaded = models["bfloat16"]
+        requests, first = (
+            task_requests(loaded.model, loaded.tokenizer, source, limit=limit, num_fewshot=shots)
+            for limit in (cfg.eval.limit, few)
+        )
+        for method in (None, *methods):
+            exact: Answers = []
+            for dtype, loaded in models.items():
+                if dtype == "bfloat16" and method not in (None, ("act", "none")):
+                    continue
+                row, packed = compare(
+                    loaded, first if dtype == "float64" else requests, cfg.eval.batch_tokens, method, exact
+                )
+                exact = packed if dtype == "float64" else []
+                row = {"model": cfg.model_name, "task": source.task, **row}
+                shown = (f"{key} {value:.1e}" if isinstance(value, float) else str(value) for key, value in row.items())
+                print(" ".join(shown), flush=True)
+                yield row
+
+
+def compare(
+    loaded: LoadedModel, requests: Sequence[Request], batch_tokens: int, method: Method, exact: Answers
+) -> tuple[dict[str, Any], Answers]:
+    """Score requests on both paths.
+
+    Args:
+        loaded: the dense model.
+        requests: encoded.
+        batch_tokens: padded tokens computed at once. Except in float64, each path also runs with others: see the columns.
+        method: what makes the model sparse.
+        exact: packed answers in float64 to the first of the requests; empty for none.
+
+    Returns:
+        The row of the table; packed answers.
+    """
+    dtype, across = loaded.model.dtype, method is not None and method[0] in ACROSS_TOKENS
+    criterion, mitigation = method or ("none", "none")
+    row = {
+        "dtype": str(dtype).removeprefix("torch."), "pattern": "8:16" if method else "dense", "criterion": criterion,
+        "mitigation": mitigation, "requests": len(requests),
+    }  # fmt: skip
+    with _sparse(loaded, method) as layers:
+        packed = answers(loaded, requests, "packed", batch_tokens, across)
+        masks = Masks(layers) if layers and not across and dtype == torch.float32 else None
         with masks.recording() if masks else nullcontext():
-            stock = _answers(model32, asked, "stock", batch_tokens, across)
-        row32 = _differences("packed", packed, stock)
-        if not across:  # which takes one request a batch, whatever the budget
-            row32 |= _differences("stock", _answers(model32, asked, "stock", batch_tokens // 4), stock)
-            row32 |= _differences("single", _answers(model32, asked, "stock", 1), stock)
-        if method is None:
-            row32 |= _budgets(model32, asked, batch_tokens)
-        row32 |= _differences("packed_exact", packed[: len(first)], exact)
-        row32 |= _differences("stock_exact", stock[: len(first)], exact)
+            stock = answers(loaded, requests, "stock", batch_tokens, across)
+        row |= differences("packed", packed, stock)
+        if dtype == torch.float64:
+            return row, packed
+        if not across:  # else the budget has no effect: lm-eval's path takes one request a batch
+            row |= differences("stock", answers(loaded, requests, "stock", batch_tokens // 4), stock)
+            if dtype == torch.float32:
+                row |= differences("single", answers(loaded, requests, "stock", 1), stock)
+        if method is None or dtype == torch.bfloat16:
+            row |= budget_differences(loaded, requests, batch_tokens)
+        if exact:
+            row |= differences("packed_exact", packed[: len(exact)], exact)
+            row |= differences("stock_exact", stock[: len(exact)], exact)
         if masks:
             with masks.replaying():
-                replayed = [_answers(model32, asked, scoring, batch_tokens) for scoring in ("packed", "stock")]
-            row32 |= _differences("replayed", *replayed)
-    return [
-        {**words, "dtype": "float64", "requests": len(first), **row64},
-        {**words, "dtype": "float32", "requests": len(asked), **row32},
-    ]
+                replayed = [answers(loaded, requests, scoring, batch_tokens) for scoring in ("packed", "stock")]
+            row |= differences("replayed", *replayed)
+    return row, packed
 
 
-def rounded(
-    model: LoadedModel, asked: Sequence[Request], batch_tokens: int, method: tuple[str, str] | None
-) -> dict[str, Any]:
-    """One method (None: dense) in bf16, where even lm-eval's path depends on the batch size."""
-    with _sparse(model, method):
-        packed, stock = (_answers(model, asked, scoring, batch_tokens) for scoring in ("packed", "stock"))
-        return {
-            **_named(method), "dtype": "bfloat16", "requests": len(asked),
-            **_differences("packed", packed, stock),
-            **_differences("stock", _answers(model, asked, "stock", batch_tokens // 4), stock),
-            **_budgets(model, asked, batch_tokens),
-        }  # fmt: skip
+def budget_differences(model: LoadedModel, requests: Sequence[Request], batch_tokens: int) -> dict[str, Any]:
+    """Compare packed with an eighth of the tokens a batch, with all and with eight times as many."""
+    budgets = (batch_tokens // 8, batch_tokens, batch_tokens * 8)
+    return differences("budget", *(answers(model, requests, "packed", tokens) for tokens in budgets))
 
 
-def _named(method: tuple[str, str] | None) -> dict[str, str]:
-    criterion, mitigation = method or ("none", "none")
-    return {"pattern": "8:16" if method else "dense", "criterion": criterion, "mitigation": mitigation}
-
-
-def _budgets(model: LoadedModel, asked: Sequence[Request], batch_tokens: int) -> dict[str, Any]:
-    """Packed with an eighth of the tokens a batch, with all and with eight times as many."""
-    return _differences(
-        "budget",
-        *(_answers(model, asked, "packed", tokens) for tokens in (batch_tokens // 8, batch_tokens, batch_tokens * 8)),
-    )
-
-
-def _sparse(loaded: LoadedModel, method: tuple[str, str] | None) -> AbstractContextManager[SparseModel | None]:
+def _sparse(loaded: LoadedModel, method: Method) -> AbstractContextManager[SparseModel | None]:
     if method is None:
         return nullcontext()
     return sparsify(loaded.model, pattern="8:16", criterion=method[0], mitigation=method[1])
 
 
-def _answers(
-    loaded: LoadedModel, asked: Sequence[Request], scoring: Scoring, batch_tokens: int, across_tokens: bool = False
+def answers(
+    loaded: LoadedModel, requests: Sequence[Request], scoring: Scoring, batch_tokens: int, across_tokens: bool = False
 ) -> Answers:
+    """Score requests on one path."""
     lm = NMSweepLM(loaded.model, loaded.tokenizer, batch_tokens, lambda n_tokens: None, scoring, across_tokens)
     with quiet():
-        return lm._loglikelihood_tokens(asked)
+        return lm._loglikelihood_tokens(requests)
 
 
-def _differences(name: str, *answers: Answers) -> dict[str, Any]:
-    """Between the furthest of two or more answers to each request.
+def differences(name: str, *alternatives: Answers) -> dict[str, Any]:
+    """Compare the furthest of two or more answers to each request.
 
-    Largest, mean and 99th percentile |Δ log-likelihood| in nats, requests beyond 1e-3, requests whose greedy flags differ.
+    Returns:
+        Largest, mean and 99th percentile |Δ log-likelihood| in nats, requests beyond 1e-3, requests whose greedy flags differ.
     """
-    delta = np.ptp([[value for value, _ in each] for each in answers], axis=0)
-    flags = [[flag for _, flag in each] for each in answers]
+    delta = np.ptp([[value for value, _ in answers] for answers in alternatives], axis=0)
+    flags = np.array([[flag for _, flag in answers] for answers in alternatives], dtype=int)
     return {
         f"{name}_max": float(delta.max()),
         f"{name}_mean": float(delta.mean()),
         f"{name}_p99": float(np.quantile(delta, 0.99)),
         f"{name}_beyond": int((delta > 1e-3).sum()),
-        f"{name}_flags": int(np.ptp(np.array(flags, dtype=int), axis=0).sum()),
+        f"{name}_flags": int(np.ptp(flags, axis=0).sum()),
     }
 
 
-def measure(
-    cfg: RunConfig, sources: Sequence[TaskSource], methods: Sequence[tuple[str, str]], say: Callable[[str], None],
-    only_rounded: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Every row of every task; those in bf16 alone if asked."""
-    found: list[dict[str, Any]] = []
-    dtypes = ("bfloat16",) if only_rounded else ("bfloat16", "float32", "float64")
-    loaded = {dtype: load_model(model_spec(cfg), dtype=dtype, device=device_kind(cfg.device)) for dtype in dtypes}
-    if not only_rounded:
-        keep_float64(loaded["float64"].model)
-    tokens, model = cfg.eval.batch_tokens, loaded["bfloat16"]
-    for source in sources:
-        about = {"model": cfg.model_name, "task": source.task}
+class _KeepFloat64(TorchFunctionMode):
+    """Ignore casts of float64 tensors to fp32."""
 
-        def keep(rows: Sequence[dict[str, Any]], about: dict[str, str] = about) -> None:
-            for row in rows:
-                found.append({**about, **row})
-                say(_line(found[-1]))
-
-        shots = source.num_fewshot(cfg.eval.num_fewshot)
-        asked = task_requests(model.model, model.tokenizer, source, limit=cfg.eval.limit, num_fewshot=shots)
-        few = min(FLOAT64_ITEMS, cfg.eval.limit or FLOAT64_ITEMS)
-        first = task_requests(model.model, model.tokenizer, source, limit=few, num_fewshot=shots)
-        for method in (None, *methods):
-            if not only_rounded:
-                keep(rows(loaded["float32"], loaded["float64"], asked, len(first), tokens, method))
-            if method in ROUNDED:
-                keep([rounded(model, asked, tokens, method)])
-    return found
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        to_float32 = func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], kwargs.get("dtype")))
+        if to_float32 and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **kwargs)
 
 
-def _line(row: dict[str, Any]) -> str:
-    text = " ".join(str(row[key]) for key in ("model", "task", "dtype", "pattern", "criterion", "mitigation"))
-    names = [key.removesuffix("_max") for key in row if key.endswith("_max")]
-    parts = [
-        f"{name} {row[f'{name}_max']:.1e} (mean {row[f'{name}_mean']:.1e}, {row[f'{name}_beyond']} beyond 1e-3, "
-        f"{row[f'{name}_flags']} flags)"
-        for name in names
-    ]
-    return f"{text} ({row['requests']} requests): {'; '.join(parts)}"
+def keep_float64(model: nn.Module) -> None:
+    """Make the norms of a float64 model compute in float64, in place: transformers' norms go through fp32 in any dtype.
 
-
-def main(words: Sequence[str]) -> int:
-    """Print every row.
-
-    Args:
-        words: overrides of a run; `methods=act,shift+var|amber,none` narrows the methods, `rounded=only` the rows to those
-            in bf16.
+    That rounding turns a difference in the last bit of a float64 number into 1e-7 now and then, and so a near-tie of the mask
+    into another channel: two correct paths would differ by that much.
     """
-    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in ("methods", "rounded")}
-    given = [word for word in words if word.partition("=")[0] not in own]
-    pairs = [pair.partition(",") for pair in own.get("methods", "").split("|") if pair]
-    methods = [(criterion, mitigation or "none") for criterion, _, mitigation in pairs] if "methods" in own else METHODS
-    try:
-        if own.get("rounded", "only") != "only":
-            raise InputError(f"rounded: {own['rounded']!r}; only is allowed; leave the word out for every dtype")
-        (cfg,) = cells_of(["pattern=dense", *given], multirun=False, config_dir=None)
-        sources = [source for source in identify(cfg).sources if source.kind == "harness"]
-    except InputError as error:
-        print(f"nmsweep: {error}", file=sys.stderr)
-        return error.exit_code
-    print(machine(device_kind(cfg.device)), flush=True)
-    found = measure(cfg, sources, methods, lambda line: print(line, flush=True), only_rounded="rounded" in own)
-    print(pd.DataFrame(found).to_csv(index=False, float_format="%.3g"))
-    return 0
+    for module in model.modules():
+        if type(module).__name__.endswith("Norm"):
+            module.forward = _in_float64(module.forward)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _in_float64(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        with _KeepFloat64():
+            return forward(*args, **kwargs)
+
+    return wrapped

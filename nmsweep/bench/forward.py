@@ -1,4 +1,4 @@
-"""A decoder forward pass, sparse against dense, interleaved."""
+"""Time a decoder forward pass, sparse against dense, interleaved."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,79 +8,92 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmsweep.bench.timing import Contender, interleave, peak_bytes, ratios
+from nmsweep.bench.timing import Contender, interleave, median_ms, peak_bytes, ratios
+from nmsweep.cell.identity import model_spec
+from nmsweep.config.compose import cells_of
 from nmsweep.evaluate.logits import decoder
+from nmsweep.models import load_model
 from nmsweep.sparsity.api import sparsify
 from nmsweep.sparsity.fusion import Forward, replaced
 
 
 def run(
-    model: Any,
     *,
+    model: str,
+    dtype: str,
     device: str,
     batch: int,
     seqlen: int,
-    variants: Sequence[tuple[str, str, str]],
-    rounds: int = 7,
-    targets: str = "all",
+    pattern: Sequence[str],
+    criterion: Sequence[str],
+    mitigation: Sequence[str],
+    variants: str,
+    targets: str,
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """Time the decoder (no lm_head) of a model, dense and under each variant.
 
     Args:
-        model: a causal language model of transformers.
-        device: what it is on.
+        model, dtype: by name.
+        device: where it runs.
         batch, seqlen: tokens of one pass.
-        variants: (pattern, criterion, mitigation).
+        pattern, criterion, mitigation: every combination is a variant.
+        variants: ``pattern/criterion/mitigation`` of each variant instead, joined by commas; empty for none.
+        targets: the layers made sparse.
         rounds: measured rounds; every contender runs once in each.
 
     Returns:
-        one row a variant: `ratio` (median over rounds of sparse/dense), its quartiles, `dense_ms`, and the ratio of
+        One row a variant: `ratio` (median over rounds of sparse/dense), its quartiles, `dense_ms`, and the ratio of
         peak memory (CUDA only).
     """
-    ids = torch.randint(
-        0, model.config.get_text_config().vocab_size, (batch, seqlen), device=device, generator=_generator(device)
-    )
-    body = decoder(model)
+    (cfg,) = cells_of([f"model={model}", f"dtype={dtype}"], multirun=False, config_dir=None)
+    loaded = load_model(model_spec(cfg), dtype=cfg.dtype, device=device).model
+    generator = torch.Generator(device=device).manual_seed(0)
+    vocabulary = loaded.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (batch, seqlen), device=device, generator=generator)
+    body = decoder(loaded)
 
     @torch.inference_mode()
     def forward() -> None:
         body(input_ids=ids, use_cache=False)
 
     contenders = {"dense": Contender(forward)}
-    names = {"|".join(variant): variant for variant in variants}
-    for name, (pattern, criterion, mitigation) in names.items():
+    methods = _listed(variants) or [(p, c, m) for p in pattern for c in criterion for m in mitigation]
+    for share, chosen, corrected in methods:
         with sparsify(
-            model, pattern=pattern, criterion=criterion, mitigation=mitigation, targets=targets
-        ) as sparse:  # what the weights alone decide is found out once
+            loaded, pattern=share, criterion=chosen, mitigation=corrected, targets=targets
+        ) as sparse:  # computes once what depends on the weights alone
             layers, forwards = dict(sparse.layers), dict(sparse.joined)
-        contenders[name] = Contender(forward, partial(_in_place, model, layers, forwards))
+        around = partial(_in_place, loaded, layers, forwards)
+        contenders[f"{share}/{chosen}/{corrected}"] = Contender(forward, around)
     times = interleave(contenders, device, rounds)
-    found = ratios(times, "dense")
+    quartiles = ratios(times, "dense")
     memory = {name: peak_bytes(contender, device) for name, contender in contenders.items()}
     rows = []
-    for name, (pattern, criterion, mitigation) in names.items():
-        middle, low, high = found[name]
+    for method in methods:
+        name = "/".join(method)
+        middle, low, high = quartiles[name]
         rows.append(
             {
-                "pattern": pattern,
-                "criterion": criterion,
-                "mitigation": mitigation,
-                "batch": batch,
-                "seqlen": seqlen,
-                "ratio": middle,
-                "ratio_q1": low,
-                "ratio_q3": high,
-                "dense_ms": 1e3 * times["dense"].median_s,
-                "memory_ratio": memory[name] / memory["dense"] if memory["dense"] else None,
-                "rounds": rounds,
+                "model": model, "dtype": dtype, "pattern": method[0], "criterion": method[1], "mitigation": method[2],
+                "batch": batch, "seqlen": seqlen, "ratio": middle, "ratio_q1": low, "ratio_q3": high,
+                "dense_ms": median_ms(times["dense"]),
+                "memory_ratio": memory[name] / memory["dense"] if memory["dense"] else None, "rounds": rounds,
             }
-        )
+        )  # fmt: skip
     return rows
+
+
+def _listed(variants: str) -> list[tuple[str, str, str]]:
+    """Read ``8:16/act/shift,2:4``; the criterion is `act` and the mitigation `none` where they are left out."""
+    parts = [word.split("/", 2) for word in variants.split(",") if word]
+    padded = [[*part, "", ""] for part in parts]
+    return [(pattern, criterion or "act", mitigation or "none") for pattern, criterion, mitigation, *_ in padded]
 
 
 @contextmanager
 def _in_place(model: Any, layers: Mapping[str, nn.Module], forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Layers and forwards that were made before stand in the model inside the block."""
+    """Put sparse layers and forwards that were built before into the model, inside the block."""
     before = {name: model.get_submodule(name) for name in layers}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -90,7 +103,3 @@ def _in_place(model: Any, layers: Mapping[str, nn.Module], forwards: Mapping[nn.
     finally:
         for name, layer in before.items():
             model.set_submodule(name, layer)
-
-
-def _generator(device: str) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(0)

@@ -1,15 +1,15 @@
-"""The fused primitive alone, against a copy of the same tensor and against topk and scatter, interleaved."""
+"""Time the fused primitive against a copy of the same tensor, and against topk and scatter, interleaved."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmsweep.bench.timing import Contender, interleave, ratios
+from nmsweep.bench.timing import Contender, interleave, median_ms, ratios
 from nmsweep.config.pattern import parse_pattern
+from nmsweep.errors import InputError, nearest
 from nmsweep.kernels import prune
 
 FORMS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
@@ -22,82 +22,73 @@ FORMS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "var": lambda x: {"var": True},
     "shift+var": lambda x: {"eta": "median", "var": True},
 }
-"""What the primitive is asked for, by name: `weight` stands for amber, wina and the like, `sequence_weight` for clact."""
+"""Arguments of the primitive, by name: `weight` stands for amber, wina and the like, `sequence_weight` for clact."""
 
 
 def run(
     *,
     device: str,
-    dtype: torch.dtype,
+    dtype: str,
     batch: int,
     seqlen: int,
     hidden: int,
-    patterns: Sequence[str],
-    forms: Sequence[str],
-    rounds: int = 7,
-    repeats: int = 10,
+    pattern: Sequence[str],
+    form: Sequence[str],
+    rounds: int,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Time the primitive on a normal random tensor [batch, seqlen, hidden].
 
     Args:
         device: where the tensor is.
-        dtype: of the tensor.
+        dtype: of the tensor, by name.
         batch, seqlen, hidden: its shape.
-        patterns: such as ``"8:16"`` or ``"50%"``.
-        forms: names of FORMS.
+        pattern: patterns, such as ``"8:16"`` or ``"50%"``.
+        form: names of FORMS.
         rounds: measured rounds; every contender runs once in each.
         repeats: runs of which a round takes the mean.
 
     Returns:
-        one row a pattern and form: `ratio` (median over rounds of its time to that of a copy), quartiles, `ms`, `copy_ms`,
+        One row a pattern and form: `ratio` (median over rounds of its time to that of a copy), quartiles, `ms`, `copy_ms`,
         `topk_ratio` (topk and scatter to the copy; `act` only).
+
+    Raises:
+        InputError: a form that does not exist, or patterns whose M does not divide `hidden`.
     """
-    x = torch.randn(batch, seqlen, hidden, device=device, generator=_generator(device)).to(dtype)
+    if unknown := [name for name in form if name not in FORMS]:
+        raise InputError(f"bench: form={unknown[0]}; {nearest(unknown[0], FORMS)}")
+    if bad := [name for name in pattern if hidden % (parse_pattern(name).m or 1)]:
+        raise InputError(f"bench: hidden={hidden} is not a multiple of M of {', '.join(bad)}; choose another hidden")
+    generator = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn(batch, seqlen, hidden, device=device, generator=generator).to(getattr(torch, dtype))
     out = torch.empty_like(x)
-    contenders = {"copy": Contender(lambda: out.copy_(x), _inference, repeats)}
-    for pattern in patterns:
-        share = parse_pattern(pattern).budget(hidden)
-        contenders[f"topk {pattern}"] = Contender(partial(_topk, x, **share), _inference)
-        for form in forms:
-            call = partial(prune, x, **share, **FORMS[form](x))
-            contenders[f"{form} {pattern}"] = Contender(call, _inference, repeats)
+    contenders = {"copy": Contender(lambda: out.copy_(x), torch.inference_mode, repeats)}
+    for share in pattern:
+        n_kept = parse_pattern(share).budget(hidden)
+        contenders[f"topk {share}"] = Contender(partial(_topk, x, **n_kept), torch.inference_mode)
+        for name in form:
+            call = partial(prune, x, **n_kept, **FORMS[name](x))
+            contenders[f"{name} {share}"] = Contender(call, torch.inference_mode, repeats)
     times = interleave(contenders, device, rounds)
-    found = ratios(times, "copy")
+    quartiles = ratios(times, "copy")
     rows = []
-    for pattern in patterns:
-        for form in forms:
-            middle, low, high = found[f"{form} {pattern}"]
+    for share in pattern:
+        for name in form:
+            middle, low, high = quartiles[f"{name} {share}"]
             rows.append(
                 {
-                    "pattern": pattern,
-                    "form": form,
-                    "shape": f"{batch * seqlen}x{hidden}",
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "ratio": middle,
-                    "ratio_q1": low,
-                    "ratio_q3": high,
-                    "ms": 1e3 * times[f"{form} {pattern}"].median_s,
-                    "copy_ms": 1e3 * times["copy"].median_s,
-                    "topk_ratio": found[f"topk {pattern}"][0] if form == "act" else None,
-                    "rounds": rounds,
+                    "pattern": share, "form": name, "shape": f"{batch * seqlen}x{hidden}", "dtype": dtype,
+                    "ratio": middle, "ratio_q1": low, "ratio_q3": high,
+                    "ms": median_ms(times[f"{name} {share}"]), "copy_ms": median_ms(times["copy"]),
+                    "topk_ratio": quartiles[f"topk {share}"][0] if name == "act" else None, "rounds": rounds,
                 }
-            )
+            )  # fmt: skip
     return rows
 
 
-@contextmanager
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
 def _topk(x: Tensor, n: int = 0, m: int = 0, kept: int = 0) -> Tensor:
-    """The mask as research code makes it: topk of each group, scattered into zeros."""
+    """Mask as research code does: topk of each group, scattered into zeros."""
     n, m = (kept, x.shape[-1]) if kept else (n, m)
     groups = x.reshape(-1, m)
     mask = torch.zeros_like(groups).scatter_(1, groups.abs().topk(n, dim=1).indices, 1.0)
     return (groups * mask).view(x.shape)
-
-
-def _generator(device: str) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(0)

@@ -1,11 +1,12 @@
-"""The masks of one scoring path given to another: what is left of their difference is not a flipped near-tie.
+"""Give the masks of one scoring path to another: what is left of their difference is not a flipped near-tie.
 
-A causal mask of a token depends on the tokens before it and on nothing else, so it is kept under a hash of these.
+The causal mask of a token depends only on the tokens up to it, so it is kept under a hash of these.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,32 +30,26 @@ class Masks:
     def __init__(self, layers: SparseModel) -> None:
         self.model = layers.model
         self.shared = list({id(layer.shared): layer.shared for layer in layers.layers.values()}.values())
-        self._kept: list[dict[Key, np.ndarray[Any, Any]]] = [{} for _ in self.shared]
+        self._masks: list[dict[Key, np.ndarray[Any, Any]]] = [{} for _ in self.shared]
         self._keys: list[list[Key]] = []
         self._prefix: Key = 0
-        self.n_missing = 0
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Keep the masks of each token inside the block, the first time it is seen."""
+        return self._pruning_by(self._record)
+
+    def replaying(self) -> AbstractContextManager[None]:
+        """Prune by the kept masks inside the block; a token without one (padding) keeps every channel."""
+        return self._pruning_by(self._replay)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep each token's masks, the first time it is seen."""
-        with self._around("record"):
-            yield
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Prune by the kept masks; a token without one (padding) keeps every channel and is counted in `n_missing`."""
-        with self._around("replay"):
-            yield
-
-    @contextmanager
-    def _around(self, what: Literal["record", "replay"]) -> Iterator[None]:
-        hook = decoder(self.model).register_forward_pre_hook(self._watch, with_kwargs=True)
-        act = self._record if what == "record" else self._replay
+    def _pruning_by(self, prune: Callable[[int, Tensor], Pruned]) -> Iterator[None]:
+        hook = decoder(self.model).register_forward_pre_hook(self._set_keys, with_kwargs=True)
         view = self.shared[0].view
-        before, view.joins = view.joins, False  # the layers are to be given the tensor itself
+        before, view.joins = view.joins, False  # the layers must be given the tensor itself
         try:
             for at, shared in enumerate(self.shared):
-                shared._prune = lambda x, at=at, shared=shared: act(at, shared, x)  # type: ignore[method-assign,misc]
+                shared._prune = partial(prune, at)  # type: ignore[method-assign]
             yield
         finally:
             hook.remove()
@@ -62,8 +57,8 @@ class Masks:
             for shared in self.shared:
                 del shared._prune
 
-    def _watch(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Work out each token's key. A row is in depth-first order: a token's parent is the last one a level above."""
+    def _set_keys(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compute each token's key. A row is in depth-first order: a token's parent is the last one a level above."""
         ids = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).tolist()
         positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
         depths = positions.tolist() if positions is not None else [range(len(row)) for row in ids]
@@ -80,23 +75,18 @@ class Masks:
             keys.append(path[depth])
         return keys
 
-    def _record(self, at: int, shared: SharedInput, x: Tensor) -> Pruned:
-        u, mask = self._free(shared, x)
+    def _record(self, at: int, x: Tensor) -> Pruned:
+        shared: SharedInput = self.shared[at]
+        u, mask = formula.pruned(x, shared.slots, shared.slots.pattern, shared.view.tokens, shared.memory)
         packed = np.packbits(mask.cpu().numpy(), axis=-1)
         for row, keys in zip(packed, self._keys, strict=True):
             for bits, key in zip(row, keys, strict=True):
-                self._kept[at].setdefault(key, bits)
+                self._masks[at].setdefault(key, bits)
         return Pruned(u, None, None)
 
-    def _replay(self, at: int, shared: SharedInput, x: Tensor) -> Pruned:
-        kept, width = self._kept[at], x.shape[-1]
+    def _replay(self, at: int, x: Tensor) -> Pruned:
+        width = x.shape[-1]
         everything = np.full(-(-width // 8), 255, dtype=np.uint8)
-        found = [[kept.get(key, everything) for key in keys] for keys in self._keys]
-        self.n_missing += sum(bits is everything for row in found for bits in row)
-        mask = np.unpackbits(np.array(found), axis=-1, count=width).astype(bool)
-        return Pruned(formula.filled(x, torch.from_numpy(mask).to(x.device), shared.slots), None, None)
-
-    @staticmethod
-    def _free(shared: SharedInput, x: Tensor) -> tuple[Tensor, Tensor]:
-        slots = shared.slots
-        return formula.pruned(x, slots, slots.pattern, shared.view.tokens, shared.memory)
+        bits = [[self._masks[at].get(key, everything) for key in keys] for keys in self._keys]
+        mask = torch.from_numpy(np.unpackbits(np.array(bits), axis=-1, count=width).astype(bool)).to(x.device)
+        return Pruned(formula.filled(x, mask, self.shared[at].slots), None, None)

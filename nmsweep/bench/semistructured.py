@@ -1,7 +1,7 @@
-"""Real 2:4 hardware: sparse tensor cores with the activations as the sparse operand, packing included, against the dense product."""
+"""Time real 2:4 hardware against the dense product: sparse tensor cores with the activations as the sparse operand, packing included."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,28 +9,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmsweep.bench.timing import Contender, interleave, ratios
+from nmsweep.bench.timing import Contender, interleave, median_ms, ratios
+from nmsweep.errors import InputError
 from nmsweep.kernels import prune
 
 SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 """(in, out) of the linear layers of an 8B Llama: q and o, k and v, gate and up, down."""
 
 
-def run(
-    *, device: str, dtype: torch.dtype, tokens: int, shapes: Sequence[tuple[int, int]] = SHAPES, rounds: int = 7
-) -> list[dict[str, Any]]:
-    """Time y = x Wᵀ for x [tokens, in] pruned 2:4: dense, masked dense, and sparse with cuSPARSELt; in fp8 too where torchao is installed.
+def run(*, device: str, dtype: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Time y = x Wᵀ for x [tokens, in] pruned 2:4: dense, masked dense, and sparse with cuSPARSELt; with torchao also in fp8.
 
     Returns:
-        one row a layer and kernel (`cusparselt`, in the dtype asked for, or `torchao fp8`), ratios to the dense product (fp8 too, but for `dense_ms` and `max_difference`, is compared with that of x's own dtype): `masked` (prune, dense product: what nmsweep measures with), `matmul` (the
-        sparse product alone, of a packed operand), `pack` (packing alone), `sparse` (prune, pack and sparse product: what
-        hardware gives today), with quartiles of `sparse`; below 1 is a gain. `dense_fp8`: quantise and dense fp8 product, `matmul_fp8`
-        that product alone. `max_difference`: of the sparse and the dense product of one operand, in units of the largest weight.
+        One row a layer and kernel (`cusparselt` in the given dtype, or `torchao fp8`), as ratios to the dense product in the
+        given dtype, for fp8 too. Below 1 is a gain.
+
+        - `masked`: prune and dense product, which is how nmsweep simulates sparsity;
+        - `matmul`: the sparse product alone, of a packed operand; `pack`: packing alone;
+        - `sparse`: prune, pack and sparse product, which is what the hardware offers; with its quartiles;
+        - `dense_fp8`: quantisation and dense fp8 product; `matmul_fp8`: that product alone;
+        - `max_difference`: between the sparse and the dense product of one operand, in units of the largest weight.
+
+    Raises:
+        InputError: the device has no sparse tensor cores.
     """
+    if not device.startswith("cuda"):
+        raise InputError("bench semistructured: it needs sparse tensor cores; run it on an NVIDIA GPU from Ampere on")
     rows = []
-    for width, n_out in shapes:
-        x = torch.randn(tokens, width, device=device).to(dtype)
-        weight = (torch.randn(n_out, width, device=device) * width**-0.5).to(dtype)
+    for width, n_out in SHAPES:
+        x = torch.randn(tokens, width, device=device).to(getattr(torch, dtype))
+        weight = (torch.randn(n_out, width, device=device) * width**-0.5).to(x.dtype)
         shape = {"in": width, "out": n_out, "tokens": tokens}
         with torch.inference_mode():
             rows.append({**shape, "kernel": "cusparselt", **_compare(x, weight, device, rounds)})
@@ -55,7 +63,7 @@ def _compare(x: Tensor, weight: Tensor, device: str, rounds: int) -> dict[str, A
 
 
 def _compare_fp8(x: Tensor, weight: Tensor, device: str, rounds: int) -> dict[str, Any]:
-    """torchao's kernels for compute capability 9.0, which know a sparse weight: yᵀ = W xᵀ has x in its place."""
+    """Time torchao's kernels for compute capability 9.0. They take a sparse weight, so x takes its place: yᵀ = W xᵀ."""
     from torchao.ops import rowwise_scaled_linear_sparse_cutlass_f8f8, to_sparse_semi_structured_cutlass_sm9x_f8
 
     w8, w_scale = _quantised(weight)
@@ -88,19 +96,19 @@ def _compare_fp8(x: Tensor, weight: Tensor, device: str, rounds: int) -> dict[st
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x in fp8 (e4m3) and the fp32 scale of each row."""
+    """Return x in fp8 (e4m3) and the fp32 scale of each row."""
     scale = x.abs().amax(dim=1).float().clamp(min=1e-12) / 448.0
     return (x / scale[:, None]).to(torch.float8_e4m3fn), scale
 
 
 def _row(calls: dict[str, Callable[[], Tensor]], difference: float, device: str, rounds: int) -> dict[str, Any]:
     times = interleave({name: Contender(call, repeats=5) for name, call in calls.items()}, device, rounds)
-    found = ratios(times, "dense")
+    quartiles = ratios(times, "dense")
     return {
-        "dense_ms": 1e3 * times["dense"].median_s,
-        **{name: found[name][0] for name in calls if name != "dense"},
-        "sparse_q1": found["sparse"][1],
-        "sparse_q3": found["sparse"][2],
+        "dense_ms": median_ms(times["dense"]),
+        **{name: quartiles[name][0] for name in calls if name != "dense"},
+        "sparse_q1": quartiles["sparse"][1],
+        "sparse_q3": quartiles["sparse"][2],
         "max_difference": difference,
         "rounds": rounds,
     }

@@ -1,41 +1,26 @@
-"""Interleaved timing: every contender runs once a round, so that drift of the machine hits all of them alike."""
+"""Interleaved timing: every contender runs once a round, so that drift of the machine affects all of them alike."""
 
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one contender, in seconds, one for each round."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.seconds)
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+from nmsweep.cell.provenance import device_name
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed.
+    """Something to be timed.
 
     Attributes:
         run: the timed part.
         around: a context in which it runs; entering and leaving it is not timed.
-        repeats: runs of which the mean is taken, for what is shorter than the clock and the launch of it.
+        repeats: runs of which the mean is taken, for runs shorter than the resolution of the clock or than their launch.
     """
 
     run: Callable[[], object]
@@ -43,16 +28,22 @@ class Contender:
     repeats: int = 1
 
 
-def interleave(contenders: Mapping[str, Contender], device: str, rounds: int, warm_up: int = 2) -> dict[str, Timing]:
+Times = dict[str, list[float]]
+
+
+def interleave(contenders: Mapping[str, Contender], device: str, rounds: int, warm_up: int = 2) -> Times:
     """Run all contenders once a round, in turn.
 
     Args:
-        contenders: what to run, by name.
-        device: what it runs on; waited for before and after each run.
+        contenders: by name.
+        device: where they run; waited for before and after each run.
         rounds: measured rounds.
         warm_up: rounds before them that are not measured.
+
+    Returns:
+        Seconds of each contender, one for each round.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: Times = {name: [] for name in contenders}
     for number in range(warm_up + rounds):
         for name, contender in contenders.items():
             with contender.around():
@@ -60,11 +51,17 @@ def interleave(contenders: Mapping[str, Contender], device: str, rounds: int, wa
                 elapsed = _time(contender, device)
             if number >= warm_up:
                 times[name].append(elapsed)
-    return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
+    return times
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has finished its work."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def _time(contender: Contender, device: str) -> float:
-    """Seconds of one run: on a GPU between two events of its own clock."""
+    """Return the seconds of one run; on a GPU, between two events of its own clock."""
     if device.startswith("cuda"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -79,27 +76,42 @@ def _time(contender: Contender, device: str) -> float:
     return (time.perf_counter() - began) / contender.repeats
 
 
+def median_ms(seconds: Sequence[float]) -> float:
+    """Return the median in milliseconds."""
+    return 1e3 * statistics.median(seconds)
+
+
+def ratios(times: Times, base: str) -> dict[str, tuple[float, float, float]]:
+    """Return median, lower and upper quartile of each contender's time over the base's of the same round."""
+    quartiles = {}
+    for name, seconds in times.items():
+        each = [second / base_second for second, base_second in zip(seconds, times[base], strict=True)]
+        low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
+        quartiles[name] = (middle, low, high)
+    return quartiles
+
+
 def peak_bytes(contender: Contender, device: str) -> int:
-    """Most GPU memory in use during one run, in bytes; 0 without a GPU."""
+    """Return the most GPU memory in use during one run, in bytes; 0 without a GPU."""
     if not device.startswith("cuda"):
         return 0
     with contender.around():
         synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-        contender.run()
-        synchronize(device)
-        return int(torch.cuda.max_memory_allocated())
+        with peak_memory(device) as peak:
+            contender.run()
+            synchronize(device)
+        return peak()
 
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[Callable[[], int]]:
-    """Tells the most memory in use inside the block, in bytes: of the GPU, else of the whole process (0 but on Linux)."""
+    """Measure the most memory in use inside the block, in bytes: of the GPU, else of the whole process (0 but on Linux)."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         yield lambda: int(torch.cuda.max_memory_allocated())
         return
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is in use now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is in use now
     yield _process_peak
 
 
@@ -111,30 +123,8 @@ def _process_peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def ratios(times: Mapping[str, Timing], base: str) -> dict[str, tuple[float, float, float]]:
-    """Median, lower and upper quartile of each contender's time over the base's of the same round."""
-    found = {}
-    for name, timing in times.items():
-        each = [ours / theirs for ours, theirs in zip(timing.seconds, times[base].seconds, strict=True)]
-        low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
-        found[name] = (middle, low, high)
-    return found
-
-
 def machine(device: str) -> str:
-    """The hardware and versions that a benchmark's numbers belong to."""
-    if device.startswith("cuda"):
-        where = torch.cuda.get_device_name()
-    else:
-        where = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return f"{where}; torch {torch.__version__}; Python {platform.python_version()}"
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(
-                (line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), platform.machine()
-            )
-    except OSError:
-        return platform.processor() or platform.machine()
+    """Describe the hardware and versions that a benchmark's numbers belong to."""
+    kind = device.partition(":")[0]
+    threads = "" if kind == "cuda" else f", {torch.get_num_threads()} threads"
+    return f"{device_name(kind)}{threads}; torch {torch.__version__}; Python {platform.python_version()}"

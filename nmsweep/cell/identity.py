@@ -16,7 +16,7 @@ from nmsweep.data.examples import check_examples
 from nmsweep.data.extras import missing_extras
 from nmsweep.data.tasks import TaskSource, find_task, task_names
 from nmsweep.errors import DataError, InputError
-from nmsweep.evaluate.prompting import as_multiturn
+from nmsweep.evaluate.base import as_multiturn
 from nmsweep.methods.sparsification import Sparsification, build_sparsification
 from nmsweep.models import ModelSpec, check_model, fingerprint, skeleton, target_linears
 from nmsweep.results.record import cell_folder

@@ -18,10 +18,9 @@ from nmsweep.cell.session import Session
 from nmsweep.config.schema import RunConfig
 from nmsweep.data.tasks import TaskSource
 from nmsweep.evaluate import harness, perplexity
+from nmsweep.evaluate.base import Prompting, TaskResult
 from nmsweep.evaluate.items import keep_items
-from nmsweep.evaluate.prompting import Prompting
-from nmsweep.evaluate.result import TaskResult
-from nmsweep.evaluate.trouble import naming_the_layer, within_memory
+from nmsweep.evaluate.recovery import naming_the_layer, within_memory
 from nmsweep.models import LoadedModel
 from nmsweep.results.claims import claimed
 from nmsweep.results.layout import items_file

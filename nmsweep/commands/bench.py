@@ -1,7 +1,10 @@
-"""`nmsweep bench`: which benchmark, on what, and where its table goes."""
+"""Run `nmsweep bench`: read the options of a benchmark, run it, and write its table."""
 
+import inspect
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,232 +12,137 @@ import pandas as pd
 
 from nmsweep.errors import InputError, nearest
 
-Words = dict[str, str]
-
 
 def main(words: Sequence[str]) -> int:
-    """Run ``nmsweep bench [kernel|forward|scoring|semistructured|sweep] [key=value …]``; 0 when it is done.
+    """Run ``nmsweep bench [NAME] [key=value …]``; without a name, `kernel` and `forward`.
+
+    Returns:
+        0 when it is done.
 
     Raises:
         InputError: a benchmark, key or value that does not exist; all mistakes of the values together.
     """
-    if words and "=" not in words[0]:
-        name, given = words[0], words[1:]
-        if name not in BENCHMARKS:
-            raise InputError(f"bench: {name!r} does not exist; {nearest(name, BENCHMARKS)}")
-        chosen = [name]
-    else:
-        chosen, given = ["kernel", "forward"], words
-    found = dict(_key_value(word) for word in given)
-    allowed = {**COMMON, **{key: value for name in chosen for key, value in BENCHMARKS[name][1].items()}}
-    if unknown := [key for key in found if key not in allowed]:
-        raise InputError(
-            *(f"bench {' '.join(chosen)}: {key}= is not known; {nearest(key, allowed)}" for key in unknown)
-        )
-    for name in chosen:
-        function, defaults = BENCHMARKS[name]
-        settings = {
-            **COMMON,
-            **defaults,
-            **{key: value for key, value in found.items() if key in {**COMMON, **defaults}},
-        }
-        _write(name, function(Settings(settings)), settings)
+    names, words = ([words[0]], words[1:]) if words and "=" not in words[0] else (["kernel", "forward"], words)
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise InputError(f"bench: {unknown[0]!r} does not exist; {nearest(unknown[0], BENCHMARKS)}")
+    if malformed := [word for word in words if "=" not in word]:
+        raise InputError(*(f"bench: {word!r} is not understood; write key=value" for word in malformed))
+    typed = {key: value for key, _, value in (word.partition("=") for word in words)}
+    known = {key for name in names for key in BENCHMARKS[name]}
+    others = [key for key in typed if key not in known]
+    if others and OVERRIDES not in known:
+        raise InputError(*(f"bench {' '.join(names)}: {key}= is not known; {nearest(key, known)}" for key in others))
+    typed[OVERRIDES] = shlex.join(f"{key}={typed[key]}" for key in others)
+    for name in names:
+        texts = {key: typed.get(key, default) for key, (default, _) in BENCHMARKS[name].items()}
+        values = _values(name, texts)
+        run = import_module(f"nmsweep.bench.{name}").run
+        rows = run(**{key: values[key] for key in inspect.signature(run).parameters})
+        _write(name, list(rows), texts, values["device"])
     return 0
 
 
-def _key_value(word: str) -> tuple[str, str]:
-    key, separator, value = word.partition("=")
-    if not separator:
-        raise InputError(f"bench: {word!r} is not understood; write key=value")
-    return key, value
+def _values(name: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Read the options of a benchmark.
+
+    Raises:
+        InputError: every value that cannot be read.
+    """
+    values, errors = {}, list[str]()
+    for key, text in texts.items():
+        try:
+            values[key] = BENCHMARKS[name][key][1](key, text)
+        except InputError as error:
+            errors += error.messages
+    if errors:
+        raise InputError(*errors)
+    return values
 
 
-class Settings:
-    """The values of one benchmark, read as what they are; a wrong one is an `InputError`."""
-
-    def __init__(self, values: Mapping[str, str]) -> None:
-        self.values = values
-
-    def __getitem__(self, key: str) -> str:
-        return self.values[key]
-
-    def number(self, key: str) -> int:
-        """A whole number from 1 on."""
-        text = self.values[key]
-        if not text.isdigit() or int(text) < 1:
-            raise InputError(f"bench: {key}={text}; a whole number from 1 on is needed")
-        return int(text)
-
-    def count(self, key: str) -> int:
-        """A whole number from 0 on."""
-        return 0 if self.values[key] == "0" else self.number(key)
-
-    def names(self, key: str, known: Sequence[str] = ()) -> list[str]:
-        """Words joined by commas."""
-        words = [word for word in self.values[key].split(",") if word]
-        wrong = [word for word in words if known and word not in known]
-        if wrong or not words:
-            raise InputError(f"bench: {key}={self.values[key]}; {nearest((wrong or [''])[0], known)}")
-        return words
-
-    def patterns(self) -> list[str]:
-        """Patterns of exact counts."""
-        from nmsweep.config.pattern import parse_pattern
-
-        words = self.names("pattern")
-        for word in words:
-            if parse_pattern(word).kind not in ("n:m", "unstructured"):
-                raise InputError(f"bench: pattern={word}; N:M such as 8:16 or p% is needed")
-        return words
-
-    @property
-    def device(self) -> str:
-        """Where to run, checked."""
-        import torch
-
-        given = self.values["device"]
-        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if given == "auto" else given
-        if chosen.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(f"bench: device={given}, but there is no CUDA device here; pass device=cpu")
-        if not chosen.startswith("cuda") and chosen != "cpu":
-            raise InputError(f"bench: device={given}; allowed: auto, cpu, cuda, cuda:N")
-        if chosen.startswith("cuda:"):
-            number = chosen.partition(":")[2]
-            if not number.isdigit() or int(number) >= torch.cuda.device_count():
-                raise InputError(f"bench: device={given}; GPUs here: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-            torch.cuda.set_device(int(number))  # events, memory and the name are those of the current one
-        return chosen
-
-    @property
-    def dtype(self) -> Any:
-        """The torch dtype."""
-        import torch
-
-        names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-        if self.values["dtype"] not in names:
-            raise InputError(f"bench: dtype={self.values['dtype']}; {nearest(self.values['dtype'], names)}")
-        return names[self.values["dtype"]]
+def _text(key: str, text: str) -> str:
+    return text
 
 
-def _kernel(given: Settings) -> list[dict[str, Any]]:
-    from nmsweep.bench import kernel
-
-    patterns, forms = given.patterns(), given.names("form", list(kernel.FORMS))
-    hidden = given.number("hidden")
-    _check_divides(patterns, hidden)
-    return kernel.run(
-        device=given.device, dtype=given.dtype, batch=given.number("batch"), seqlen=given.number("seqlen"),
-        hidden=hidden, patterns=patterns, forms=forms, rounds=given.number("rounds"), repeats=given.number("repeats"),
-    )  # fmt: skip
+def _count(key: str, text: str, least: int = 0) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise InputError(f"bench: {key}={text}; a whole number from {least} on is needed")
+    return int(text)
 
 
-def _check_divides(patterns: Sequence[str], hidden: int) -> None:
+def _number(key: str, text: str) -> int:
+    return _count(key, text, least=1)
+
+
+def _names(key: str, text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if not names:
+        raise InputError(f"bench: {key}={text}; one or more names joined by commas are needed")
+    return names
+
+
+def _patterns(key: str, text: str) -> list[str]:
+    """Read patterns that keep an exact number of channels."""
     from nmsweep.config.pattern import parse_pattern
 
-    if bad := [
-        word for word in patterns if (parse_pattern(word).m or 1) > hidden or hidden % (parse_pattern(word).m or 1)
-    ]:
-        raise InputError(f"bench: hidden={hidden} is not a multiple of M of {', '.join(bad)}; choose another hidden")
+    for name in (names := _names(key, text)):
+        if parse_pattern(name).kind not in ("n:m", "unstructured"):
+            raise InputError(f"bench: {key}={name}; N:M such as 8:16 or p% is needed")
+    return names
 
 
-def _forward(given: Settings) -> list[dict[str, Any]]:
-    from nmsweep.bench import forward
-
-    variants = _variants(given)
-    device, rounds = given.device, given.number("rounds")
-    batch, seqlen = given.number("batch"), given.number("seqlen")
-    model = _model(given, device).model
-    rows = forward.run(
-        model, device=device, batch=batch, seqlen=seqlen, variants=variants, rounds=rounds, targets=given["targets"]
-    )
-    return [{"model": given["model"], "dtype": given["dtype"], **row} for row in rows]
+def _methods(key: str, text: str) -> list[tuple[str, str]]:
+    """Read criteria and mitigations: ``act,none|amber,shift``."""
+    pairs = [pair.partition(",") for pair in text.split("|") if pair]
+    return [(criterion, mitigation or "none") for criterion, _, mitigation in pairs]
 
 
-def _variants(given: Settings) -> list[tuple[str, str, str]]:
-    """(pattern, criterion, mitigation) as `variants` lists them, or every combination."""
-    if not given["variants"]:
-        patterns, criteria = given.patterns(), given.names("criterion")
-        return [(p, c, m) for p in patterns for c in criteria for m in given.names("mitigation")]
-    variants = []
-    for word in given.names("variants"):
-        pattern, _, rest = word.partition("/")
-        criterion, _, mitigation = rest.partition("/")
-        variants.append((pattern, criterion or "act", mitigation or "none"))
-    return variants
+def _dtype(key: str, text: str) -> str:
+    if text not in (known := ("bfloat16", "float16", "float32")):
+        raise InputError(f"bench: {key}={text}; {nearest(text, known)}")
+    return text
 
 
-def _model(given: Settings, device: str, *more: str) -> Any:
-    from nmsweep.cell.identity import model_spec
-    from nmsweep.config.compose import cells_of, prepare
-    from nmsweep.models import load_model
+def _device(key: str, text: str) -> str:
+    """Read the device, and make it the current one: the events and the memory that are measured are those of it."""
+    import torch
 
-    prepare(None)
-    words = [f"model={given['model']}", f"dtype={given['dtype']}", *more]
-    cfg = cells_of(words, multirun=False, config_dir=None)[0]
-    return load_model(model_spec(cfg), dtype=cfg.dtype, device=device)
-
-
-def _scoring(given: Settings) -> list[dict[str, Any]]:
-    from nmsweep.bench import scoring
-    from nmsweep.cell.identity import identify
-    from nmsweep.config.compose import cells_of, prepare
-
-    device = given.device
-    prepare(None)
-    words = [f"model={given['model']}", f"dtype={given['dtype']}", "pattern=dense", f"tasks={given['tasks']}"]
-    if given["mirror"]:
-        words.append(f"data.mirror={given['mirror']}")
-    cell = identify(cells_of(words, multirun=False, config_dir=None)[0])
-    loaded = _model(given, device)
-    rows = scoring.run(
-        loaded.model, loaded.tokenizer, [source for source in cell.sources if source.kind != "text"], device=device,
-        limit=given.number("limit"), batch_tokens=given.number("batch_tokens"), rounds=given.number("rounds"),
-        num_fewshot=given.count("shots"),
-    )  # fmt: skip
-    return [{"model": given["model"], "dtype": given["dtype"], **row} for row in rows]
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or device == "cuda:" or (kind == "cpu" and number):
+        raise InputError(f"bench: {key}={text}; allowed: auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"bench: {key}={text}, but there is no CUDA device here; pass device=cpu")
+    if number and (not number.isdigit() or int(number) >= torch.cuda.device_count()):
+        raise InputError(f"bench: {key}={text}; GPUs here: cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    if number:
+        torch.cuda.set_device(int(number))
+    return device
 
 
-def _semistructured(given: Settings) -> list[dict[str, Any]]:
-    from nmsweep.bench import semistructured
-
-    device = given.device
-    if not device.startswith("cuda"):
-        raise InputError("bench semistructured: it needs sparse tensor cores; run it on an NVIDIA GPU from Ampere on")
-    return semistructured.run(
-        device=device, dtype=given.dtype, tokens=given.number("tokens"), rounds=given.number("rounds")
-    )
+def _only(key: str, text: str) -> bool:
+    if text not in ("", "only"):
+        raise InputError(f"{key}: {text!r}; only is allowed; leave the word out for every dtype")
+    return text == "only"
 
 
-def _sweep(given: Settings) -> list[dict[str, Any]]:
-    from nmsweep.bench import sweep
-
-    return sweep.run(given.number("records"), given.number("rounds"))
+def _words(key: str, text: str) -> list[str]:
+    return shlex.split(text)
 
 
-def _write(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> None:
-    """Print a benchmark's table, and keep it as CSV and Markdown."""
+def _write(name: str, rows: Sequence[Mapping[str, Any]], texts: Mapping[str, str], device: str) -> None:
+    """Print a benchmark's table, and write it as CSV and Markdown."""
     from nmsweep.bench.timing import machine
 
-    device = Settings(settings).device
     table = pd.DataFrame(rows).assign(machine=machine(device), measured=time.strftime("%Y-%m-%d", time.gmtime()))
-    command = " ".join(
-        ["nmsweep bench", name, *(f"{key}={value}" for key, value in settings.items() if value and key != "out")]
-    )
+    words = [value if key == OVERRIDES else f"{key}={value}" for key, value in texts.items() if value and key != "out"]
     shown = table.drop(columns=["machine", "measured"]).dropna(axis=1, how="all")
-    text = "\n".join(
-        [
-            f"# bench {name}",
-            "",
-            f"`{command}`",
-            "",
-            f"{machine(device)}; ratios are medians of interleaved rounds.",
-            "",
-            "",
-        ]
+    text = (
+        f"# bench {name}\n\n`{' '.join(['nmsweep bench', name, *words])}`\n\n"
+        f"{machine(device)}; ratios are medians of interleaved rounds.\n\n"
+        f"{shown.to_markdown(index=False, floatfmt='.3f')}\n"
     )
-    text += shown.to_markdown(index=False, floatfmt=".3f") + "\n"
-    folder = Path(settings["out"])
-    label = settings["label"] or "_".join(settings[key] for key in ("model", "dtype") if key in settings)
+    folder = Path(texts["out"])
+    label = texts["label"] or "_".join(texts[key] for key in ("model", "dtype") if key in texts)
     stem = "_".join(part for part in (name, label, device.partition(":")[0]) if part)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,29 +154,41 @@ def _write(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, 
     print(f"written to {folder / stem}.csv and .md")
 
 
-Benchmark = Callable[[Settings], list[dict[str, Any]]]
+Options = Mapping[str, tuple[str, Callable[[str, str], Any]]]
+"""The default of each key, and what reads its value."""
 
-COMMON: Words = {"device": "auto", "dtype": "bfloat16", "rounds": "7", "out": "results/bench", "label": ""}
-BENCHMARKS: dict[str, tuple[Benchmark, Words]] = {
-    "kernel": (
-        _kernel,
-        {
-            "batch": "4", "seqlen": "256", "hidden": "4096", "pattern": "2:4,4:8,8:16,16:32,50%", "form": "act,weight,shift+var",
-            "repeats": "20",
-        },
-    ),
-    "forward": (
-        _forward,
-        {
-            "model": "smollm2", "batch": "2", "seqlen": "512", "pattern": "2:4,8:16,16:32", "criterion": "act",
-            "mitigation": "none,shift+var", "variants": "", "targets": "all",
-        },
-    ),
-    "scoring": (
-        _scoring,
-        {"model": "smollm2", "tasks": "mini", "limit": "32", "batch_tokens": "4096", "mirror": "", "shots": "0"},
-    ),
-    "semistructured": (_semistructured, {"tokens": "8192"}),
-    "sweep": (_sweep, {"records": "5000"}),
+OVERRIDES = "overrides"
+"""Stands for every key that is not the benchmark's own: overrides of a run."""
+
+_OF_A_RUN: Options = {
+    "device": ("auto", _device), "out": ("results/bench", _text), "label": ("", _text), OVERRIDES: ("", _words),
 }  # fmt: skip
-"""Benchmarks with the keys each knows and their defaults."""
+_TIMED: Options = {
+    "device": ("auto", _device), "dtype": ("bfloat16", _dtype), "rounds": ("7", _number),
+    "out": ("results/bench", _text), "label": ("", _text),
+}  # fmt: skip
+_MODEL: Options = {"model": ("smollm2", _text)}
+
+BENCHMARKS: Mapping[str, Options] = {
+    "kernel": {
+        **_TIMED, "batch": ("4", _number), "seqlen": ("256", _number), "hidden": ("4096", _number),
+        "pattern": ("2:4,4:8,8:16,16:32,50%", _patterns), "form": ("act,weight,shift+var", _names), "repeats": ("20", _number),
+    },
+    "forward": {
+        **_TIMED, **_MODEL, "batch": ("2", _number), "seqlen": ("512", _number), "pattern": ("2:4,8:16,16:32", _patterns),
+        "criterion": ("act", _names), "mitigation": ("none,shift+var", _names), "variants": ("", _text),
+        "targets": ("all", _text),
+    },
+    "scoring": {
+        **_TIMED, **_MODEL, "tasks": ("mini", _text), "limit": ("32", _number), "batch_tokens": ("4096", _number),
+        "mirror": ("", _text), "shots": ("0", _count),
+    },
+    "semistructured": {**_TIMED, "tokens": ("8192", _number)},
+    "sweep": {**_TIMED, "records": ("5000", _number)},
+    "agreement": {
+        **_OF_A_RUN, "rounded": ("", _only),
+        "methods": ("act,none|act,shift+var|amber,none|clact_causal,none|clact,none", _methods),
+    },
+    "cells": _OF_A_RUN,
+}  # fmt: skip
+"""The keys of each benchmark."""

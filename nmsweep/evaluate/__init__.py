@@ -1,1 +1,1 @@
-"""What a cell is measured by: perplexity of a text, and tasks of the lm-evaluation-harness."""
+"""Measure a model: perplexity of a text, and tasks of the lm-evaluation-harness."""

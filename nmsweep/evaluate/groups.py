@@ -1,4 +1,4 @@
-"""A group of the harness's tasks, such as ``mmlu``, as one task: its items are those of its members, one after the other."""
+"""Report a group of lm-eval's tasks, such as ``mmlu``, as one task: its items are those of its members, one after the other."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,69 +10,68 @@ from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
 from nmsweep.data.tasks import TaskSource
 from nmsweep.data.yamls import listed
 from nmsweep.errors import DataError
-from nmsweep.evaluate.result import TaskResult
+from nmsweep.evaluate.base import TaskResult
 from nmsweep.results.record import Metric
 from nmsweep.results.samples import WEIGHT_PREFIX
 
 
-def numbered(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The members' rows below each other, their items numbered on."""
+def concatenated(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the members' rows below each other, with their items numbered consecutively."""
     starts = np.cumsum([0, *(len(table) for table in tables)])
     moved = [table.assign(item=table["item"] + start) for table, start in zip(tables, starts[:-1], strict=True)]
     return pd.concat(moved, ignore_index=True)
 
 
-def joined(source: TaskSource, measured: Sequence[TaskResult]) -> TaskResult:
-    """The members' results as the group's.
+def pooled(source: TaskSource, results: Sequence[TaskResult]) -> TaskResult:
+    """Pool the members' results as lm-eval does.
 
     Where small members count as much as large ones, the samples have each item's weight in the metric (`WEIGHT_PREFIX`).
 
     Args:
         source: the group; its `aggregate_metric_list` says which metrics it has and whether large tasks count for more.
-        measured: of its members, in their order.
+        results: of its members, in their order.
 
     Raises:
         DataError: no member has any of the group's metrics.
     """
     tables = [
         result.samples.assign(task=source.task, subtask=member.task)
-        for member, result in zip(source.members, measured, strict=True)
+        for member, result in zip(source.members, results, strict=True)
     ]
+    wanted = listed(source.config.get("aggregate_metric_list"))
     metrics = []
-    for wanted in listed(source.config.get("aggregate_metric_list")):
-        by_size = bool(wanted.get("weight_by_size", True))
-        for name in _names(str(wanted["metric"]), wanted.get("filter_list"), measured):
-            have = [at for at, result in enumerate(measured) if _metric(result, name)]
-            metrics.append(_pooled(source.task, name, by_size, [measured[at] for at in have]))
+    for entry in wanted:
+        by_size = bool(entry.get("weight_by_size", True))
+        for name in _names(str(entry["metric"]), entry.get("filter_list"), results):
+            members = [(at, metric) for at, result in enumerate(results) if (metric := _metric(result, name))]
+            metrics.append(_pooled(source.task, name, by_size, [metric for _, metric in members]))
             if not by_size:
-                for at in have:
-                    tables[at][f"{WEIGHT_PREFIX}{name}"] = 1 / (len(have) * len(tables[at]))
+                for at, _ in members:
+                    tables[at][f"{WEIGHT_PREFIX}{name}"] = 1 / (len(members) * len(tables[at]))
     if not metrics:
-        asked = ", ".join(str(wanted["metric"]) for wanted in listed(source.config.get("aggregate_metric_list")))
-        raise DataError(f"task {source.task}: none of its tasks has its metric {asked}; name tasks of it instead")
-    return TaskResult(metrics, numbered(tables), sum(result.n_tokens for result in measured), measured[0].scoring)
+        names = ", ".join(str(entry["metric"]) for entry in wanted)
+        raise DataError(f"task {source.task}: none of its tasks has its metric {names}; name tasks of it instead")
+    return TaskResult(metrics, concatenated(tables), sum(result.n_tokens for result in results), results[0].scoring)
 
 
-def _names(metric: str, filters: Any, measured: Sequence[TaskResult]) -> list[str]:
-    """The members' names of a group's metric: one for each of its filters where members have several."""
-    wanted = None if filters is None else {metric, *(f"{metric}:{name}" for name in listed(filters))}
-    there = {one.metric for result in measured for one in result.metrics}
-    return sorted(
-        name for name in there if (name in wanted if wanted is not None else name.partition(":")[0] == metric)
-    )
+def _names(metric: str, filters: Any, results: Sequence[TaskResult]) -> list[str]:
+    """Return the members' names of a group's metric: one for each of its filters where members have several."""
+    names = {known.metric for result in results for known in result.metrics}
+    if filters is None:
+        return sorted(name for name in names if name.partition(":")[0] == metric)
+    return sorted(names & {metric, *(f"{metric}:{name}" for name in listed(filters))})
 
 
 def _metric(result: TaskResult, name: str) -> Metric | None:
     return next((metric for metric in result.metrics if metric.metric == name), None)
 
 
-def _pooled(task: str, name: str, by_size: bool, measured: Sequence[TaskResult]) -> Metric:
-    """One metric over the members that have it, as the harness pools it."""
-    found = [metric for result in measured if (metric := _metric(result, name))]
-    sizes = [metric.n_items for metric in found]
-    value = np.average([metric.value for metric in found], weights=sizes if by_size else None)
-    errors = [metric.stderr for metric in found if metric.stderr is not None]
+def _pooled(task: str, name: str, by_size: bool, metrics: Sequence[Metric]) -> Metric:
+    """Pool one metric over the members that have it."""
+    sizes = [metric.n_items for metric in metrics]
+    value = np.average([metric.value for metric in metrics], weights=sizes if by_size else None)
+    errors = [metric.stderr for metric in metrics if metric.stderr is not None]
     stderr = None
-    if len(errors) == len(found):
+    if len(errors) == len(metrics):
         stderr = float(pooled_sample_stderr(errors, sizes) if by_size else unweighted_mean_stderr(errors))
     return Metric(task, name, float(value), stderr, sum(sizes))

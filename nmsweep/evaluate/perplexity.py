@@ -1,6 +1,6 @@
-"""Perplexity of a text: one tokenisation, non-overlapping windows, remainder dropped.
+"""Measure the perplexity of a text: one tokenisation, non-overlapping windows, the remainder dropped.
 
-Source: the GPTQ (arXiv:2210.17323) and Wanda (arXiv:2306.11695) form of WikiText-2 perplexity.
+Source: WikiText-2 perplexity as in GPTQ (arXiv:2210.17323) and Wanda (arXiv:2306.11695).
 """
 
 import math
@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch import Tensor
 from nmsweep.calibration.text import adds_bos
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.errors import DataError, NonFiniteError
-from nmsweep.evaluate.logits import decoder, divergence, token_logprobs
-from nmsweep.evaluate.result import Advance, TaskResult
+from nmsweep.evaluate.base import Advance, TaskResult
+from nmsweep.evaluate.logits import decoder, divergence, target_logprobs
 from nmsweep.results.record import Metric
 
 
@@ -27,8 +28,8 @@ def windows(text: str, tokenizer: Any, seqlen: int, bos: bool) -> Tensor:
     Args:
         text: the whole text, tokenised once without special tokens.
         tokenizer: of transformers.
-        seqlen: tokens in a window, a BOS included.
-        bos: whether each window begins with the BOS token.
+        seqlen: tokens of a window, including BOS.
+        bos: whether each window begins with BOS.
 
     Returns:
         ids [n_windows, seqlen], int64; the remainder is dropped.
@@ -46,10 +47,10 @@ def windows(text: str, tokenizer: Any, seqlen: int, bos: bool) -> Tensor:
 
 
 COMPARED_TOKENS = 8192
-"""Tokens of a text, from its beginning, for which the sparse model is compared with the dense one."""
+"""Tokens, from the beginning of a text, on which the sparse model is compared with the dense one."""
 
 AsDense = Callable[[], AbstractContextManager[None]]
-"""A block in which a sparse model computes what the dense one does."""
+"""Returns a context in which a sparse model is dense."""
 
 
 @torch.inference_mode()
@@ -65,22 +66,22 @@ def perplexity(
     advance: Advance,
     as_dense: AsDense | None = None,
 ) -> TaskResult:
-    """exp(Σ nll / n) over the seqlen − 1 predicted tokens of each window.
+    """Compute exp(Σ nll / n) over the seqlen − 1 predicted tokens of each window.
 
     Args:
         model: a causal language model of transformers, dense or sparse.
         tokenizer: its tokenizer.
         source: the text.
-        seqlen: tokens in a window.
-        limit: windows at most; None for all.
+        seqlen: tokens of a window.
+        limit: number of windows; None for all.
         batch_tokens: tokens computed at once, at least one window.
-        bos: whether windows begin with BOS; None for whether the tokenizer adds one.
+        bos: whether windows begin with BOS; None for what the tokenizer does.
         advance: progress.
-        as_dense: where the model is sparse: the first `COMPARED_TOKENS` tokens are then run by the dense model too, for
-            the metrics ``kl_to_dense`` (mean KL of the next-token distributions, nats) and ``top1_agreement`` (0 to 1).
+        as_dense: for a sparse model; the dense model then runs the first `COMPARED_TOKENS` tokens too, for the metrics
+            ``kl_to_dense`` (mean KL of the next-token distributions, nats) and ``top1_agreement`` (0 to 1).
 
     Raises:
-        NonFiniteError: the model gives NaN or infinity.
+        NonFiniteError: the model returns NaN or infinity.
         DataError: the text is shorter than one window.
     """
     has_bos = adds_bos(tokenizer) if bos is None else bos
@@ -89,7 +90,7 @@ def perplexity(
     for batch in ids.split(max(1, batch_tokens // seqlen)):
         on_device = batch.to(model.device)
         hidden = _hidden(model, on_device)
-        losses.append(_window_nll(model, hidden, on_device).cpu())
+        losses.append(_window_nll(model, hidden, batch).cpu())
         advance(batch.numel())
         if as_dense and n_left >= 2:
             comparisons += _compared(model, hidden, on_device, n_left, as_dense)
@@ -111,7 +112,7 @@ def perplexity(
 
 
 def _perplexity(task: str, nll: Tensor, n_predicted: int) -> Metric:
-    """exp of the mean loss; its standard error is that of the windows' mean losses, carried through exp."""
+    """Return exp of the mean loss; its standard error is that of the windows' mean losses, by the delta method."""
     value = math.exp(float(nll.sum()) / (len(nll) * n_predicted))
     spread = float((nll / n_predicted).std()) / math.sqrt(len(nll)) if len(nll) > 1 else None
     return Metric(task, "perplexity", value, None if spread is None else value * spread, len(nll))
@@ -126,40 +127,45 @@ def _comparison_metrics(task: str, compared: pd.DataFrame) -> list[Metric]:
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:
-    """Last hidden states [batch, seqlen, hidden] of ids [batch, seqlen]."""
+    """Compute the last hidden states [batch, seqlen, hidden] of ids [batch, seqlen]."""
     hidden: Tensor = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
 
 
 def _window_nll(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Σ nll of each window, float64 [batch], for ids [batch, seqlen] and their hidden states."""
-    logprobs, _ = token_logprobs(model, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    """Compute Σ nll of each window, float64 [batch], for ids [batch, seqlen] on the CPU and their hidden states."""
+    targets = ids[:, 1:].flatten().numpy()
+    logprobs, _ = target_logprobs(model, hidden[:, :-1].flatten(0, 1), np.arange(len(targets)), targets)
     return -logprobs.double().view(len(ids), -1).sum(-1)
 
 
 def _compared(
     model: Any, hidden: Tensor, ids: Tensor, n_left: int, as_dense: AsDense
 ) -> list[tuple[float, float, int]]:
-    """KL and top-1 agreement of each window against the dense model, and of how many predictions; `n_left` tokens at most."""
-    found = []
-    for window, own in zip(ids, hidden, strict=True):
+    """Compare windows with the dense model, `n_left` tokens at most.
+
+    Returns:
+        KL in nats, top-1 agreement and number of predictions of each window.
+    """
+    rows = []
+    for window, sparse in zip(ids, hidden, strict=True):
         n = min(len(window), n_left) - 1
         if n < 1:
             break
         dense = _dense_hidden(model, window[: n + 1], as_dense)
-        kl, same = divergence(model, dense[:n], own[:n])
-        found.append((float(kl.mean()), float(same.double().mean()), n))
+        kl, same = divergence(model, dense[:n], sparse[:n])
+        rows.append((float(kl.mean()), float(same.double().mean()), n))
         n_left -= len(window)
-    return found
+    return rows
 
 
-_dense: WeakKeyDictionary[Any, dict[bytes, Tensor]] = WeakKeyDictionary()  # between the cells of a process
+_dense: WeakKeyDictionary[Any, dict[bytes, Tensor]] = WeakKeyDictionary()  # shared by the cells of a process
 
 
 def _dense_hidden(model: Any, window: Tensor, as_dense: AsDense) -> Tensor:
-    """The dense model's last hidden states [tokens, hidden] of a window [tokens]: what every sparse cell is compared with.
+    """Return the dense model's last hidden states [tokens, hidden] of a window [tokens].
 
-    Kept on the CPU, at most `COMPARED_TOKENS` tokens of one text.
+    They are kept on the CPU for the next sparse cell, at most `COMPARED_TOKENS` tokens of one text.
     """
     kept = _dense.setdefault(model, {})
     key = window.cpu().numpy().tobytes()

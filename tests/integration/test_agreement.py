@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from nmsweep.bench import agreement
-from nmsweep.bench.exact import keep_float64
 from nmsweep.bench.scoring import task_requests
 from nmsweep.cell.identity import model_spec
 from nmsweep.config.compose import cells_of
@@ -23,11 +22,12 @@ METHODS = [None, ("act", "none"), ("act", "shift+var"), ("amber", "none"), ("cla
 def test_trained_models_agree(name: str, real_mirror: Path) -> None:
     (cfg,) = cells_of([f"model={name}", "pattern=dense"], multirun=False, config_dir=None)
     exact, model = (load_model(model_spec(cfg), dtype=dtype, device="cpu") for dtype in ("float64", "float32"))
-    keep_float64(exact.model)
+    agreement.keep_float64(exact.model)
     source = find_task("arc_easy", real_mirror)
     asked = task_requests(model.model, model.tokenizer, source, limit=6, num_fewshot=0)
     for method in METHODS:
-        row64, row32 = agreement.rows(model, exact, asked, 12, 4096, method)
+        row64, answers64 = agreement.compare(exact, asked[:12], 4096, method, [])
+        row32, _ = agreement.compare(model, asked, 4096, method, answers64)
         assert row64["packed_max"] < 1e-6
         assert row64["packed_flags"] == 0
         if method is None:
@@ -48,12 +48,12 @@ def test_dense_answers_of_trained_models_depend_neither_on_budget_nor_on_order(n
     model = load_model(model_spec(cfg), dtype="float32", device="cpu")
     source = find_task("arc_easy", real_mirror)
     asked = task_requests(model.model, model.tokenizer, source, limit=6, num_fewshot=0)
-    found = agreement._budgets(model, asked, 4096)
+    found = agreement.budget_differences(model, asked, 4096)
     assert (found["budget_max"] < 1e-3, found["budget_flags"]) == (True, 0), "512, 4,096 and 32,768 tokens a batch"
     order = random.Random(0).sample(range(len(asked)), len(asked))
-    base = agreement._answers(model, asked, "packed", 4096)
-    shuffled = agreement._answers(model, [asked[at] for at in order], "packed", 4096)
-    found = agreement._differences("order", [base[at] for at in order], shuffled)
+    base = agreement.answers(model, asked, "packed", 4096)
+    shuffled = agreement.answers(model, [asked[at] for at in order], "packed", 4096)
+    found = agreement.differences("order", [base[at] for at in order], shuffled)
     assert (found["order_max"] < 1e-3, found["order_flags"]) == (True, 0)
 
 
@@ -67,5 +67,5 @@ def test_a_float64_norm_keeps_its_digits(name: str) -> None:
     scale = norm.weight + (1 if name == "tiny-gemma3" else 0)
     by_hand = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
     assert (norm(x) - by_hand).abs().max() > 1e-9  # what transformers does
-    keep_float64(model)
+    agreement.keep_float64(model)
     torch.testing.assert_close(norm(x), by_hand, rtol=1e-13, atol=1e-13)

@@ -1,64 +1,80 @@
 """The benchmarks of evaluation measure what they say. Nothing is asserted about seconds."""
 
-import re
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 
-from nmsweep.bench import agreement, cells, scoring
+from nmsweep.bench import scoring
 from nmsweep.data.tasks import MINI_FOLDER, find_task
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 
-TINY = ["model=tiny-llama", "tasks=mini_science", "eval.limit=6", "device=cpu"]
+Call = Callable[..., tuple[int, str, str]]
+TINY = ("model=tiny-llama", "tasks=mini_science", "eval.limit=6", "device=cpu")
 
 
-def test_agreement_compares_every_path(capsys: pytest.CaptureFixture[str]) -> None:
-    assert agreement.main([*TINY, "methods=act,shift+var|clact,none"]) == 0
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if "requests)" in line]
-    assert len(lines) == 2 * 3 + 1
-    for line in lines:
-        found = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+e[+-]\d+) \(", line)}
-        if " float64 " in line:
-            assert found["packed"] < 1e-9
-        if " float32 " in line:
-            assert found["packed"] < 1e-3
-            assert found["packed_exact"] < 1e-3 or " dense " not in line  # a near-tie may fall otherwise in fp32
-            assert ("replayed" in found) == ("shift+var" in line)
-    assert "model,task,pattern" in out
+@pytest.fixture
+def agreement(nmsweep: Call, tmp_path: Path) -> Callable[..., pd.DataFrame]:
+    """Run `nmsweep bench agreement`; return its table."""
+
+    def run(*words: str) -> pd.DataFrame:
+        code, _, err = nmsweep("bench", "agreement", *words, f"out={tmp_path / 'out'}")
+        assert code == 0, err
+        return pd.read_csv(tmp_path / "out" / "agreement_cpu.csv", keep_default_na=False, na_values=[""])
+
+    return run
 
 
-def test_agreement_says_what_the_batch_does_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
-    assert agreement.main([*TINY, "methods=act,none", "rounded=only"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "requests)" in line]
-    assert [" bfloat16 dense none none " in lines[0], " bfloat16 8:16 act none " in lines[1]] == [True, True]
-    assert all(re.search(r"budget [\d.]+e[+-]\d+ \(mean [\d.]+e", line) for line in lines)
-    assert len(lines) == 2
+def test_agreement_compares_every_path(agreement: Callable[..., pd.DataFrame]) -> None:
+    table = agreement(*TINY, "methods=act,shift+var|clact,none")
+    assert len(table) == 2 * 3 + 1
+    assert set(table["model"] + " " + table["task"]) == {"tiny-llama mini_science"}
+    by_dtype = table.set_index("dtype")
+    assert (by_dtype.loc["float64", "packed_max"] < 1e-9).all()
+    fp32 = by_dtype.loc["float32"].set_index("criterion")
+    assert (fp32["packed_max"] < 1e-3).all()
+    assert fp32.loc["none", "packed_exact_max"] < 1e-3
+    assert fp32["replayed_max"].notna().to_dict() == {"none": False, "act": True, "clact": False}
 
 
-@pytest.mark.parametrize("module", [agreement, cells])
-def test_a_mistake_is_one_message(module: object, capsys: pytest.CaptureFixture[str]) -> None:
-    assert module.main(["model=no-such"]) == 2  # type: ignore[attr-defined]
-    assert "model: 'no-such' is not known" in capsys.readouterr().err
+def test_agreement_says_what_the_batch_does_in_bf16(agreement: Callable[..., pd.DataFrame]) -> None:
+    table = agreement(*TINY, "methods=act,none", "rounded=only")
+    methods = table[["dtype", "pattern", "criterion", "mitigation"]].to_numpy().tolist()
+    assert methods == [["bfloat16", "dense", "none", "none"], ["bfloat16", "8:16", "act", "none"]]
+    assert table["budget_max"].notna().all()
+    assert table["budget_mean"].notna().all()
 
 
-def test_rounded_has_one_value(capsys: pytest.CaptureFixture[str]) -> None:
-    assert agreement.main([*TINY, "rounded=all"]) == 2
-    assert "rounded: 'all'; only is allowed" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["agreement", "cells"])
+def test_a_mistake_is_one_message(name: str, nmsweep: Call) -> None:
+    code, _, err = nmsweep("bench", name, "model=no-such")
+    assert code == 2
+    assert "model: 'no-such' is not known" in err
+
+
+def test_rounded_has_one_value(nmsweep: Call) -> None:
+    code, _, err = nmsweep("bench", "agreement", *TINY, "rounded=all")
+    assert code == 2
+    assert "rounded: 'all'; only is allowed" in err
 
 
 @pytest.mark.slow
-def test_whole_cells_are_timed_with_and_without_packing(capfd: pytest.CaptureFixture[str]) -> None:
-    assert cells.main([*TINY, "dtype=float32"]) == 0
-    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("pattern=")]
-    assert len(lines) == 4
-    assert all(re.search(r"mini_science \d+\.\d\d, total \d+\.\d\d s", line) for line in lines)
-    assert lines[-1].startswith("pattern=dense eval.scoring=stock")
+def test_whole_cells_are_timed_with_and_without_packing(nmsweep: Call, tmp_path: Path) -> None:
+    code, _, err = nmsweep("bench", "cells", *TINY, "dtype=float32", f"out={tmp_path}")
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "cells_cpu.csv")
+    assert len(table) == 4
+    assert (table["mini_science"] > 0).all()
+    assert (table["mini_science"] <= table["total"]).all()
+    assert table["cell"].iloc[-1] == "pattern=dense eval.scoring=stock"
 
 
-def test_a_group_is_timed_and_compared_as_its_tasks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_group_is_timed_and_compared_as_its_tasks(
+    agreement: Callable[..., pd.DataFrame], nmsweep: Call, tmp_path: Path
+) -> None:
     for name, part in (("one", slice(0, 6)), ("two", slice(6, 10))):
         rows = (MINI_FOLDER / "science.jsonl").read_text().splitlines(keepends=True)[part]
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
@@ -71,22 +87,21 @@ def test_a_group_is_timed_and_compared_as_its_tasks(capsys: pytest.CaptureFixtur
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
     group = {"group": "own", "task": ["own_one", "own_two"], "aggregate_metric_list": [{"metric": "acc"}]}
     (tmp_path / "_own.yaml").write_text(yaml.safe_dump(group, sort_keys=False))
-    model = tiny_model("tiny-llama", 0, torch.float32, torch.device("cpu"))
-    (row,) = scoring.run(
-        model, tiny_tokenizer("tiny-llama"), [find_task("own", None, tmp_path)], device="cpu", limit=5, rounds=1
-    )
-    assert row["requests"] == 4 * (5 + 4)
-    words = ["model=tiny-llama", "tasks=own", f"eval.include_path={tmp_path}", "eval.limit=2", "device=cpu"]
-    assert agreement.main([*words, "methods=act,none", "rounded=only"]) == 0
-    assert "tiny-llama own bfloat16 dense" in capsys.readouterr().out
+    model, source = tiny_model("tiny-llama", 0, torch.float32, torch.device("cpu")), find_task("own", None, tmp_path)
+    asked = scoring.task_requests(model, tiny_tokenizer("tiny-llama"), source, limit=5, num_fewshot=0)
+    assert len(asked) == 4 * (5 + 4)
+    words = ("model=tiny-llama", "tasks=own", f"eval.include_path={tmp_path}", "eval.limit=2", "device=cpu")
+    table = agreement(*words, "methods=act,none", "rounded=only")
+    assert set(table["task"]) == {"own"}
 
 
-def test_scoring_is_compared_on_the_same_requests() -> None:
-    model = tiny_model("tiny-llama", 0, torch.float32, torch.device("cpu"))
-    (row,) = scoring.run(
-        model, tiny_tokenizer("tiny-llama"), [find_task("mini_science", None)], device="cpu", limit=20, num_fewshot=5,
-        rounds=1, batch_tokens=2048,
+def test_scoring_is_compared_on_the_same_requests(nmsweep: Call, tmp_path: Path) -> None:
+    code, _, err = nmsweep(
+        "bench", "scoring", "model=tiny-llama", "dtype=float32", "device=cpu", "tasks=mini_science", "limit=20", "shots=5",
+        "rounds=1", "batch_tokens=2048", f"out={tmp_path}",
     )  # fmt: skip
+    assert code == 0, err
+    (row,) = pd.read_csv(tmp_path / "scoring_tiny-llama_float32_cpu.csv").to_dict("records")
     assert row["requests"] == 80
     assert row["packed_tokens"] * 5 < row["stock_tokens"], "examples that all items share are computed once"
     assert row["max_difference"] < 1e-3

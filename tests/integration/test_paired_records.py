@@ -19,8 +19,8 @@ import torch
 from nmsweep.commands.inspect import task_lines
 from nmsweep.data.tasks import find_task
 from nmsweep.evaluate import items, perplexity
+from nmsweep.evaluate.base import Prompting
 from nmsweep.evaluate.perplexity import windows
-from nmsweep.evaluate.prompting import Prompting
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.results.layout import items_file
 from nmsweep.results.record import CellRecord, cell_folders, read_cell

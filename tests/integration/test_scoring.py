@@ -338,10 +338,10 @@ def test_with_the_masks_of_stock_sparse_equals_stock(shape: str, method: str) ->
 @contextmanager
 def turned_around(masks: Masks) -> Iterator[None]:
     """Every mask turned around: a replay that looked at nothing would not notice."""
-    kept = masks._kept
-    masks._kept = [{key: ~bits for key, bits in layer.items()} for layer in kept]
+    recorded = masks._masks
+    masks._masks = [{key: ~bits for key, bits in layer.items()} for layer in recorded]
     yield
-    masks._kept = kept
+    masks._masks = recorded
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
@@ -508,10 +508,10 @@ def test_the_record_says_how_it_was_scored() -> None:
     assert how() == "packed, 64 tokens a batch"
     assert how(scoring="stock") == "stock, 64 tokens a batch"
     assert how(across_tokens=True).startswith(
-        "packed, but one continuation a row: what is pruned depends on other tokens"
+        "packed, but one continuation a row: pruning a token depends on other tokens"
     )
     model.config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2 attention takes no mask of its own" in how()
+    assert "flash_attention_2 attention takes no custom mask" in how()
 
 
 @pytest.mark.parametrize("criterion", criteria())

@@ -21,8 +21,8 @@ from nmsweep.config.compose import cells_of
 from nmsweep.data import extras
 from nmsweep.data.tasks import MINI_FOLDER, find_task
 from nmsweep.evaluate import harness
-from nmsweep.evaluate.kept import kept_task
-from nmsweep.evaluate.prompting import Prompting
+from nmsweep.evaluate.base import Prompting
+from nmsweep.evaluate.task import harness_task
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.results.record import cell_folders, read_cell
 from nmsweep.statistics.comparison import compare
@@ -285,7 +285,7 @@ def test_examples_never_come_from_the_evaluated_split_of_the_hub(
     assert code == 0, err
     (record,) = map(read_cell, cell_folders(results))
     assert record.provenance["tasks"]["own_sky"]["scoring"].endswith("2 examples from train")
-    task = kept_task(find_task("own_sky", None, of_a_hub), 2).task
+    task = harness_task(find_task("own_sky", None, of_a_hub), 2).task
     examples = (of_a_hub.parent / "set" / "train.jsonl").read_text()
     assert all(json.dumps(row["question"]) in examples for row in task.sampler.df)
 

@@ -1,4 +1,4 @@
-"""How a model of transformers is made to compute rows of a prefix tree: each token sees its own ancestors only."""
+"""Make a model of transformers compute rows of a prefix tree, in which each token attends to its ancestors only."""
 
 import math
 from typing import Any
@@ -11,18 +11,18 @@ from nmsweep.evaluate.logits import decoder
 
 
 def why_single_rows(model: Any, across_tokens: bool) -> str | None:
-    """Why a model's continuations cannot share rows; None if they can.
+    """Explain why a model's continuations cannot share rows; None if they can.
 
     Args:
         model: a causal language model of transformers.
-        across_tokens: whether what is pruned of one token depends on other tokens of its sequence.
+        across_tokens: whether pruning one token depends on other tokens of its sequence.
     """
     config = model.config.get_text_config()
     attention = config._attn_implementation
     if across_tokens:
-        return "what is pruned depends on other tokens of the sequence"
+        return "pruning a token depends on other tokens of its sequence"
     if attention not in ("sdpa", "eager"):
-        return f"{attention} attention takes no mask of its own"
+        return f"{attention} attention takes no custom mask"
     if not hasattr(decoder(model), "rotary_emb") or _layer_types(config) - {"full_attention", "sliding_attention"}:
         return f"{config.model_type} does not attend by position id alone"
     return None
@@ -33,7 +33,7 @@ def _layer_types(config: Any) -> set[str]:
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of one prefix: filled by one pass, then read by batches of rows that leave nothing behind."""
+    """Keys and values of one prefix: filled by one pass, then read by batches of rows, which do not add to it."""
 
     filled = False
 
@@ -48,12 +48,12 @@ class PrefixCache(DynamicCache):
         )
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        """0 once filled: rows are given their positions and masks, and are no decoding steps."""
+        """Return 0 once filled: rows bring their own positions and masks and are not decoding steps."""
         return 0 if self.filled else int(super().get_seq_length(*args, **kwargs))
 
 
 def attention_masks(model: Any, depth: Tensor, end: Tensor, n_prefix: int) -> Tensor | dict[str, Tensor]:
-    """What each token of some rows attends to, in the form that the model takes.
+    """Return the mask by which each token attends to its ancestors, in the form that the model takes.
 
     Args:
         model: a causal language model of transformers with sdpa or eager attention.
@@ -61,8 +61,8 @@ def attention_masks(model: Any, depth: Tensor, end: Tensor, n_prefix: int) -> Te
         n_prefix: cached tokens before each row.
 
     Returns:
-        [batch, 1, width, n_prefix + width] in the model's dtype, 0 where a token attends and -inf where not; one for each
-        kind of layer where the model has several.
+        [batch, 1, width, n_prefix + width] in the model's dtype, 0 where a token attends and -inf where not; a mask for each
+        kind of layer if the model has several.
     """
     config = model.config.get_text_config()
     place = torch.arange(depth.shape[1], device=depth.device)
@@ -83,8 +83,8 @@ def attention_masks(model: Any, depth: Tensor, end: Tensor, n_prefix: int) -> Te
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """Boolean [batch, query, key] as a mask to add, [batch, 1, query, key]; a boolean one is converted by every layer."""
+    """Convert boolean [batch, query, key] to an additive mask [batch, 1, query, key], once instead of in every layer."""
     batch, n_queries, n_keys = sees.shape
-    padded = -(-n_keys // 8) * 8  # the GPU's kernel wants rows aligned and would copy the mask in every layer
+    padded = -(-n_keys // 8) * 8  # the GPU kernel needs aligned rows, or copies the mask in every layer
     mask = torch.zeros(batch, 1, n_queries, padded, dtype=dtype, device=sees.device)[..., :n_keys]
     return mask.masked_fill_(~sees[:, None], -math.inf)

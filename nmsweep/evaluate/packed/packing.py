@@ -1,4 +1,4 @@
-"""How to arrange sequences in rows and rows in batches so that scoring them takes least time. No torch."""
+"""Arrange sequences in rows, and rows in batches, so that scoring takes the least time. No torch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from nmsweep.evaluate.packed.rows import Group, Ints, Query, Row, make_row, shared
 
 PREFIX_SHARE = 4
-"""A cached prefix token takes about this part of a computed one's memory: keys and values, but no MLP."""
+"""A cached prefix token takes about a fourth of the memory of a computed one: keys and values, but no MLP."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What is computed costs, in tokens: one is the time that all linear layers take for a token.
+    """An estimate of time. Its unit is a token: the time that all linear layers take for one.
 
     Attributes:
-        attention_ratio: length of a context whose attention costs a token as much as all linear layers do.
-        pass_tokens: cost of a forward pass beside its tokens.
-        least_prefix: a shorter prefix is not computed apart.
+        attention_ratio: context length at which attention takes as long as all linear layers.
+        pass_tokens: cost of a forward pass besides its tokens.
+        least_prefix: length below which a prefix is not cached.
     """
 
     attention_ratio: float
@@ -30,34 +30,34 @@ class Cost:
     least_prefix: int = 1
 
     def row(self, width: Any, prefix: int = 0) -> Any:
-        """One row of `width` tokens after a cached prefix; numbers or arrays of them."""
+        """Return the cost of a row of `width` tokens after a cached prefix; numbers or arrays of them."""
         return width * (1 + (width + prefix) / self.attention_ratio)
 
     def saved(self, prefix: int, below: float, n: int, max_tokens: int) -> float:
-        """What caching a prefix saves; 0 or less if it does not.
+        """Estimate what caching a prefix saves; 0 or less if it saves nothing.
 
         Args:
             prefix: its tokens.
             below: tokens of the prefix tree below it, of `n` sequences.
-            max_tokens: tokens that a row should not exceed.
+            max_tokens: width that a row should not exceed.
         """
         if prefix < self.least_prefix:
             return 0.0
         alone = below / n
-        cheapest = math.sqrt(prefix * (prefix + self.attention_ratio))  # length below, of rows with the prefix in each
+        cheapest = math.sqrt(prefix * (prefix + self.attention_ratio))  # best length below, if rows repeat the prefix
         length = max(min(cheapest, below, max_tokens - prefix), alone)
         apart = below / length * self.row(prefix + length)
         together = self.row(prefix) + n * self.row(alone, prefix)
-        return float(apart - together - 2 * self.pass_tokens)  # the prefix's pass, and a batch that nothing else fills
+        return float(apart - together - 2 * self.pass_tokens)  # of the prefix, and of a batch that is not full
 
 
 def pack(sequences: Sequence[Query], cost: Cost, max_tokens: int) -> list[Group]:
-    """Arrange sorted sequences in rows so that little is computed twice.
+    """Arrange sorted sequences in rows at the least cost.
 
     Args:
         sequences: sorted, distinct.
         cost: what rows cost.
-        max_tokens: tokens that a row should not exceed.
+        max_tokens: width that a row should not exceed.
 
     Returns:
         Groups of rows; the group without a prefix first.
@@ -74,10 +74,13 @@ def pack(sequences: Sequence[Query], cost: Cost, max_tokens: int) -> list[Group]
 
 
 def prefixes(sequences: Sequence[Query], cost: Cost, max_tokens: int) -> list[tuple[int, int, int]]:
-    """Ranges of sequences whose shared prefix is worth computing once: (start, stop, depth), disjoint, in order.
+    """Find the ranges of sequences whose shared prefix is worth caching.
 
-    Every node of the prefix tree is a range of the sorted sequences. Of a node and those inside it, what saves more is
-    taken.
+    Every node of the prefix tree is a range of the sorted sequences. Either the node or the best choice inside it is
+    taken, whichever saves more.
+
+    Returns:
+        (start, stop, depth) of disjoint ranges, in order.
     """
     if len(sequences) < 2:
         return []
@@ -86,7 +89,7 @@ def prefixes(sequences: Sequence[Query], cost: Cost, max_tokens: int) -> list[tu
     depths = np.minimum(common, np.minimum(first[:-1], first[1:])).tolist()
     lengths = [len(query.ids) for query in sequences]
     new = np.concatenate([[0], np.cumsum(lengths - np.concatenate([[0], common]))])  # tree tokens before sequence i
-    # Intervals of equal depth, by a stack: each entry is open on the right and carries the best choice inside it.
+    # A stack of the nodes that are open on the right, each with the best choice inside it so far.
     stack: list[tuple[int, int, float, list[tuple[int, int, int]]]] = []  # depth, start, saved, chosen
     best: tuple[float, list[tuple[int, int, int]]] = (0.0, [])
     for i, depth in enumerate([*depths, -1]):
@@ -95,9 +98,9 @@ def prefixes(sequences: Sequence[Query], cost: Cost, max_tokens: int) -> list[tu
             node_depth, start, saved, chosen = stack.pop()
             inner = (saved + inner[0], chosen + inner[1])
             below = float(new[i + 1] - new[start + 1]) + lengths[start] - node_depth
-            own = cost.saved(node_depth, below, i + 1 - start, max_tokens)
-            if own > inner[0]:
-                inner = (own, [(start, i + 1, node_depth)])
+            node_saved = cost.saved(node_depth, below, i + 1 - start, max_tokens)
+            if node_saved > inner[0]:
+                inner = (node_saved, [(start, i + 1, node_depth)])
         if stack and stack[-1][0] == depth:
             node_depth, node_start, saved, chosen = stack.pop()
             stack.append((node_depth, node_start, saved + inner[0], chosen + inner[1]))
@@ -109,9 +112,9 @@ def prefixes(sequences: Sequence[Query], cost: Cost, max_tokens: int) -> list[tu
 
 
 def cut(sequences: Sequence[Query], prefix: int, cost: Cost, max_tokens: int) -> list[Row]:
-    """Cut sorted sequences into rows at the least cost: tokens that rows share against attention's width."""
+    """Cut sorted sequences into rows at the least cost: wide rows compute fewer tokens twice, but attend to more."""
     lengths = np.array([len(query.ids) - prefix for query in sequences])
-    grown = np.concatenate([[0], np.cumsum(lengths[1:] - _common(sequences) + prefix)])  # by joining the row before
+    grown = np.concatenate([[0], np.cumsum(lengths[1:] - _common(sequences) + prefix)])  # width if all were one row
 
     def costs(start: int) -> NDArray[np.float64]:
         room = max(max_tokens - lengths[start], 0)
@@ -123,13 +126,13 @@ def cut(sequences: Sequence[Query], prefix: int, cost: Cost, max_tokens: int) ->
 
 
 def batches(rows: Sequence[Row], prefix: int, cost: Cost, budget: int) -> list[list[Row]]:
-    """Divide rows, longest first, into batches at the least cost: padding against forward passes.
+    """Divide rows into batches at the least cost: large batches need fewer forward passes, but more padding.
 
     Args:
         rows: longest first.
         prefix: cached tokens before each.
         cost: what batches cost.
-        budget: tokens of a batch with its padding; only a single row may exceed it.
+        budget: padded tokens of a batch; only a single row may exceed it.
     """
     lengths = [len(row) for row in rows]
     counts = np.arange(1, len(rows) + 1)
@@ -145,19 +148,24 @@ def batches(rows: Sequence[Row], prefix: int, cost: Cost, budget: int) -> list[l
 
 
 def cheapest(n: int, costs: Callable[[int], NDArray[np.float64]]) -> list[int]:
-    """Bounds of the cheapest division of `n` things into parts of neighbours, 0 and `n` included.
+    """Divide `n` items into consecutive parts at the least total cost.
 
     Args:
-        costs: of the parts that start at a thing, [k] for those of 1, 2, … k things; no longer part is possible.
+        n: number of items.
+        costs: for a first item, the costs [k] of the parts of 1, 2, … k items that start there; longer parts are not
+            possible.
+
+    Returns:
+        The bounds of the parts, 0 and `n` included.
     """
     best = np.full(n + 1, np.inf)
     best[0] = 0
     origin = np.zeros(n + 1, dtype=np.int64)
     for start in range(n):
-        found = best[start] + costs(start)
-        reached = slice(start + 1, start + 1 + len(found))
-        origin[reached][found < best[reached]] = start
-        best[reached] = np.minimum(best[reached], found)
+        totals = best[start] + costs(start)
+        reached = slice(start + 1, start + 1 + len(totals))
+        origin[reached][totals < best[reached]] = start
+        best[reached] = np.minimum(best[reached], totals)
     bounds = [n]
     while bounds[-1]:
         bounds.append(int(origin[bounds[-1]]))
@@ -165,5 +173,5 @@ def cheapest(n: int, costs: Callable[[int], NDArray[np.float64]]) -> list[int]:
 
 
 def _common(sequences: Sequence[Query]) -> Ints:
-    """Length of the common beginning of each sequence and the next, [n - 1]."""
+    """Return the length of the common prefix of each sequence and the next, [n - 1]."""
     return np.array([shared(a.ids, b.ids) for a, b in pairwise(sequences)], dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Requests as token sequences, and rows that hold several of them with no token twice. No torch.
+"""Turn requests into token sequences, and lay several of them out in one row with no token twice. No torch.
 
-All token sequences of a task, sorted, form a prefix tree. A *row* is a part of that tree, its tokens in depth-first order:
-token j is an ancestor of token i exactly if ``j <= i < end[j]``, which is all that an attention mask needs. The choices of
-an item, items about one passage, and WinoGrande's two contexts are all the same case: sequences that share a beginning.
+The token sequences of a task, sorted, form a prefix tree. A *row* is a part of that tree with its tokens in depth-first
+order: token j is an ancestor of token i exactly if ``j <= i < end[j]``, which is all that an attention mask needs. The
+choices of an item, items about one passage, and WinoGrande's two contexts are the same case: sequences that share a prefix.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from nmsweep.errors import DataError
 Ints = NDArray[np.int64]
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-"""A log-likelihood request of the harness: its texts, context tokens, continuation tokens."""
+"""A log-likelihood request of lm-eval: its texts, context tokens, continuation tokens."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a sequence.
+    """A continuation whose log-likelihood is to be read from a sequence.
 
     Attributes:
         first: the position whose output predicts the first target.
-        targets: [k], the continuation's tokens.
-        requests: which requests this answers: equal ones are computed once.
+        targets: [k], the tokens of the continuation.
+        requests: indices of the requests that this answers; equal ones are computed once.
     """
 
     first: int
@@ -36,28 +36,30 @@ class Question:
 
 @dataclass(frozen=True)
 class Query:
-    """A token sequence that is fed, ``ids`` [n], and the questions asked of it."""
+    """A token sequence that is fed, ``ids`` [n], and its questions."""
 
     ids: Ints
     questions: list[Question]
 
     @property
     def first(self) -> int:
-        """The first position whose output is needed."""
+        """Return the first position whose output is needed."""
         return min(question.first for question in self.questions)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A part of the prefix tree below a prefix that is computed elsewhere.
+    """A part of the prefix tree, below a prefix that is computed separately.
 
     Attributes:
         queries: its sequences, sorted.
-        ids, depth, end: [n], each token, its position in its sequence, and where the tokens below it end.
+        ids: [n], tokens.
+        depth: [n], the position of each token in its sequence.
+        end: [n], where the tokens below each token end.
         weight: [n], how many of the sequences each token is part of.
-        cells: [k], the tokens of the row that predict something.
-        targets: [k], what they should predict.
-        sizes: number of targets of each question, in the order of the queries' questions.
+        cells: [k], places in the row whose output is needed.
+        targets: [k], the token that each of them should predict.
+        sizes: number of targets of each question, in the order of `questions`.
         branches: whether any token has two successors; else the row is one plain sequence.
     """
 
@@ -76,7 +78,7 @@ class Row:
 
     @property
     def longest(self) -> int:
-        """The tokens of its longest sequence: no part of the row can be shorter and hold it. At most `len(self)`."""
+        """Return the tokens of its longest sequence, below which the row cannot be cut."""
         return len(self.ids) if not self.branches else int(self.depth.max() - self.depth[0]) + 1
 
     @property
@@ -86,27 +88,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows below one prefix, `prefix` [p] (empty for none), longest row first."""
+    """Rows below one prefix `prefix` [p], which may be empty; longest row first."""
 
     prefix: Ints
     rows: list[Row]
 
     @property
     def n_sequences(self) -> int:
-        """How many sequences begin with the prefix."""
+        """Return how many sequences begin with the prefix."""
         return sum(len(row.queries) for row in self.rows)
 
 
 def queries(requests: Sequence[Request], max_length: int) -> list[Query]:
-    """The distinct sequences of `requests`, sorted by their tokens.
+    """Return the distinct sequences of `requests`, sorted by their tokens.
 
-    The last token of a continuation is only predicted. A sequence that is too long loses tokens on the left, each
-    continuation for itself, as in lm-eval: ``(context + continuation)[-(max_length + 1):][:-1]``.
+    The last token of a continuation is predicted but not fed. A sequence that is too long loses tokens on the left,
+    separately for each continuation, as in lm-eval: ``(context + continuation)[-(max_length + 1):][:-1]``.
 
     Raises:
         DataError: an empty context or continuation, or a continuation longer than the model allows.
     """
-    found: dict[bytes, tuple[Ints, dict[tuple[int, bytes], Question]]] = {}
+    sequences: dict[bytes, tuple[Ints, dict[tuple[int, bytes], Question]]] = {}
     for index, (_, context, continuation) in enumerate(requests):
         n_targets = len(continuation)
         if not context or not 0 < n_targets <= max_length:
@@ -117,26 +119,26 @@ def queries(requests: Sequence[Request], max_length: int) -> list[Query]:
         whole = np.array((context + continuation)[-(max_length + 1) :], dtype=np.int64)
         ids, targets = whole[:-1], whole[-n_targets:]
         key = ids.astype(">u4").tobytes()  # sorts as the tokens do
-        _, asked = found.setdefault(key, (ids, {}))
+        _, questions = sequences.setdefault(key, (ids, {}))
         first = len(ids) - n_targets
-        asked.setdefault((first, targets.tobytes()), Question(first, targets, [])).requests.append(index)
-    return [Query(ids, list(asked.values())) for _, (ids, asked) in sorted(found.items())]
+        questions.setdefault((first, targets.tobytes()), Question(first, targets, [])).requests.append(index)
+    return [Query(ids, list(questions.values())) for _, (ids, questions) in sorted(sequences.items())]
 
 
 def shared(a: Ints, b: Ints) -> int:
-    """Length of the common beginning of two sequences."""
+    """Return the length of the common prefix of two sequences."""
     n = min(len(a), len(b))
     different = a[:n] != b[:n]
     return int(different.argmax()) if different.any() else n
 
 
 def one_each(sequences: Sequence[Query]) -> list[Group]:
-    """One sequence a row, longest first."""
+    """Put one sequence in each row, longest first."""
     return [Group(np.empty(0, np.int64), sorted((make_row([query], 0) for query in sequences), key=len, reverse=True))]
 
 
 def make_row(members: Sequence[Query], prefix: int) -> Row:
-    """Lay out sorted sequences that share their first `prefix` tokens, without these."""
+    """Lay out sorted sequences that share their first `prefix` tokens, without that prefix."""
     ids, depth, starts = [], [], [0]
     path = np.empty(0, np.int64)
     end = np.zeros(sum(len(query.ids) - prefix for query in members), dtype=np.int64)

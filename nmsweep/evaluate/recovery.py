@@ -1,4 +1,4 @@
-"""What to do when a task cannot be measured as asked: a smaller budget, or the name of the layer that spoiled it."""
+"""Recover from a measurement that failed: retry with less memory, or name the layer that is not finite."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from nmsweep.errors import NonFiniteError
+from nmsweep.evaluate.base import TaskResult
 from nmsweep.evaluate.packed.scoring import out_of_memory
-from nmsweep.evaluate.result import TaskResult
 
 
 def within_memory(evaluate: Callable[[int], TaskResult], batch_tokens: int, least: int) -> TaskResult:
-    """Measure with half the budget again and again while memory runs out.
+    """Measure a task, halving the token budget for as long as memory runs out.
 
     Args:
         evaluate: measures the task with a budget in tokens.
-        batch_tokens: the budget to begin with.
-        least: what is computed at once whatever the budget; with a budget of this size or less nothing is left to try.
+        batch_tokens: the budget to start with.
+        least: tokens that are computed at once under any budget; a budget this small is not halved again.
 
     Raises:
-        torch.OutOfMemoryError: or what PyTorch raises on a CPU: the smallest budget is too large.
+        RuntimeError: the smallest budget is still too large (`torch.OutOfMemoryError` on a GPU).
     """
     budget = batch_tokens
     while True:
@@ -36,30 +36,30 @@ def within_memory(evaluate: Callable[[int], TaskResult], batch_tokens: int, leas
                 torch.cuda.empty_cache()
             continue
         if budget < batch_tokens:
-            fell = f", {budget} tokens a batch after memory ran out at {batch_tokens}"
-            return replace(result, scoring=result.scoring + fell)
+            lowered = f", {budget} tokens a batch after memory ran out at {batch_tokens}"
+            return replace(result, scoring=result.scoring + lowered)
         return result
 
 
 def naming_the_layer(model: nn.Module, evaluate: Callable[[], TaskResult]) -> TaskResult:
-    """Measure; where a number is not finite, measure once more to find the layer where that begins.
+    """Measure a task; if a number is not finite, measure it again to find the layer where that starts.
 
     Raises:
-        NonFiniteError: what is not finite, and the first layer whose output is not.
+        NonFiniteError: names the first layer whose output is not finite.
     """
     try:
         return evaluate()
     except NonFiniteError as error:
-        found = error
-    with _watched(model):
+        first = error
+    with _raising_at_the_layer(model):
         evaluate()
-    raise NonFiniteError(f"{found}; no layer's output was non-finite when it was measured again") from found
+    raise NonFiniteError(f"{first}; no layer's output was non-finite when it was measured again") from first
 
 
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[None]:
-    """Every layer raises as soon as its output is not finite."""
-    hooks = [module.register_forward_hook(_checked(name)) for name, module in model.named_modules() if name]
+def _raising_at_the_layer(model: nn.Module) -> Iterator[None]:
+    """Let every layer raise as soon as its output is not finite."""
+    hooks = [module.register_forward_hook(_check_of(name)) for name, module in model.named_modules() if name]
     try:
         yield
     finally:
@@ -67,8 +67,8 @@ def _watched(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _checked(name: str) -> Callable[[nn.Module, Any, Any], None]:
-    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+def _check_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def check(module: nn.Module, inputs: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             kind = "NaN" if torch.isnan(tensor).any() else "infinite"
@@ -76,4 +76,4 @@ def _checked(name: str) -> Callable[[nn.Module, Any, Any], None]:
                 f"{name}: the output of this layer ({type(module).__name__}) is {kind}, the first that is not finite"
             )
 
-    return look
+    return check
