@@ -15,17 +15,7 @@ from torch import Tensor
 
 from nmsweep.kernels import reference
 from nmsweep.kernels.arguments import Arguments
-from nmsweep.kernels.cpu.kernel import (
-    CALL,
-    LARGEST_M,
-    MEAN,
-    MEDIAN,
-    NO_CENTRE,
-    OF_CHANNELS,
-    OF_TOKENS,
-    POINTERS,
-    kernel,
-)
+from nmsweep.kernels.cpu.kernel import CALL, CENTRES, POINTERS, kernel
 
 _PATTERNS = {torch.bfloat16: np.uint16, torch.float32: np.uint32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
@@ -46,45 +36,49 @@ def prune(
         return prune(_widened(args), mask=mask, nu=nu, counts=counts).half()
     x = args.x.contiguous()
     u = torch.empty_like(x)
-    hidden, dtype = x.shape[-1], x.dtype
-    rows = x.numel() // hidden
-    chunk_rows = max(1, min(_CHUNK // hidden, rows))
-    comparators = _comparators(args.n, args.m) if args.m <= LARGEST_M else np.zeros((0, 2), np.int64)
+    hidden, total, dtype = x.shape[-1], x.numel(), x.dtype
+    rows = total // hidden
+    chunk_rows = min(max(1, _CHUNK // hidden), rows)
     by_magnitude = dtype == torch.bfloat16 and args.weight is None and args.eta is None and args.stat == "none"
-
-    weight = eta = gain = wide_gain = None
-    rows_per_weight = rows
-    centre = {"none": NO_CENTRE, "median": MEDIAN, "mean": MEAN}[args.stat]
-    if args.weight is not None:
-        weight = args.weight.to(torch.float32).contiguous()
-        rows_per_weight = args.rows_per_weight if weight.ndim == 2 else rows
-    elif not by_magnitude:
-        weight = torch.ones(hidden)
-    if args.eta is not None:
-        of_tokens = args.eta.ndim == x.ndim and args.eta.shape[-1] == 1 < hidden
-        centre = OF_TOKENS if of_tokens else OF_CHANNELS
-        eta = args.eta.detach().to(dtype) + 0.0
-        eta = (eta if of_tokens else eta.expand(hidden)).contiguous()
-    if args.gain is not None and args.gain.dtype == dtype:
-        gain = args.gain.detach().contiguous()
-    elif args.gain is not None:
-        wide_gain = args.gain.detach().contiguous()
+    weight, rows_per_weight = (None, 1) if by_magnitude else _weight(args, rows)
+    eta, centre = _centre(args, x)
+    gain = None if args.gain is None else args.gain.detach().contiguous()
+    wide = gain is not None and gain.dtype != dtype
     scale = None if args.scale is None else args.scale.contiguous()
-
-    call = np.zeros(1, CALL)
-    call[0] = (
-        rows, hidden, args.n, args.m, chunk_rows, len(comparators), _INFINITY[dtype], rows_per_weight, 0 if gain is None else gain.numel() // hidden, centre,
-        args.var, scale is not None, wide_gain is not None, mask is not None, nu is not None,
+    call = (ctypes.c_int64 * len(CALL))(
+        rows, hidden, args.n, args.m, chunk_rows, _INFINITY[dtype], rows_per_weight, centre, args.var, scale is not None,
+        0 if gain is None or wide else gain.numel() // hidden, wide, mask is not None, nu is not None,
     )  # fmt: skip
-    shared = np.zeros(2, np.int64)  # the next chunk; channels kept
-    addresses = [call.ctypes.data, shared.ctypes.data, shared.ctypes.data + 8]
-    addresses += [0 if tensor is None else tensor.data_ptr() for tensor in (x, u, scale, gain, wide_gain, weight, eta, mask, nu)]
-    pointers = (ctypes.c_void_p * len(POINTERS))(*addresses, comparators.ctypes.data)
-    n_threads = 1 if x.numel() < _ALONE else min(torch.get_num_threads(), -(-rows // chunk_rows))
-    _call(kernel(_PATTERNS[dtype], np.uint16 if by_magnitude else np.uint32).ctypes, ctypes.addressof(pointers), n_threads)
+    shared = (ctypes.c_int64 * 2)()  # the next chunk; channels kept
+    tensors = (x, u, scale, None if wide else gain, gain if wide else None, weight, eta, mask, nu)
+    pointers = (ctypes.c_void_p * len(POINTERS))(
+        ctypes.addressof(call), ctypes.addressof(shared), ctypes.addressof(shared) + 8,
+        *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
+    )  # fmt: skip
+    n_threads = 1 if total < _ALONE else min(torch.get_num_threads(), -(-rows // chunk_rows))
+    _run(kernel(_PATTERNS[dtype], np.uint16 if by_magnitude else np.uint32).ctypes, pointers, n_threads)
     if counts is not None:
-        counts += torch.tensor([shared[1], x.numel()])
+        counted = counts.numpy()  # faster than operations of torch
+        counted[0] += shared[1]
+        counted[1] += total
     return u
+
+
+def _weight(args: Arguments, rows: int) -> tuple[Tensor, int]:
+    """Return the weight, fp32 [k, hidden], and how many rows of x share one of its rows."""
+    if args.weight is None:
+        return torch.ones(args.x.shape[-1]), rows
+    return args.weight.to(torch.float32).contiguous(), rows if args.weight.ndim == 1 else args.rows_per_weight
+
+
+def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
+    """Return η in the dtype of x, [hidden] or a number for each token, and how the kernel takes it."""
+    if args.eta is None:
+        return None, CENTRES.index(args.stat)
+    eta = reference.centre(x, "none", args.eta.detach())
+    if args.eta.ndim == x.ndim and args.eta.shape[-1] < x.shape[-1]:
+        return eta.contiguous(), CENTRES.index("tokens")
+    return eta.expand(x.shape[-1]).contiguous(), CENTRES.index("channels")
 
 
 def _widened(args: Arguments) -> Arguments:
@@ -95,35 +89,12 @@ def _widened(args: Arguments) -> Arguments:
     return Arguments(x.float(), args.n, args.m, args.weight, args.rows_per_weight, stat, eta, args.var)
 
 
-@cache
-def _comparators(n: int, m: int) -> np.ndarray:
-    """Return Batcher's odd-even merge sort of m keys, descending, without what does not reach the n-th: int64 [comparators, 2]."""
-    size = 1 << (m - 1).bit_length()  # keys from m on would be the lowest and stay where they are
-    network = []
-    p = 1
-    while p < size:
-        k = p
-        while k:
-            for j in range(k % p, size - k, 2 * k):
-                for i in range(min(k, size - j - k)):
-                    if (i + j) // (2 * p) == (i + j + k) // (2 * p) and i + j + k < m:
-                        network.append((i + j, i + j + k))
-            k //= 2
-        p *= 2
-    needed, used = {n - 1}, []
-    for pair in reversed(network):
-        if needed.intersection(pair):
-            needed.update(pair)
-            used.append(pair)
-    return np.array(used[::-1], np.int64).reshape(-1, 2)
-
-
-def _call(function: Any, pointers: int, n_threads: int) -> None:
+def _run(function: Any, pointers: Any, n_threads: int) -> None:
     """Call a kernel on n threads, which take chunks of the call until none is left."""
     if n_threads <= 1:
-        function(ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p)))
+        function(pointers)
     else:
-        _team()(function, pointers, n_threads)
+        _team()(function, ctypes.addressof(pointers), n_threads)
 
 
 @cache

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
@@ -19,25 +18,23 @@ from numba.extending import intrinsic
 LARGEST_M = 64
 """Largest group that is ranked by a sorting network."""
 
-LANES = 128
+LANES = 64
 """Groups of a chunk are filled up to a multiple, so that vector loops have no remainder."""
 
-POINTERS = ("call", "next_chunk", "kept", "x", "u", "scale", "gain", "wide_gain", "weight", "eta", "mask", "nu", "comparators")  # fmt: skip
+POINTERS = ("call", "next_chunk", "kept", "x", "u", "scale", "gain", "wide_gain", "weight", "eta", "mask", "nu")  # fmt: skip
 """Addresses given to a kernel, in this order; null where absent."""
-_CALL, _NEXT, _KEPT, _X, _U, _SCALE, _GAIN, _WIDE_GAIN, _WEIGHT, _ETA, _MASK, _NU, _COMPARATORS = range(len(POINTERS))
+_CALL, _NEXT, _KEPT, _X, _U, _SCALE, _GAIN, _WIDE_GAIN, _WEIGHT, _ETA, _MASK, _NU = range(len(POINTERS))
 
-CALL = np.dtype(
-    [
-        (name, np.int64)
-        for name in (
-            "rows", "hidden", "n", "m", "chunk_rows", "comparators", "infinity", "rows_per_weight", "gain_rows", "centre", "var",
-            "has_scale", "has_wide_gain", "has_mask", "has_nu",
-        )
-    ]
+CALL = (
+    "rows", "hidden", "n", "m", "chunk_rows", "infinity", "rows_per_weight", "centre", "var", "has_scale", "gain_rows", "has_wide_gain",
+    "has_mask", "has_nu",
 )  # fmt: skip
-"""Sizes and choices of one call."""
+"""int64 numbers of one call, in this order."""
+_RECORD = np.dtype([(name, np.int64) for name in CALL])
 
-NO_CENTRE, MEDIAN, MEAN, OF_CHANNELS, OF_TOKENS = range(5)
+CENTRES = ("none", "median", "mean", "channels", "tokens")
+"""Where η comes from."""
+_NONE, _MEDIAN, _MEAN, _OF_CHANNELS, _OF_TOKENS = range(len(CENTRES))
 
 _EXPONENT = 0x7FF << 52  # of a float64
 
@@ -76,7 +73,7 @@ def _fetch_add(typing: Any, address: Any, amount: Any) -> Any:
 @jit
 def _run(pointers: Any, dtype: Any, key_type: Any) -> None:
     """Prune chunks of tokens until none is left."""
-    call = carray(pointers[_CALL], (1,), CALL)[0]
+    call = carray(pointers[_CALL], (1,), _RECORD)[0]
     rows, hidden, m, chunk_rows = call.rows, call.hidden, call.m, call.chunk_rows
     shape = (rows, hidden)
     x, u = carray(pointers[_X], shape, dtype), carray(pointers[_U], shape, dtype)
@@ -85,15 +82,18 @@ def _run(pointers: Any, dtype: Any, key_type: Any) -> None:
     weight = carray(pointers[_WEIGHT], shape, np.float32)
     eta = carray(pointers[_ETA], (max(rows, hidden),), dtype)
     mask, nu_out = carray(pointers[_MASK], shape, np.uint8), carray(pointers[_NU], (rows,), np.float32)
-    comparators = carray(pointers[_COMPARATORS], (call.comparators, 2), np.int64)
 
     groups = chunk_rows * (hidden // m)
     filled = (groups + LANES - 1) // LANES * LANES
-    keys, sorting = np.zeros((2, filled * m), key_type), np.empty((m, filled), key_type)
-    keep = np.empty((2, filled * m), np.uint8)
+    channels = 4  # of a group, filled up
+    while channels < m <= LARGEST_M:
+        channels *= 2
+    room = filled * (channels if m <= LARGEST_M else m)
+    keys, keep = np.zeros((2, room), key_type), np.empty((2, room), np.uint8)
+    sorting, threshold, taken = np.empty((channels, filled), key_type), np.empty(filled, key_type), np.empty(filled, np.uint8)
     made, ordered = np.empty((chunk_rows, hidden), dtype), np.empty(hidden, dtype)
     centre = np.zeros((chunk_rows, hidden), dtype)
-    if call.centre == OF_CHANNELS:
+    if call.centre == _OF_CHANNELS:
         for r in range(chunk_rows):
             for i in range(hidden):
                 centre[r, i] = eta[i]
@@ -108,11 +108,11 @@ def _run(pointers: Any, dtype: Any, key_type: Any) -> None:
             gains = gain[first:end] if call.gain_rows > 1 else gain[:1]
             _make(call, first, tokens, scale, gains, wide_gain, made)
             tokens = made[:count]
-        if call.centre == MEDIAN or call.centre == MEAN or call.centre == OF_TOKENS:
+        if call.centre == _MEDIAN or call.centre == _MEAN or call.centre == _OF_TOKENS:
             for r in range(count):
-                if call.centre == MEDIAN:
+                if call.centre == _MEDIAN:
                     value = _median(tokens, r, ordered, call.infinity)
-                elif call.centre == MEAN:
+                elif call.centre == _MEAN:
                     value = _mean(tokens, r)
                 else:
                     value = eta[first + r]
@@ -124,7 +124,7 @@ def _run(pointers: Any, dtype: Any, key_type: Any) -> None:
         else:
             _scores(call, first, tokens, centre, weight, key_rows)
         if m <= LARGEST_M:
-            _select_groups(keys, call.n, m, filled, comparators, sorting, keep)
+            _select_groups(keys, call.n, m, sorting, threshold, taken, keep)
         else:
             for g in range(count * (hidden // m)):
                 _select_largest(keys[0, g * m : (g + 1) * m], call.n, keep[0, g * m : (g + 1) * m])
@@ -192,6 +192,9 @@ def _make(call: Any, first: int, x: Any, scale: Any, gain: Any, wide_gain: Any, 
         elif not call.gain_rows:
             for i in range(hidden):
                 made[r, i] = _pattern(_value(x, r, i) * factor, made)
+        elif call.gain_rows > 1 and not call.has_scale:
+            for i in range(hidden):
+                made[r, i] = _pattern(_value(x, r, i) * _value(gain, r, i), made)
         elif call.gain_rows > 1:
             for i in range(hidden):
                 made[r, i] = _pattern(_rounded(_value(x, r, i) * factor, made) * _value(gain, r, i), made)
@@ -237,94 +240,150 @@ def _scores(call: Any, first: int, x: Any, centre: Any, weight: Any, keys: Any) 
 
 
 @jit
-def _select_groups(keys: Any, n: int, m: int, groups: int, comparators: Any, sorting: Any, keep: Any) -> None:
-    """Keep the n highest keys of each m; of equals the lower channels. The result is keep[0]; keys and keep[1] are overwritten."""
-    source, target = keys[0], keys[1]
-    passes = _power_of_two(m)
-    if passes >= 0:
-        for _ in range(passes):
-            _deinterleave(source, target)
-            source, target = target, source
-    else:
-        _transpose(source, m, target)
-        source, target = target, source
-    by_channel = source.reshape(m, groups)
-    _sort(by_channel, comparators, sorting)
-    flags = keep[(passes if passes >= 0 else 1) & 1].reshape(m, groups)
-    _mark(by_channel, sorting[n - 1], n, flags)
-    if passes >= 0:
-        for step in range(passes, 0, -1):
-            _interleave(keep[step & 1], keep[(step - 1) & 1])
-    else:
-        _transpose(keep[1], groups, keep[0])
-
-
-@jit
-def _power_of_two(m: int) -> int:
-    """Return log₂ m, or −1 if m is no power of two."""
+def _select_groups(keys: Any, n: int, m: int, sorting: Any, threshold: Any, taken: Any, keep: Any) -> None:
+    """Keep the n highest keys of each m; of equals the lower channels. The flags are in keep[0]; all else is overwritten."""
+    channels, groups = sorting.shape
     exponent = 0
     while 1 << exponent < m:
         exponent += 1
-    return exponent if 1 << exponent == m else -1
+    steps = (exponent + 1) // 2 if channels == m else 1
+    if channels == m:
+        for step in range(steps):
+            _deinterleave(keys[step & 1], 4 if 2 * step + 2 <= exponent else 2, keys[1 - (step & 1)])
+    else:
+        _transpose(keys[0], m, groups, keys[1])
+    tile, flags = keys[steps & 1].reshape(channels, groups), keep[steps & 1].reshape(channels, groups)
+    for c in range(m, channels):  # what fills up to a power of two comes last and ranks last
+        for g in range(groups):
+            tile[c, g] = 0
+    _sort_halves(tile, sorting)
+    _nth_of_halves(sorting, n, threshold)
+    _mark(tile, threshold, n, taken, flags)
+    if channels == m:
+        for step in range(steps - 1, -1, -1):
+            _interleave(keep[1 - (step & 1)], 4 if 2 * step + 2 <= exponent else 2, keep[step & 1])
+    else:
+        _transpose(keep[1], groups, m, keep[0])
 
 
 @jit
-def _deinterleave(source: Any, target: Any) -> None:
-    """Write the even places, then the odd ones. After log₂ m times, [groups, m] is transposed to [m, groups]."""
-    half = source.size // 2
-    even, odd = target[:half], target[half:]
-    for i in range(half):
-        even[i] = source[2 * i]
-        odd[i] = source[2 * i + 1]
+def _deinterleave(source: Any, factor: int, target: Any) -> None:
+    """Write every second place (every fourth), then those after them, …; times m in all, [groups, m] becomes [m, groups]."""
+    size = source.size // factor
+    if factor == 2:
+        a, b = target[:size], target[size:]
+        for i in range(size):
+            a[i], b[i] = source[2 * i], source[2 * i + 1]
+    else:
+        a, b, c, d = target[:size], target[size : 2 * size], target[2 * size : 3 * size], target[3 * size :]
+        for i in range(size):
+            a[i], b[i], c[i], d[i] = source[4 * i], source[4 * i + 1], source[4 * i + 2], source[4 * i + 3]
 
 
 @jit
-def _interleave(source: Any, target: Any) -> None:
+def _interleave(source: Any, factor: int, target: Any) -> None:
     """Undo `_deinterleave`."""
-    half = source.size // 2
-    even, odd = source[:half], source[half:]
-    for i in range(half):
-        target[2 * i] = even[i]
-        target[2 * i + 1] = odd[i]
+    size = source.size // factor
+    if factor == 2:
+        a, b = source[:size], source[size:]
+        for i in range(size):
+            target[2 * i], target[2 * i + 1] = a[i], b[i]
+    else:
+        a, b, c, d = source[:size], source[size : 2 * size], source[2 * size : 3 * size], source[3 * size :]
+        for i in range(size):
+            target[4 * i], target[4 * i + 1], target[4 * i + 2], target[4 * i + 3] = a[i], b[i], c[i], d[i]
 
 
 @jit
-def _transpose(source: Any, columns: int, target: Any) -> None:
+def _transpose(source: Any, columns: int, rows: int, target: Any) -> None:
     """Write [rows, columns] as [columns, rows]."""
-    rows = source.size // columns
     for column in range(columns):
         for row in range(rows):
             target[column * rows + row] = source[row * columns + column]
 
 
 @jit
-def _sort(keys: Any, comparators: Any, sorting: Any) -> None:
-    """Apply a sorting network to the channels of all groups; the higher key goes to the first channel of a comparator."""
-    for c in range(keys.shape[0]):
-        for g in range(keys.shape[1]):
-            sorting[c, g] = keys[c, g]
-    for k in range(comparators.shape[0]):
-        high, low = sorting[comparators[k, 0]], sorting[comparators[k, 1]]
-        for g in range(high.size):
-            a, b = high[g], low[g]
-            high[g] = max(a, b)
-            low[g] = min(a, b)
+def _sort_halves(keys: Any, out: Any) -> None:
+    """Sort the channels of each half of all groups, descending (8 channels: as a whole), by Batcher's odd-even merge sort."""
+    channels, groups = keys.shape
+    length = 8
+    if channels >= 8:
+        for first in range(0, channels, 8):
+            _sort_8(keys[first : first + 8], out[first : first + 8])
+    else:
+        length = 1
+        for c in range(channels):
+            for g in range(groups):
+                out[c, g] = keys[c, g]
+    while length < channels // 2:
+        step = length
+        while step > 0:
+            for start in range(step % length, channels - step, 2 * step):
+                for c in range(start, min(start + step, channels - step)):
+                    if c // (2 * length) == (c + step) // (2 * length):
+                        for g in range(groups):
+                            out[c, g], out[c + step, g] = _ordered(out[c, g], out[c + step, g])
+            step //= 2
+        length *= 2
 
 
 @jit
-def _mark(keys: Any, threshold: Any, n: int, keep: Any) -> None:
+def _ordered(a: Any, b: Any) -> Any:
+    return max(a, b), min(a, b)
+
+
+@jit
+def _sort_8(keys: Any, out: Any) -> None:
+    """Sort 8 channels of all groups, descending, without a visit to memory in between."""
+    for g in range(keys.shape[1]):
+        a, b = _ordered(keys[0, g], keys[1, g])
+        c, d = _ordered(keys[2, g], keys[3, g])
+        e, f = _ordered(keys[4, g], keys[5, g])
+        p, q = _ordered(keys[6, g], keys[7, g])
+        (a, c), (b, d), (e, p), (f, q) = _ordered(a, c), _ordered(b, d), _ordered(e, p), _ordered(f, q)
+        (b, c), (f, p) = _ordered(b, c), _ordered(f, p)
+        (a, e), (b, f), (c, p), (d, q) = _ordered(a, e), _ordered(b, f), _ordered(c, p), _ordered(d, q)
+        (c, e), (d, f) = _ordered(c, e), _ordered(d, f)
+        (b, c), (d, e), (f, p) = _ordered(b, c), _ordered(d, e), _ordered(f, p)
+        out[0, g], out[1, g], out[2, g], out[3, g] = a, b, c, d
+        out[4, g], out[5, g], out[6, g], out[7, g] = e, f, p, q
+
+
+@jit
+def _nth_of_halves(keys: Any, n: int, nth: Any) -> None:
+    """Write the n-th largest of two sorted halves: over the ways to take n keys from their tops, the smallest of the largest left."""
+    channels, groups = keys.shape
+    half = channels // 2
+    first, last = max(0, n - 1 - half), min(half, n - 1)
+    if channels == 8:
+        first, last, half = n - 1, n - 1, n
+    for i in range(first, last + 1):
+        j = n - 1 - i
+        a, b = keys[i if i < half else half + j], keys[half + j if j < half and channels != 8 else i]
+        for g in range(groups):
+            nth[g] = min(nth[g], max(a[g], b[g])) if i > first else max(a[g], b[g])
+
+
+@jit
+def _mark(keys: Any, threshold: Any, n: int, taken: Any, keep: Any) -> None:
     """Flag keys above the threshold of their group, and of its equals as many as are missing, from the first channel on."""
     channels, groups = keys.shape
-    taken = np.zeros(groups, np.uint8)
-    for c in range(channels):
-        for g in range(groups):
-            taken[g] += np.uint8(keys[c, g] > threshold[g])
     room = np.uint8(n)
-    for c in range(channels):
+    for c in range(0, channels, 4):
         for g in range(groups):
-            equal = np.uint8(keys[c, g] == threshold[g]) & np.uint8(taken[g] < room)
-            taken[g] += equal
-            keep[c, g] = np.uint8(keys[c, g] > threshold[g]) | equal
+            t = threshold[g]
+            above = np.uint8(keys[c, g] > t) + np.uint8(keys[c + 1, g] > t)
+            above += np.uint8(keys[c + 2, g] > t) + np.uint8(keys[c + 3, g] > t)
+            taken[g] = above if c == 0 else taken[g] + above
+    for c in range(0, channels, 4):
+        for g in range(groups):
+            t, used = threshold[g], taken[g]
+            for i in range(4):
+                key = keys[c + i, g]
+                equal = (key == t) & (used < room)
+                used = np.uint8(used + np.uint8(equal))
+                keep[c + i, g] = (key > t) | equal
+            taken[g] = used
 
 
 @jit
