@@ -1,8 +1,4 @@
-"""The primitive on CPU: compiled by numba, run by the threads that torch already has.
-
-Magnitude alone takes one pass over memory (`plain`). Everything else goes chunk by chunk of whole tokens through scratch that stays
-in cache (`general`): η of each token, keys, masks, ν, result. Keys are integers: the bit pattern of a float ≥ 0 is monotonic.
-"""
+"""The CPU backend: hands tensors to the compiled kernel, on the threads that torch already has."""
 
 from __future__ import annotations
 
@@ -13,203 +9,103 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import types
 from torch import Tensor
 
+from nmsweep.kernels import reference
 from nmsweep.kernels.arguments import Arguments
-from nmsweep.kernels.cpu.rows import general, layout, plain
-from nmsweep.kernels.cpu.select import LARGEST_M, block_kernel, block_size, compiled, source_stamp, wide_kernel
+from nmsweep.kernels.cpu.kernel import CALL, CENTRES, POINTERS, kernel
 
-_STORAGE = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}
-_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
-_CENTRES = {"none": 0, "median": 1, "mean": 2}
-_CHUNK = 4096  # elements: the keys and masks of a chunk stay in the second-level cache
+_PATTERNS = {torch.bfloat16: np.uint16, torch.float32: np.uint32}
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
+_CHUNK = 4096  # elements: the scratch of a chunk stays in the second-level cache
 _ALONE = 16384  # elements below which waking a second thread costs more than it saves
-
-_FIELDS = [
-    "next_chunk",
-    "kept",
-    "threads",
-    "n_chunks",
-    "chunk",
-    "x",
-    "u",
-    "hidden",
-    "n",
-    "m",
-    "padded_m",
-    "select",
-    "block",
-    "weight",
-    "rows_per_weight",
-    "centre",
-    "eta",
-    "eta_bits",
-    "eta_step",
-    "infinity",
-    "var",
-    "made",
-    "scale",
-    "gain",
-    "gain_step",
-    "wide_gain",
-    "mask",
-    "nu",
-    "scratch",
-    "total",
-]  # the first three are shared by the threads; `chunk` is rows, or blocks in plain; `total` is rows, or elements
-
-
-class _Call(ctypes.Structure):
-    """One call as compiled code reads it: addresses (0 where absent), sizes and choices."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS]
-
-
-_RECORD = numba.from_dtype(np.dtype([(name, np.int64) for name in _FIELDS]))
-_BODY = types.void(types.CPointer(_RECORD))
 
 
 def supports(args: Arguments) -> bool:
-    """Whether this backend can run the call; else the reference does."""
-    return args.x.dtype in _STORAGE and args.x.device.type == "cpu"
+    """Return whether this backend can run the call; else the reference does."""
+    return args.x.dtype in (*_PATTERNS, torch.float16) and args.x.device.type == "cpu"
 
 
 def prune(
     args: Arguments, *, mask: Tensor | None = None, nu: Tensor | None = None, counts: Tensor | None = None
 ) -> Tensor:
-    """u of one call; `mask` bool [*, hidden] and `nu` fp32 [*, 1] are filled and `counts` int64 [2] is added to, where given."""
-    x = args.x if args.x.is_contiguous() else args.x.contiguous()
+    """Return u of one call; fill `mask` bool [*, hidden] and `nu` fp32 [*, 1] and add to `counts` int64 [2], where given."""
+    if args.x.dtype == torch.float16:
+        return prune(_widened(args), mask=mask, nu=nu, counts=counts).half()
+    x = args.x.contiguous()
     u = torch.empty_like(x)
-    n, m, dtype, total = args.n, args.m, x.dtype, x.numel()
-    bits = 8 * x.element_size()
-    call = _Call(x=x.data_ptr(), u=u.data_ptr(), hidden=x.shape[-1], n=n, m=m, infinity=_INFINITY[dtype])
-    parts = _bind_parts(call, args)  # noqa: F841  what the addresses in `call` point to
-    magnitude = args.weight is None and args.eta is None and args.stat == "none"
-    network = m <= LARGEST_M
-    if magnitude and network and m & (m - 1) == 0 and mask is None and not args.var:
-        call.block = block_size(m, bits)
-        call.select = _address(n, m, bits, call.infinity)
-        call.total = total
-        call.chunk = max(1, 2 * _CHUNK // call.block)
-        call.n_chunks = -(-total // (call.chunk * call.block))
-        body = _plain_body(_STORAGE[dtype])
-    else:
-        hidden = x.shape[-1]
-        narrow = magnitude and bits == 16
-        held = _bind(call, args)  # noqa: F841  what the addresses in `call` point to
-        call.total, call.var = total // hidden, args.var
-        call.padded_m, call.block = m, 1
-        if network:
-            call.padded_m = 1 << (m - 1).bit_length()
-            call.block = block_size(call.padded_m, 16)
-            call.select = _address(n, call.padded_m, 16, -bits) if narrow else _wide_address(n, call.padded_m, bits)
-        call.mask = mask.data_ptr() if mask is not None else 0
-        call.nu = nu.data_ptr() if nu is not None else 0
-        call.chunk = max(1, _CHUNK // hidden)
-        call.n_chunks = -(-call.total // call.chunk)
-        size = layout(hidden, m, call.padded_m, call.block, call.chunk, 2 if narrow else 4, bits // 8)[-1]
-        scratch = torch.empty(_threads(total, call) * size, dtype=torch.uint8)
-        call.scratch = scratch.data_ptr()
-        body = _general_body(
-            _STORAGE[dtype], np.uint16 if bits == 16 else np.uint32, np.uint16 if narrow else np.uint32
-        )
-    _run(body, call, _threads(total, call))
+    hidden, total, dtype = x.shape[-1], x.numel(), x.dtype
+    rows = total // hidden
+    chunk_rows = min(max(1, _CHUNK // hidden), rows)
+    by_magnitude = dtype == torch.bfloat16 and args.weight is None and args.eta is None and args.stat == "none"
+    weight, rows_per_weight = (None, 1) if by_magnitude else _weight(args, rows)
+    eta, centre = _centre(args, x)
+    gain = None if args.gain is None else args.gain.detach().contiguous()
+    wide = gain is not None and gain.dtype != dtype
+    scale = None if args.scale is None else args.scale.contiguous()
+    call = (ctypes.c_int64 * len(CALL))(
+        rows, hidden, args.n, args.m, chunk_rows, _INFINITY[dtype], rows_per_weight, centre, args.var, scale is not None,
+        0 if gain is None or wide else gain.numel() // hidden, wide, mask is not None, nu is not None,
+    )  # fmt: skip
+    shared = (ctypes.c_int64 * 2)()  # the next chunk; channels kept
+    tensors = (x, u, scale, None if wide else gain, gain if wide else None, weight, eta, mask, nu)
+    pointers = (ctypes.c_void_p * len(POINTERS))(
+        ctypes.addressof(call), ctypes.addressof(shared), ctypes.addressof(shared) + 8,
+        *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
+    )  # fmt: skip
+    n_threads = 1 if total < _ALONE else min(torch.get_num_threads(), -(-rows // chunk_rows))
+    _run(kernel(_PATTERNS[dtype], np.uint16 if by_magnitude else np.uint32).ctypes, pointers, n_threads)
     if counts is not None:
-        counted = counts.numpy()  # sooner than four operations of torch
-        counted[0] += call.kept
+        counted = counts.numpy()  # faster than operations of torch
+        counted[0] += shared[1]
         counted[1] += total
     return u
 
 
-def _threads(total: int, call: _Call) -> int:
-    return 1 if total < _ALONE else min(torch.get_num_threads(), call.n_chunks)
+def _weight(args: Arguments, rows: int) -> tuple[Tensor, int]:
+    """Return the weight, fp32 [k, hidden], and how many rows of x share one of its rows."""
+    if args.weight is None:
+        return torch.ones(args.x.shape[-1]), rows
+    return args.weight.to(torch.float32).contiguous(), rows if args.weight.ndim == 1 else args.rows_per_weight
 
 
-def _bind(call: _Call, args: Arguments) -> list[Tensor]:
-    """Put weight and η into the call; the tensors that must outlive it."""
-    call.centre = _CENTRES[args.stat]
-    hold: list[Tensor] = []
-    if args.weight is not None:
-        weight = args.weight.to(torch.float32).contiguous()
-        call.weight = weight.data_ptr()
-        call.rows_per_weight = args.rows_per_weight if weight.ndim == 2 else args.x.numel()
-        hold.append(weight)
-    if args.eta is not None:
-        patterns = (args.eta.detach().to(args.x.dtype) + 0.0).contiguous()
-        values = patterns.to(torch.float32)
-        call.eta, call.eta_bits, call.eta_step = values.data_ptr(), patterns.data_ptr(), int(values.numel() > 1)
-        hold += [patterns, values]
-    return hold
+def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
+    """Return η in the dtype of x, [hidden] or a number for each token, and how the kernel takes it."""
+    if args.eta is None:
+        return None, CENTRES.index(args.stat)
+    eta = reference.centre(x, "none", args.eta.detach())
+    if args.eta.ndim == x.ndim and args.eta.shape[-1] < x.shape[-1]:
+        return eta.contiguous(), CENTRES.index("tokens")
+    return eta.expand(x.shape[-1]).contiguous(), CENTRES.index("channels")
 
 
-def _bind_parts(call: _Call, args: Arguments) -> list[Tensor]:
-    """Put what x is made of into the call; the tensors that must outlive it."""
-    hold: list[Tensor] = []
-    if args.scale is not None:
-        hold.append(args.scale.contiguous())
-        call.made, call.scale = 1, hold[-1].data_ptr()
-    if args.gain is not None:
-        gain = args.gain.detach().contiguous()
-        hold.append(gain)
-        call.made = 1
-        if gain.dtype == args.x.dtype:
-            call.gain, call.gain_step = gain.data_ptr(), int(gain.ndim > 1)
-        else:
-            call.wide_gain = gain.data_ptr()
-    return hold
+def _widened(args: Arguments) -> Arguments:
+    """Return a call on float16 as one on float32, which holds the same values; what is rounded to float16 is made before."""
+    x = reference.make(args.x, args.scale, args.gain)
+    eta = reference.centre(x, args.stat, args.eta) if args.stat == "mean" or args.eta is not None else None
+    stat = "median" if args.stat == "median" else "none"
+    return Arguments(x.float(), args.n, args.m, args.weight, args.rows_per_weight, stat, eta, args.var)
 
 
-@cache
-def _address(n: int, m: int, bits: int, infinity: int) -> int:
-    return int(block_kernel(n, m, bits, infinity).address)
-
-
-@cache
-def _wide_address(n: int, m: int, bits: int) -> int:
-    return int(wide_kernel(n, m, bits).address)
-
-
-@cache
-def _plain_body(storage: Any) -> Any:
-    stamp = source_stamp()
-
-    def run(p: Any) -> None:
-        plain(p, storage, stamp)
-
-    return compiled(_BODY, run).ctypes
-
-
-@cache
-def _general_body(storage: Any, unsigned: Any, key_type: Any) -> Any:
-    stamp = source_stamp()
-
-    def run(p: Any) -> None:
-        general(p, storage, unsigned, key_type, stamp)
-
-    return compiled(_BODY, run).ctypes
-
-
-def _run(body: Any, call: _Call, n_threads: int) -> None:
-    """Run one body on n threads, which take chunks from `call` until none is left."""
+def _run(function: Any, pointers: Any, n_threads: int) -> None:
+    """Call a kernel on n threads, which take chunks of the call until none is left."""
     if n_threads <= 1:
-        body(ctypes.addressof(call))
+        function(pointers)
     else:
-        _team()(body, call, n_threads)
+        _team()(function, ctypes.addressof(pointers), n_threads)
 
 
 @cache
-def _team() -> Callable[[Any, _Call, int], None]:
-    """The way to run on many threads: torch's own OpenMP team, already awake between two matmuls; else a pool of Python threads."""
+def _team() -> Callable[[Any, int, int], None]:
+    """Return a way to call on many threads: torch's OpenMP team, already awake between two products; else Python threads."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         parallel = ctypes.CDLL(str(library)).GOMP_parallel  # found among the libraries that it links
     except (OSError, AttributeError):
         pool = ThreadPoolExecutor(torch.get_num_threads())
-        return lambda body, call, n: list(pool.map(body, [ctypes.addressof(call)] * n)).clear()
+        return lambda function, pointers, n: list(pool.map(function, [pointers] * n)).clear()
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    return lambda body, call, n: parallel(body, ctypes.addressof(call), n, 0)
+    return lambda function, pointers, n: parallel(function, pointers, n, 0)
