@@ -93,7 +93,7 @@ def _searched(cell: Cell, made: Sparsification, loaded: LoadedModel, session: Se
 def recipe_file(cell: Cell) -> Path:
     """Where the recipe of a greedy cell lies: the same for cells that only differ in how they are measured."""
     cfg = cell.cfg
-    criterion = cfg.criterion.name if cfg.criterion else "none"
+    criterion = cfg.criterion_name
     folder = cfg.results_dir / "recipes"
     named = cell_folder(
         cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, cell.calibration_id[:12]

@@ -127,7 +127,7 @@ def test_a_failed_cell_is_recorded_and_the_sweep_goes_on(
 
 
 def test_a_model_that_gives_nan_is_a_failed_cell(nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nmsweep.cell.identity import session
+    from nmsweep.cell import session
 
     load = session.load_model
 
@@ -277,7 +277,7 @@ def test_a_users_own_criterion_is_one_file_and_one_yaml(
 def test_a_model_that_cannot_be_loaded_is_tried_once(
     nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nmsweep.cell.identity import session
+    from nmsweep.cell import session
     from nmsweep.errors import ModelError
 
     tried = []

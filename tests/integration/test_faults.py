@@ -38,7 +38,7 @@ def error_of(results: Path) -> str:
 @pytest.fixture
 def broken_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
     """Let a function spoil every model that is loaded."""
-    from nmsweep.cell.identity import session
+    from nmsweep.cell import session
 
     load = session.load_model
 

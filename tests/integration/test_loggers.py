@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nmsweep.cell.identity import loggers
+from nmsweep.cell import loggers
 from nmsweep.results.record import cell_folders, read_cell
 from nmsweep.sweep.plan import plan_ids
 
