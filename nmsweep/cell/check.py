@@ -13,8 +13,7 @@ from nmsweep.cell.identity import (
     task_sources,
 )
 from nmsweep.config.schema import RunConfig
-from nmsweep.data.examples import check_examples
-from nmsweep.data.extras import missing_extras
+from nmsweep.data.requirements import check_examples, missing_extras
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import DataError, InputError
 from nmsweep.models import check_model, target_linears

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
 
+from nmsweep.data.definitions import as_list
 from nmsweep.data.tasks import TaskSource
-from nmsweep.data.yamls import listed
 from nmsweep.errors import DataError
 from nmsweep.evaluate.result import TaskResult
 from nmsweep.results.record import Metric
@@ -39,7 +39,7 @@ def joined(source: TaskSource, measured: Sequence[TaskResult]) -> TaskResult:
         for member, result in zip(source.members, measured, strict=True)
     ]
     metrics = []
-    for wanted in listed(source.config.get("aggregate_metric_list")):
+    for wanted in as_list(source.config.get("aggregate_metric_list")):
         by_size = bool(wanted.get("weight_by_size", True))
         for name in _names(str(wanted["metric"]), wanted.get("filter_list"), measured):
             have = [at for at, result in enumerate(measured) if _metric(result, name)]
@@ -48,14 +48,14 @@ def joined(source: TaskSource, measured: Sequence[TaskResult]) -> TaskResult:
                 for at in have:
                     tables[at][f"{WEIGHT_PREFIX}{name}"] = 1 / (len(have) * len(tables[at]))
     if not metrics:
-        asked = ", ".join(str(wanted["metric"]) for wanted in listed(source.config.get("aggregate_metric_list")))
+        asked = ", ".join(str(wanted["metric"]) for wanted in as_list(source.config.get("aggregate_metric_list")))
         raise DataError(f"task {source.task}: none of its tasks has its metric {asked}; name tasks of it instead")
     return TaskResult(metrics, numbered(tables), sum(result.n_tokens for result in measured), measured[0].scoring)
 
 
 def _names(metric: str, filters: Any, measured: Sequence[TaskResult]) -> list[str]:
     """The members' names of a group's metric: one for each of its filters where members have several."""
-    wanted = None if filters is None else {metric, *(f"{metric}:{name}" for name in listed(filters))}
+    wanted = None if filters is None else {metric, *(f"{metric}:{name}" for name in as_list(filters))}
     there = {one.metric for result in measured for one in result.metrics}
     return sorted(
         name for name in there if (name in wanted if wanted is not None else name.partition(":")[0] == metric)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nmsweep.data.examples import fewshot_split, needs_split
+from nmsweep.data.requirements import fewshot_split, needs_split
 from nmsweep.data.tasks import MINI_TASKS, TaskSource
 
 
