@@ -16,7 +16,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 
 from nmsweep.calibration.text import check_items
-from nmsweep.cell.identity import Cell, check_method, identify, scope_errors, sees_text
+from nmsweep.cell.check import check_sparsification, scope_errors
+from nmsweep.cell.identity import Cell, identify, sees_text
 from nmsweep.cell.prepare import allocated, calibration
 from nmsweep.cell.session import Session
 from nmsweep.config.catalogue import options
@@ -118,7 +119,7 @@ def _config(
     words += [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
     (cfg,) = cells_of(words, multirun=False, config_dir=None)
     if not cfg.pattern.is_dense:
-        check_method(cfg)
+        check_sparsification(cfg)
     return cfg
 
 

@@ -65,7 +65,7 @@ def params_of(cfg: RunConfig) -> dict[str, str]:
     keys = ("pattern", "mitigation", "targets", "scope", "profile", "tasks", "dtype", "seed")
     dump: Mapping[str, Any] = cfg.dump()
     shown = {key: dump[key] for key in keys} | {"model": cfg.model_name}
-    shown["criterion"] = cfg.criterion.name if cfg.criterion else "none"
+    shown["criterion"] = cfg.criterion_name
     return {key: str(value) for key, value in shown.items()}
 
 

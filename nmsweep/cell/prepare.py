@@ -103,7 +103,7 @@ def _stored_or_computed(
 def recipe_file(cell: Cell) -> Path:
     """Return the file of a greedy cell's recipe; cells that differ only in how they are measured share it."""
     cfg = cell.cfg
-    criterion = cfg.criterion.name if cfg.criterion else "none"
+    criterion = cfg.criterion_name
     folder = cfg.results_dir / RECIPES
     named = cell_folder(
         cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, cell.calibration_id[:12]

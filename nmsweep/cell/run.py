@@ -1,11 +1,10 @@
-"""One cell, from its config to its record: read `run` aloud."""
+"""One cell, from its config to its record."""
 
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import replace
 
 import pandas as pd
 
@@ -42,25 +41,25 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: RunConfig, session: Session) -> CellRecord:
-    """Run one cell, unless its record exists already.
+    """Compute one cell, unless its record exists.
 
-    The flow: identity → claim → model → allocate → calibrate → sparsify → measure each task, keeping it → record.
+    Each task is kept on disk as soon as it is measured, so a cell that is interrupted goes on at its next task.
 
     Args:
-        cfg: the cell.
-        session: what is kept from the cell before.
+        cfg: config of the cell.
+        session: keeps the model of the previous cell.
 
     Returns:
-        The cell's record, as its folder holds it.
+        The record as it is on disk.
 
     Raises:
-        Busy: another process is computing it, or the calibrated state that it needs.
-        NmsweepError: the cell cannot be computed; what was finished of it is kept.
+        Busy: another process is computing the cell or the calibrated state that it needs.
+        NmsweepError: the cell cannot be computed; the tasks that are finished are kept.
     """
-    cell = identify(cfg)  # what is left out was said when the sweep was planned
+    cell = identify(cfg)  # skipped tasks were reported when the sweep was planned
     with claimed(cfg.results_dir, cell.part_id, cell.folder.name):
-        if kept := finished(cell, session):  # not before it is ours: others may be writing it or putting it aside
-            return kept
+        if record := finished(cell, session):  # read under the claim: another process may be writing or moving it
+            return record
         session.display.cell(cell.folder.name)
         log.info("cell begins: %s", cell.folder.name)
         started = time.perf_counter()
@@ -71,9 +70,8 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
         cell = allocated(cell, loaded, session)
         calibrated = calibration(cell, loaded, session)
         with sparse(cell, loaded, calibrated) as layers:
-            done = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
-        about = {"launch": session.launch, "wall_s": round(time.perf_counter() - started, 3)}
-        record = write(cell, loaded, done, calibrated, about)
+            measured = [measure(cell, source, loaded, layers, parts, session) for source in cell.sources]
+        record = write(cell, loaded, measured, calibrated, session.launch, time.perf_counter() - started)
     log_cell(cfg, record, session.sweep, session.display.say)
     for same in duplicates_of(cfg.results_dir, cell.folder):
         log.warning("%s", same)
@@ -83,9 +81,9 @@ def run(cfg: RunConfig, session: Session) -> CellRecord:
 
 
 def finished(cell: Cell, session: Session) -> CellRecord | None:
-    """The record of a cell that needs no computing; a damaged one is put aside and named.
+    """Return the record of a finished cell, or None. A damaged record is reported and moved to quarantine.
 
-    With `force` only a record of this launch counts, so that the processes of one launch do not repeat each other's work.
+    With `force`, only a record of this launch counts, so that its processes do not repeat each other's work.
     """
     cfg = cell.cfg
     folder = find_cell(cfg.results_dir, cell.cell_id)
@@ -99,7 +97,7 @@ def finished(cell: Cell, session: Session) -> CellRecord | None:
 
 
 def sparse(cell: Cell, loaded: LoadedModel, calibrated: Calibrated) -> AbstractContextManager[SparseModel | None]:
-    """The model made sparse as the cell says, for as long as the block lasts."""
+    """Return a context that makes the model sparse and restores it; it yields None for a dense cell."""
     if cell.sparsification is None:
         return nullcontext()
     return install(loaded.model, cell.sparsification, cell.cfg.targets, calibrated.state, cell.cfg.scope)
@@ -108,25 +106,24 @@ def sparse(cell: Cell, loaded: LoadedModel, calibrated: Calibrated) -> AbstractC
 def measure(
     cell: Cell, source: TaskSource, loaded: LoadedModel, layers: SparseModel | None, parts: Parts, session: Session
 ) -> Part:
-    """Measure one task, unless an earlier run of this cell has; keep it on disk at once."""
+    """Measure one task and write its part, unless an earlier run of the cell has."""
     identity = task_identity(source, cell.cfg)
-    if kept := sound_part(parts, source.task, identity, session.display.say):
-        return kept
+    if part := sound_part(parts, source.task, identity, session.display.say):
+        return part
     session.display.stage(source.task)
     if layers:
         layers.reset_counts()
     started = time.perf_counter()
     result = naming_the_layer(loaded.model, lambda: _evaluate(cell, source, loaded, layers, session))
-    seconds = time.perf_counter() - started
     provenance = {
-        "time_s": round(seconds, 3),
+        "time_s": round(time.perf_counter() - started, 3),
         "tokens": result.n_tokens,
         "scoring": result.scoring,
         "batch_tokens": cell.cfg.eval.batch_tokens,
         SCORES: scores_sha256(result.samples),
     }
     if source.kind == "harness":
-        keep_sound_items(cell, source, identity["data"], session)
+        _keep_items(cell, source, identity["data"], session)
     part = Part(source.task, identity, result.metrics, layers.counts() if layers else [], result.samples, provenance)
     parts.write(part)
     return part
@@ -150,62 +147,69 @@ def _evaluate(
         return within_memory(windows, cfg.eval.batch_tokens, cfg.eval.seqlen)
     return harness.measure(
         model, tokenizer, source,
-        prompting=prompting(cell, source), batch_tokens=cfg.eval.batch_tokens, advance=advance,
+        prompting=_prompting(cell, source), batch_tokens=cfg.eval.batch_tokens, advance=advance,
         scoring=cfg.eval.scoring, across_tokens=cell.across_tokens,
     )  # fmt: skip
 
 
-def keep_sound_items(cell: Cell, source: TaskSource, data: str, session: Session) -> None:
-    """Keep a task's items as text; a file of them that cannot be read is put aside first."""
+def _keep_items(cell: Cell, source: TaskSource, data: str, session: Session) -> None:
+    """Write the items of a task as text; an unreadable file of them is moved to quarantine first."""
     results_dir = cell.cfg.results_dir
     file = items_file(results_dir, source.task, data)
     if what := table_damage(file):
         put_aside(file, results_dir, what, session.display.say)
-    keep_items(results_dir, source, data, prompting(cell, source))
+    keep_items(results_dir, source, data, _prompting(cell, source))
 
 
-def prompting(cell: Cell, source: TaskSource) -> Prompting:
-    """How a task's items become prompts in this cell."""
-    asked = cell.cfg.eval
+def _prompting(cell: Cell, source: TaskSource) -> Prompting:
+    settings = cell.cfg.eval
     return Prompting(
-        limit=asked.limit,
-        num_fewshot=source.num_fewshot(asked.num_fewshot),
-        apply_chat_template=asked.apply_chat_template,
-        fewshot_as_multiturn=asked.fewshot_as_multiturn,
-        system_instruction=asked.system_instruction,
+        limit=settings.limit,
+        num_fewshot=source.num_fewshot(settings.num_fewshot),
+        apply_chat_template=settings.apply_chat_template,
+        fewshot_as_multiturn=settings.fewshot_as_multiturn,
+        system_instruction=settings.system_instruction,
     )
 
 
 def write(
-    cell: Cell, loaded: LoadedModel, parts: Sequence[Part], calibrated: Calibrated, about: Mapping[str, Any]
+    cell: Cell, loaded: LoadedModel, parts: Sequence[Part], calibrated: Calibrated, launch: str, seconds: float
 ) -> CellRecord:
-    """Put a cell's parts together and write its record; `about` goes into its provenance."""
-    cfg = cell.cfg
-    layers = total_counts(parts)
+    """Write the record of a cell.
+
+    Args:
+        cell: the cell.
+        loaded: its model.
+        parts: its measured tasks.
+        calibrated: its calibrated state.
+        launch: id of the launch.
+        seconds: wall-clock time of the cell in this process.
+    """
+    cfg, layers = cell.cfg, total_counts(parts)
     channels, kept = sum(layer.channels for layer in layers), sum(layer.kept for layer in layers)
+    n_or_m = {key: None if cfg.pattern.policy else getattr(cfg.pattern, key) or None for key in ("n", "m")}
     shared = {
         "cell_id": cell.cell_id, "dense_cell_id": cell.dense_cell_id, "model": cfg.model_name, "revision": loaded.revision,
         "operand": cell.sparsification.criterion.operand if cell.sparsification else "none",
-        "pattern": str(cfg.pattern),
-        **{key: None if cfg.pattern.policy else getattr(cfg.pattern, key) or None for key in ("n", "m")},
-        "criterion": cfg.criterion.name if cfg.criterion else "none", "mitigation": cfg.mitigation,
+        "pattern": str(cfg.pattern), **n_or_m, "criterion": cfg.criterion_name, "mitigation": cfg.mitigation,
         "targets": "+".join(cfg.targets) or "none", "scope": cfg.scope, "profile": cfg.profile, "dtype": cfg.dtype,
         "sparsity": 1 - kept / channels if channels else 0.0,
         "flops_share": sum(layer.flops_share for layer in layers), "seed": cfg.seed, "status": "done",
     }  # fmt: skip
+    own_patterns = cell.sparsification.patterns if cell.sparsification else {}
+    patterns = {name: str(pattern) for name, pattern in own_patterns.items()}
+    device = device_kind(cfg.device)
     provenance = {
         "cell_id": cell.cell_id, "dense_cell_id": cell.dense_cell_id, "part_id": cell.part_id, "status": "done",
         "model": {"name": cfg.model_name, "fingerprint": loaded.fingerprint, "revision": loaded.revision},
         "tasks": {part.task: {**part.identity, **part.provenance} for part in parts},
         "time_s": round(sum(part.provenance["time_s"] for part in parts), 3),
         "tokens": sum(part.provenance["tokens"] for part in parts),
-        "peak_memory_bytes": peak_memory_bytes(device_kind(cfg.device)),
-        "device": device_name(device_kind(cfg.device)), "dtype": cfg.dtype, "seed": cfg.seed,
-        "patterns": patterns_of(cell),
-        "calibration": calibrated.provenance(), "limit": cfg.eval.limit, **about,
+        "peak_memory_bytes": peak_memory_bytes(device), "device": device_name(device), "dtype": cfg.dtype, "seed": cfg.seed,
+        "patterns": patterns, "calibration": calibrated.provenance(), "limit": cfg.eval.limit,
+        "launch": launch, "wall_s": round(seconds, 3),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        METHOD: method_id(cfg.dump(), patterns_of(cell)),
-        **environment(),
+        METHOD: method_id(cfg.dump(), patterns), **environment(),
     }  # fmt: skip
     samples = pd.concat([part.samples for part in parts], ignore_index=True)
     metrics = [metric for part in parts for metric in part.metrics]
@@ -214,32 +218,21 @@ def write(
     return record
 
 
-def patterns_of(cell: Cell) -> dict[str, str]:
-    """Each layer's own pattern, where they differ."""
-    return {name: str(own) for name, own in cell.sparsification.patterns.items()} if cell.sparsification else {}
-
-
 def total_counts(parts: Sequence[Part]) -> list[LayerCount]:
-    """The layers' channel counts summed over a cell's tasks."""
-    by_layer: dict[str, list[LayerCount]] = defaultdict(list)
-    for part in parts:
-        for layer in part.layers:
-            by_layer[layer.layer].append(layer)
-    return [
-        LayerCount(
-            name,
-            same[0].in_features,
-            same[0].out_features,
-            sum(c.channels for c in same),
-            sum(c.kept for c in same),
-            same[0].flops_share,
+    """Return the channel counts of each layer, summed over the tasks."""
+    totals: dict[str, LayerCount] = {}
+    for count in (count for part in parts for count in part.layers):
+        total = totals.get(count.layer)
+        totals[count.layer] = (
+            count
+            if total is None
+            else replace(total, channels=total.channels + count.channels, kept=total.kept + count.kept)
         )
-        for name, same in by_layer.items()
-    ]
+    return list(totals.values())
 
 
 def summary(record: CellRecord) -> str:
-    """A cell's numbers on one line."""
-    main = record.metrics.drop_duplicates("task", keep="first")
-    numbers = ", ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in main.itertuples())
+    """Return the first metric of each task and the time taken, on one line."""
+    first = record.metrics.drop_duplicates("task", keep="first")
+    numbers = ", ".join(f"{row.task} {row.metric} {row.value:.4g}" for row in first.itertuples())
     return f"{numbers} ({record.provenance['time_s']:.0f} s)"

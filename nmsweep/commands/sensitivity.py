@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from nmsweep.calibration.sensitivity import output_errors
-from nmsweep.cell.identity import calibration_text, check, identify, sparsification_of
+from nmsweep.cell.check import check
+from nmsweep.cell.identity import calibration_text, identify, sparsification_of
 from nmsweep.cell.prepare import calibration_windows
 from nmsweep.cell.session import Session
 from nmsweep.commands.words import key_values, whole_number
@@ -94,7 +95,7 @@ def _table(cfg: RunConfig, errors: Mapping[str, float], flops: Mapping[str, int]
     table["block"] = table["layer"].str.extract(r"layers\.(\d+)\.", expand=False).astype(int)
     table["projection"] = table["layer"].str.rpartition(".")[2]
     table["pattern"], table["mitigation"] = str(cfg.pattern), cfg.mitigation
-    table["criterion"] = cfg.criterion.name if cfg.criterion else "none"
+    table["criterion"] = cfg.criterion_name
     table["flops_share"] = [flops[name] / sum(flops.values()) for name in errors]
     free = table[table["layer"].isin(_may_be_skipped(cfg, list(errors)))]
     table["skip"] = table.index.isin(free.nlargest(skip, "relative_error").index).astype(int)
@@ -114,7 +115,7 @@ def _may_be_skipped(cfg: RunConfig, layers: Sequence[str]) -> list[str]:
 
 
 def _write(cfg: RunConfig, cell_id: str, table: pd.DataFrame) -> Path:
-    criterion = cfg.criterion.name if cfg.criterion else "none"
+    criterion = cfg.criterion_name
     key = short_hash([cell_id, cfg.calibration.model_dump()])
     name = cell_folder(cfg.results_dir, cfg.model_name, cfg.pattern.slug, criterion, cfg.mitigation, key).name
     file = cfg.results_dir / SENSITIVITY / f"{name}.csv"

@@ -229,6 +229,11 @@ class RunConfig(_Node):
         return name
 
     @property
+    def criterion_name(self) -> str:
+        """Name of the criterion; ``none`` for a dense cell."""
+        return self.criterion.name if self.criterion else "none"
+
+    @property
     def mitigation(self) -> str:
         """The active mitigations as one word, ``shift+var``; ``none`` without any."""
         return "+".join(method.name for method in self.mitigations) or "none"

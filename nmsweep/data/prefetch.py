@@ -1,17 +1,16 @@
-"""Fill a mirror with the data of tasks: what there is to fetch and how large it is, fetching, checking. No torch.
+"""Fill a mirror with the data of tasks: list what to fetch and its size, fetch it, check it. No torch.
 
-`<mirror>/<task>/<split>.jsonl` as `find_task` reads it, and beside every file fetched its digest, `<split>.jsonl.sha256`, by
-which a file that changed since is told and fetched again.
+Files are laid out as `find_task` reads them, ``<mirror>/<task>/<split>.jsonl``. Each fetched file has its digest beside it,
+``<split>.jsonl.sha256``; a file that no longer matches it is fetched again.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nmsweep.data.examples import fewshot_split, needs_split
 from nmsweep.data.hub import hub_rows, hub_size, why_unreachable
+from nmsweep.data.requirements import fewshot_split, needs_split
 from nmsweep.data.tasks import TRAINING_FILES, TaskSource, file_sha256, find_task, task_names
 from nmsweep.errors import DataError
 from nmsweep.results.storage import whole_file, write_text
@@ -23,10 +22,10 @@ class Need:
 
     Attributes:
         task: the task that reads it.
-        split: of the hub's data set.
-        file: its place.
-        state: ``"there"``, ``"damaged"`` (not what was fetched), or ``"missing"``.
-        source: the task as the hub has it.
+        split: split of the hub's data set.
+        file: its path.
+        state: ``"there"``, ``"damaged"`` (its digest differs), or ``"missing"``.
+        source: the task with its data on the hub.
     """
 
     task: str
@@ -42,7 +41,7 @@ class Need:
 
     @property
     def is_local(self) -> bool:
-        """Whether the data set is a folder of this machine, which the data library reads like the hub's."""
+        """Whether the data set is a folder on this machine, which `datasets` reads like one of the hub's."""
         return Path(self.source.hub_name[0]).is_dir()
 
 
@@ -53,35 +52,35 @@ def needs(
     include_path: Path | None,
     training_text: bool = False,
 ) -> list[Need]:
-    """The files that tasks read from a mirror, and their state.
+    """List the files that tasks read from a mirror.
 
     Args:
-        tasks: names; shipped ones and those whose YAML names local files need nothing.
+        tasks: names of tasks; shipped tasks and those whose YAML names local files need none.
         mirror: the folder; it need not exist.
-        num_fewshot: as `eval.num_fewshot`: with examples, the split that they come from is needed too.
-        include_path: the user's task YAMLs.
+        num_fewshot: as `eval.num_fewshot`; with few-shot examples, their split is needed too.
+        include_path: a folder of the user's task YAMLs.
         training_text: whether methods are calibrated on WikiText-2's training text.
 
     Raises:
-        DataError: no such task.
+        DataError: there is no such task.
     """
-    found = []
-    for task in sorted({one for name in tasks for one in task_names(name, include_path)}):
+    wanted = []
+    for task in sorted({task for name in tasks for task in task_names(name, include_path)}):
         for leaf in find_task(task, None, include_path).leaves:
             if leaf.files:
                 continue
             for split in _splits(leaf, leaf.shots(num_fewshot)):
                 file = mirror / leaf.task / (f"{split}.txt" if leaf.kind == "text" else f"{split}.jsonl")
-                found.append(Need(leaf.task, split, file, _state(file), leaf))
+                wanted.append(Need(leaf.task, split, file, _state(file), leaf))
     if training_text:
-        places = [mirror / "wikitext2" / name for name in TRAINING_FILES]
-        file = next((place for place in places if place.is_file()), places[0])
-        found.append(Need("wikitext2", "train", file, _state(file), find_task("wikitext2", None)))
-    return found
+        candidates = [mirror / "wikitext2" / name for name in TRAINING_FILES]
+        file = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+        wanted.append(Need("wikitext2", "train", file, _state(file), find_task("wikitext2", None)))
+    return wanted
 
 
 def _splits(source: TaskSource, num_fewshot: int) -> list[str]:
-    """The evaluated split, and the one that examples come from."""
+    """Return the evaluated split, and the one of the few-shot examples."""
     if not needs_split(source, num_fewshot):
         return [source.split]
     try:
@@ -94,10 +93,10 @@ def _state(file: Path) -> str:
     if not file.is_file():
         return "missing"
     try:
-        known = _digest_file(file).read_text().split()[0]
-    except (OSError, ValueError, IndexError):  # it was put there by others
+        digest = _digest_file(file).read_text().split()[0]
+    except (OSError, ValueError, IndexError):  # a file without a digest was not fetched by nmsweep
         return "there"
-    return "there" if known == file_sha256(file) else "damaged"
+    return "there" if digest == file_sha256(file) else "damaged"
 
 
 def _digest_file(file: Path) -> Path:
@@ -105,7 +104,7 @@ def _digest_file(file: Path) -> Path:
 
 
 def size(need: Need) -> int | None:
-    """Bytes to download for a data set, all its splits; None where the hub does not say.
+    """Return the download size in bytes of all splits of a data set, or None if the hub does not tell.
 
     Raises:
         DataError: the hub does not give it.
@@ -114,49 +113,40 @@ def size(need: Need) -> int | None:
 
 
 def fetch(need: Need) -> int:
-    """Write one file from the hub, with its digest beside it as `sha256sum` writes it; the file's number of rows.
+    """Write one file and its digest, in the format of `sha256sum`; return its number of rows.
 
     Raises:
-        DataError: the hub does not give it, or gives nothing.
+        DataError: the hub does not give the split, or it is empty.
     """
     rows = hub_rows(*need.source.hub_name, need.split, **need.source.hub_options)
     if not rows:
         raise DataError(f"data {need.hub_name}: its split {need.split} is empty; {need.task} cannot be measured on it")
-    with whole_file(need.file) as file:
-        if need.source.kind == "text":
-            _write_text(file, rows)
-        else:
-            _write_rows(file, rows)
+    if need.source.kind == "text":
+        lines = wikitext_lines(rows)
+    else:
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    with whole_file(need.file) as file, file.open("w", encoding="utf-8", newline="\n") as handle:
+        handle.writelines(lines)
     write_text(_digest_file(need.file), f"{file_sha256(need.file)}  {need.file.name}\n")
     return len(rows)
 
 
+def wikitext_lines(rows: Iterable[dict[str, str]]) -> list[str]:
+    """Return the lines of WikiText's raw file; a blank line is a single space there, and an empty string on the hub."""
+    return [row["text"] or " \n" for row in rows]
+
+
 def away(wanted: Iterable[Need]) -> str:
-    """Why the hub, which has some of this, cannot be reached; empty if it can, or if everything is on this machine."""
+    """Return why the hub cannot be reached; empty if it can, or if nothing is needed from it."""
     from_hub = any(need.state != "there" and not need.is_local for need in wanted)
     return why_unreachable() if from_hub else ""
 
 
-def _write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with file.open("w", encoding="utf-8") as handle:
-        for row in rows:
-            handle.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-
-
-def _write_text(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The raw file of WikiText: a blank line is a single space there, and an empty string on the hub."""
-    with file.open("w", encoding="utf-8", newline="\n") as handle:
-        handle.writelines(row["text"] or " \n" for row in rows)
-
-
-Say = Callable[[str], None]
-
-
-def fill(wanted: Sequence[Need], mirror: Path, say: Say) -> list[str]:
-    """Fetch what is not there; go on after a failure, but not to a hub that cannot be reached.
+def fill(wanted: Sequence[Need], mirror: Path, say: Callable[[str], None]) -> list[str]:
+    """Fetch the missing files; a failure does not stop it, but an unreachable hub is not asked again.
 
     Returns:
-        one line for each file that is still missing.
+        One line for each file that is still missing.
     """
     missing: list[str] = []
     if no_hub := away(wanted):
@@ -165,14 +155,14 @@ def fill(wanted: Sequence[Need], mirror: Path, say: Say) -> list[str]:
         if need.state == "there":
             continue
         name = need.file.relative_to(mirror)
-        lacking = f"{name} (task {need.task}, {need.hub_name}, split {need.split})"
+        description = f"{name} (task {need.task}, {need.hub_name}, split {need.split})"
         if no_hub and not need.is_local:
-            missing.append(lacking)
+            missing.append(description)
             continue
         try:
             say(f"  {name}: {fetch(need)} rows")
         except DataError as error:
-            missing.append(f"{lacking}: {error}")
+            missing.append(f"{description}: {error}")
             if no_hub := away([need]):
                 say(f"  the hub cannot be reached any more ({no_hub})")
     return missing

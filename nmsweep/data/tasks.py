@@ -1,10 +1,11 @@
-"""Where a task's items or text lie, and what identifies them. No torch, nothing downloaded.
+"""Tasks: where their items or texts are, and the fingerprints of both. No torch; nothing is downloaded.
 
-A task is either *text* for perplexity (`wikitext2`, `mini_prose`) or an lm-evaluation-harness task. The harness's own
-YAML says how an item becomes a request; only where the items are read from is ever changed.
+A task is a *text*, measured by its perplexity (`wikitext2`, `mini_prose`), or a task of the lm-evaluation-harness. The
+harness's YAML defines how an item becomes a request; nmsweep changes only where the items are read from.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,10 +13,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from nmsweep.data.groups import Member, expanded, group_file, members
+from nmsweep.data.definitions import (
+    Member,
+    expand,
+    find_config,
+    find_group,
+    find_members,
+    harness_folder,
+    is_shipped,
+    names_in,
+    read_config,
+    with_includes,
+)
 from nmsweep.data.hub import hub_fingerprint, hub_rows
-from nmsweep.data.lines import check_lines
-from nmsweep.data.yamls import find_config, harness_folder, is_shipped, read_config, task_files, with_includes
 from nmsweep.errors import DataError, nearest
 
 MINI_FOLDER = Path(__file__).parent / "mini"
@@ -27,28 +37,31 @@ MINI_TASKS = {
     "mini_science": ("arc_easy", "science.jsonl"),
     "mini_yesno": ("boolq", "yesno.jsonl"),
 }
-"""Shipped task: the harness task whose form it has, and its file."""
+"""Shipped task -> the harness task that defines its form, and its file in `MINI_FOLDER`."""
 
 TEXT_TASKS = ("mini_prose", "wikitext2")
 """Tasks that are one text, measured by its perplexity."""
 
 TRAINING_FILES = ("train.txt", "train_head.txt")
-"""WikiText-2's training text in a mirror, or its beginning: what methods are calibrated on."""
+"""Names of WikiText-2's training text, or its beginning, in a mirror. Methods are calibrated on it."""
+
+LONGEST_LINE_BYTES = 16 * 2**20
+"""Longest line accepted in a mirror's file; the longest item of the harness's tasks has less than 1 MiB."""
 
 _WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """One task and where its data is.
+    """A task and its data.
 
     Attributes:
         task: the name in records.
         kind: ``"text"`` or ``"harness"``.
-        config: the harness's own YAML as plain values, functions unresolved; empty for a text.
+        config: the harness's YAML as plain values, functions as names; empty for a text.
         yaml_file: that YAML; None for a text.
-        files: local file of each split; empty where the hub is asked.
-        split: the split that is evaluated; empty for a group.
+        files: local file of each split; empty if the data comes from the hub.
+        split: the evaluated split; empty for a group.
         members: the tasks of a group that is reported as one; empty for a single task.
     """
 
@@ -67,28 +80,29 @@ class TaskSource:
 
     @property
     def version(self) -> str:
-        """The harness's version of the task, with the harness's own; ``1`` for a text.
+        """The task's version and the harness's; ``1`` for a text or a shipped task.
 
-        A YAML of the user's may change without a new version: its definition is part of it.
+        For a YAML of the user's, which may change without a new version, it includes a hash of the definition.
         """
         if self.yaml_file is None or self.task in MINI_TASKS:
             return "1"
-        own = f"{(self.config.get('metadata') or {}).get('version', 0)}/{version('lm_eval')}"
+        words = [str((self.config.get("metadata") or {}).get("version", 0)), version("lm_eval")]
         if not is_shipped(self.yaml_file):
-            own += f"/{self.definition()[:12]}"
+            words.append(self.definition()[:12])
         if self.members:
-            return f"{own}/{_digest(f'{member.task} {member.version}' for member in self.members)[:12]}"
-        return own
+            words.append(_digest(f"{member.task} {member.version}" for member in self.members)[:12])
+        return "/".join(words)
 
     @property
     def generates(self) -> bool:
-        """Whether the model writes text, token by token; else whole sequences are scored."""
+        """Whether the model generates text, rather than scoring given text."""
         return any(leaf.config.get("output_type") == "generate_until" for leaf in self.leaves)
 
     def fingerprint(self, examples: bool = False) -> str:
-        """sha256 of the evaluated split, or of all splits where few-shot examples come from another one.
+        """Return a sha256 of the evaluated split: of the file's bytes, or of the hub's revision.
 
-        Of its file's bytes, or of what the hub calls its revision.
+        Args:
+            examples: whether few-shot examples come from another split; then all splits are hashed.
         """
         if examples:
             return self.content()
@@ -99,7 +113,7 @@ class TaskSource:
         return hub_fingerprint(*self.hub_name, self.split)
 
     def content(self) -> str:
-        """sha256 of all splits that there are."""
+        """Return a sha256 of all available splits."""
         if self.members:
             return _digest(member.content() for member in self.members)
         if not self.files:
@@ -107,7 +121,7 @@ class TaskSource:
         return _digest(f"{split} {file_sha256(file)}" for split, file in sorted(self.files.items()))
 
     def definition(self) -> str:
-        """sha256 of what says how an item becomes a request: the YAML, and the code in its folder; not where the items lie."""
+        """Return a sha256 of the YAML and of the code in its folder, independent of where the items are."""
         assert self.yaml_file is not None
         config = dict(self.config)
         if files := _named_files(config):
@@ -119,62 +133,51 @@ class TaskSource:
         code = [file_sha256(file) for folder in folders for file in sorted(folder.glob("*.py"))]
         return _digest([text, *code])
 
-    def num_fewshot(self, asked: int | None) -> int | None:
-        """Examples before each item; of a group what was asked for, as each of its tasks has its own number."""
-        return asked if self.members else self.shots(asked)
+    def num_fewshot(self, requested: int | None) -> int | None:
+        """Return the number of examples before each item; for a group `requested`, since its tasks may differ."""
+        return requested if self.members else self.shots(requested)
 
-    def shots(self, asked: int | None) -> int:
-        """Examples before each item of a single task: as asked, else its own number; none where its YAML says 0.
+    def shots(self, requested: int | None) -> int:
+        """Return the number of examples before each item of a single task.
 
-        The harness takes such a 0 for a decision that nobody overrules.
+        The task's own number is the default; a task whose YAML says 0 never takes examples, as in the harness.
         """
-        own = self.config.get("num_fewshot")
-        return int(own or 0) if asked is None or own == 0 else asked
+        default = self.config.get("num_fewshot")
+        return int(default or 0) if requested is None or default == 0 else requested
 
     @property
     def hub_name(self) -> tuple[str, str | None]:
+        """Path and config name of the hub's data set."""
         if self.kind == "text":
             return _WIKITEXT_HUB
         return str(self.config["dataset_path"]), self.config.get("dataset_name")
 
     @property
     def hub_options(self) -> dict[str, Any]:
-        """What else the data library is told; code of others' is never run."""
+        """Further arguments of `datasets.load_dataset`; remote code is never trusted."""
         options = self.config.get("dataset_kwargs") or {}
         return {key: value for key, value in options.items() if key != "trust_remote_code"}
 
 
-def _mini(task: str, config: Mapping[str, Any], file: Path, name: str) -> TaskSource:
-    """A shipped task; its few-shot examples are the first ones of a file of their own, the same for every item."""
-    split = _split(config)
-    files = {split: MINI_FOLDER / name, "train": MINI_FOLDER / name.replace(".jsonl", "_examples.jsonl")}
-    own = {"training_split": "train", "fewshot_config": {"sampler": "first_n"}}
-    return TaskSource(task, "harness", {**config, **own}, file, files, split)
-
-
-def _digest(parts: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def task_names(name: str, include_path: Path | None = None) -> list[str]:
-    """The tasks that a name stands for: itself, or those of a tag or of a group that has no number of its own.
+    """Return the tasks of a tag, or of a group without a score of its own; for any other name the name itself.
 
     Raises:
-        DataError: a group whose tasks have no names.
+        DataError: a group that defines tasks without names.
     """
-    return [name] if name in (*TEXT_TASKS, *MINI_TASKS) else expanded(name, include_path)
+    return [name] if name in (*TEXT_TASKS, *MINI_TASKS) else expand(name, include_path)
 
 
 def find_task(task: str, mirror: Path | None, include_path: Path | None = None) -> TaskSource:
     """Find a task by name.
 
     Args:
-        task: a text, a shipped task, or any task of the harness.
+        task: a text, a shipped task, or a task or group of the harness.
         mirror: a folder laid out as ``<task>/<split>.jsonl``; None for the hub.
-        include_path: a folder with task YAMLs of the user's; they win over the harness's.
+        include_path: a folder of the user's task YAMLs; they take precedence over the harness's.
 
     Raises:
-        DataError: no such task, or the mirror lacks its file.
+        DataError: there is no such task, or the mirror lacks its file.
     """
     if task == "mini_prose":
         return TaskSource(task, "text", {}, None, {"test": MINI_FOLDER / "prose.txt"}, "test")
@@ -182,26 +185,34 @@ def find_task(task: str, mirror: Path | None, include_path: Path | None = None) 
         files = {"test": _mirror_file(mirror, "wikitext2", "test.txt")} if mirror else {}
         return TaskSource(task, "text", {}, None, files, "test")
     if task in MINI_TASKS:
-        base, name = MINI_TASKS[task]
-        config, file = _harness_config(base)
-        return _mini(task, config, file, name)
-    if group := group_file(task, include_path):
+        return _mini(task)
+    if group := find_group(task, include_path):
         return _group(task, group, mirror, include_path)
     config, file = _harness_config(task, include_path)
-    files = _own_files(config) or (_mirror_splits(mirror, task, config) if mirror else {})
-    return TaskSource(task, "harness", config, file, files, _split(config))
+    files = _users_files(config) or (_mirror_splits(mirror, task, config) if mirror else {})
+    return TaskSource(task, "harness", config, file, files, _evaluated_split(config))
+
+
+def _mini(task: str) -> TaskSource:
+    """Return a shipped task; its few-shot examples are the first ones of a separate file."""
+    base, name = MINI_TASKS[task]
+    config, file = _harness_config(base)
+    split = _evaluated_split(config)
+    files = {split: MINI_FOLDER / name, "train": MINI_FOLDER / name.replace(".jsonl", "_examples.jsonl")}
+    examples = {"training_split": "train", "fewshot_config": {"sampler": "first_n"}}
+    return TaskSource(task, "harness", {**config, **examples}, file, files, split)
 
 
 def _harness_config(task: str, include_path: Path | None = None) -> tuple[dict[str, Any], Path]:
-    """The YAML of a task, and its file.
+    """Return the definition of a task and its YAML file.
 
     Raises:
-        DataError: there is no such task, or it is none that a YAML describes.
+        DataError: there is no such task, or it is defined by a Python class.
     """
     found = find_config(task, include_path)
     if found is None:
-        own = task_files(include_path) if include_path else {}
-        known = [*own, *task_files(harness_folder()), *MINI_TASKS, *TEXT_TASKS]
+        users = names_in(include_path).tasks if include_path else {}
+        known = [*users, *names_in(harness_folder()).tasks, *MINI_TASKS, *TEXT_TASKS]
         raise DataError(f"tasks: {task!r} is no task of the harness; {nearest(task, known)}")
     if "class" in found[0]:
         raise DataError(f"tasks: {task} is a program of the harness, which nmsweep does not run; leave it out")
@@ -209,7 +220,7 @@ def _harness_config(task: str, include_path: Path | None = None) -> tuple[dict[s
 
 
 def _named_files(config: Mapping[str, Any]) -> dict[str, Path]:
-    """The local JSON files that a task's YAML names itself, by split."""
+    """Return the local JSON files that a task's YAML names, by split."""
     named = (config.get("dataset_kwargs") or {}).get("data_files") if config.get("dataset_path") == "json" else None
     named = {"train": named} if isinstance(named, str) else named
     if not isinstance(named, Mapping) or not all(isinstance(file, str) for file in named.values()):
@@ -217,73 +228,110 @@ def _named_files(config: Mapping[str, Any]) -> dict[str, Path]:
     return {str(split): Path(file) for split, file in named.items()}
 
 
-def _own_files(config: Mapping[str, Any]) -> dict[str, Path]:
-    """`_named_files`, which have to be there; a mirror does not replace them."""
+def _users_files(config: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the files that a YAML names and check that they exist; they take precedence over a mirror."""
     files = _named_files(config)
-    if lost := [str(file) for file in files.values() if not file.is_file()]:
+    if missing := [str(file) for file in files.values() if not file.is_file()]:
         raise DataError(
-            f"task {config.get('task')}: its YAML names {', '.join(lost)}, which does not exist; correct data_files"
+            f"task {config.get('task')}: its YAML names {', '.join(missing)}, which does not exist; correct data_files"
         )
     return files
 
 
 def _group(task: str, file: Path, mirror: Path | None, include_path: Path | None) -> TaskSource:
-    """A group with its tasks; one message if the mirror lacks some of them."""
-    found, missing = [], []
-    named = members(file, include_path)
-    for name, member in named.items():
+    """Return a group with its tasks; one error if the mirror lacks some of them."""
+    sources, errors = [], []
+    members = find_members(file, include_path)
+    for name, member in members.items():
         try:
-            found.append(_member(task, name, member, mirror))
+            sources.append(_member(task, name, member, mirror))
         except DataError as error:
-            missing.append(str(error))
-    if missing or not named:
-        first = missing[0] if missing else "it names none"
-        raise DataError(f"task {task}: {len(missing)} of its {len(named)} tasks cannot be had; the first: {first}")
-    return TaskSource(task, "harness", read_config(file), file, {}, "", tuple(found))
+            errors.append(str(error))
+    if errors or not members:
+        first = errors[0] if errors else "it names none"
+        raise DataError(f"task {task}: {len(errors)} of its {len(members)} tasks cannot be had; the first: {first}")
+    return TaskSource(task, "harness", read_config(file), file, {}, "", tuple(sources))
 
 
 def _member(group: str, name: str, member: Member, mirror: Path | None) -> TaskSource:
-    """A task of a group.
+    """Return a task of a group.
 
     Raises:
-        DataError: it cannot be had, or is another one in the group than by itself.
+        DataError: it is not available, or the group changes its definition.
     """
-    found = find_task(name, mirror, None if member.folder == harness_folder() else member.folder)
-    if other := sorted(key for key, value in member.changes.items() if found.config.get(key) != value):
+    source = find_task(name, mirror, None if member.folder == harness_folder() else member.folder)
+    if changed := sorted(key for key, value in member.changes.items() if source.config.get(key) != value):
         raise DataError(
-            f"task {group}: it sets {', '.join(other)} of {name} anew, which nmsweep does not follow; name tasks of it instead"
+            f"task {group}: it sets {', '.join(changed)} of {name} anew, which nmsweep does not follow; name tasks of it instead"
         )
-    return found
+    return source
 
 
-def _split(config: Mapping[str, Any]) -> str:
-    """The split that the harness evaluates: test if the task has one, else validation."""
-    split = config.get("test_split") or config.get("validation_split")
-    return str(split)
+def _evaluated_split(config: Mapping[str, Any]) -> str:
+    """Return the split that the harness evaluates: test if the task has one, else validation."""
+    return str(config.get("test_split") or config.get("validation_split"))
 
 
 def _mirror_file(mirror: Path, task: str, name: str) -> Path:
     file = mirror / task / name
     if not file.is_file():
-        have = ", ".join(sorted(p.name for p in mirror.iterdir() if p.is_dir())) or "nothing"
+        folders = ", ".join(sorted(path.name for path in mirror.iterdir() if path.is_dir())) or "nothing"
         raise DataError(
-            f"data.mirror: {mirror} has no {task}/{name}, which task {task} needs; it has {have}; "
+            f"data.mirror: {mirror} has no {task}/{name}, which task {task} needs; it has {folders}; "
             "leave the task out, fill the mirror with `nmsweep prefetch`, or pass eval.skip_missing=true"
         )
     return file
 
 
 def _mirror_splits(mirror: Path, task: str, config: Mapping[str, Any]) -> dict[str, Path]:
-    """Files of the evaluated split, and of the others that are there."""
-    evaluated = _split(config)
+    """Return the checked file of the evaluated split, and those of the other splits that exist."""
+    evaluated = _evaluated_split(config)
     files = {evaluated: _mirror_file(mirror, task, f"{evaluated}.jsonl")}
     for key in ("training_split", "validation_split", "fewshot_split"):
         split = config.get(key)
         if split and (other := mirror / task / f"{split}.jsonl").is_file():
             files.setdefault(str(split), other)
     for file in files.values():
-        check_lines(file)
+        if problem := _line_problem(*_stamp(file)):
+            raise DataError(
+                f"data.mirror: {file} {problem}; a JSON object a line is expected; fetch it again with `nmsweep prefetch`"
+            )
     return files
+
+
+@cache
+def _line_problem(file: Path, size: int, mtime_ns: int) -> str:
+    """Return what is wrong with a file of JSON lines; empty if nothing.
+
+    Each line must be a JSON object of at most `LONGEST_LINE_BYTES`: pyarrow's parser can crash the process on others.
+    """
+    n_items = number = 0
+    with file.open("rb") as lines:
+        while line := lines.readline(LONGEST_LINE_BYTES + 1):
+            number += 1
+            if len(line) > LONGEST_LINE_BYTES:
+                return f"has more than {LONGEST_LINE_BYTES >> 20} MiB in line {number}"
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except RecursionError:
+                return f"is nested too deep in line {number}"
+            except ValueError as error:  # invalid JSON or UTF-8
+                return f"is no JSON in line {number} ({error})"
+            if not isinstance(item, dict):
+                return f"has no object in line {number} but {str(item)[:20]!r}"
+            n_items += 1
+    return "" if n_items else "has no item"
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """Return the sha256 of a file, cached while the file does not change."""
+    return _sha256(*_stamp(file))
 
 
 @cache
@@ -292,20 +340,20 @@ def _sha256(file: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def file_sha256(file: Path) -> str:
-    """sha256 of a file, remembered while the file does not change."""
+def _stamp(file: Path) -> tuple[Path, int, int]:
+    """Return the path, size in bytes and modification time in ns of a file."""
     stat = file.stat()
-    return _sha256(file, stat.st_size, stat.st_mtime_ns)
+    return file, stat.st_size, stat.st_mtime_ns
 
 
 def read_text(source: TaskSource) -> str:
-    """The text of a text task.
+    """Return the text of a text task.
 
-    WikiText-2 is ``"\\n\\n".join(rows)`` over the rows of the hub's data set: the lines of ``wiki.test.raw``, each with its
-    newline, a blank line being the empty string.
+    For WikiText-2 it is ``"\\n\\n".join(rows)`` over the rows of the hub's data set. A row is a line of
+    ``wiki.test.raw`` with its newline; a blank line is the empty string.
 
     Raises:
-        DataError: the file is no UTF-8.
+        DataError: the file is not UTF-8.
     """
     try:
         if source.task == "wikitext2":

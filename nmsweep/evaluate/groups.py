@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
 
+from nmsweep.data.definitions import as_list
 from nmsweep.data.tasks import TaskSource
-from nmsweep.data.yamls import listed
 from nmsweep.errors import DataError
 from nmsweep.evaluate.base import TaskResult
 from nmsweep.results.record import Metric
@@ -38,7 +38,7 @@ def pooled(source: TaskSource, results: Sequence[TaskResult]) -> TaskResult:
         result.samples.assign(task=source.task, subtask=member.task)
         for member, result in zip(source.members, results, strict=True)
     ]
-    wanted = listed(source.config.get("aggregate_metric_list"))
+    wanted = as_list(source.config.get("aggregate_metric_list"))
     metrics = []
     for entry in wanted:
         by_size = bool(entry.get("weight_by_size", True))
@@ -59,7 +59,7 @@ def _names(metric: str, filters: Any, results: Sequence[TaskResult]) -> list[str
     names = {known.metric for result in results for known in result.metrics}
     if filters is None:
         return sorted(name for name in names if name.partition(":")[0] == metric)
-    return sorted(names & {metric, *(f"{metric}:{name}" for name in listed(filters))})
+    return sorted(names & {metric, *(f"{metric}:{name}" for name in as_list(filters))})
 
 
 def _metric(result: TaskResult, name: str) -> Metric | None:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from lm_eval.evaluator import evaluate as harness_evaluate
 
-from nmsweep.data.examples import fewshot_split, needs_split
+from nmsweep.data.requirements import fewshot_split, needs_split
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import NonFiniteError
 from nmsweep.evaluate.base import Advance, Prompting, TaskResult

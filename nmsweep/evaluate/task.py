@@ -14,8 +14,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from nmsweep.data.examples import fewshot_split, needs_split
 from nmsweep.data.hub import unreachable
+from nmsweep.data.requirements import fewshot_split, needs_split
 from nmsweep.data.tasks import MINI_TASKS, TaskSource
 from nmsweep.errors import DataError
 from nmsweep.evaluate.base import Prompting

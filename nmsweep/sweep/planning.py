@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nmsweep.cell.identity import check, identify
+from nmsweep.cell.check import check
+from nmsweep.cell.identity import identify
 from nmsweep.cell.session import device_of, model_key
 from nmsweep.config.schema import RunConfig, short_hash, to_plain
 from nmsweep.errors import InputError

@@ -14,8 +14,7 @@ import pytest
 
 from nmsweep.cell.session import Session
 from nmsweep.config.schema import short_hash
-from nmsweep.data.lines import LONGEST_BYTES
-from nmsweep.data.tasks import find_task
+from nmsweep.data.tasks import LONGEST_LINE_BYTES, find_task
 from nmsweep.errors import DataError, InputError
 from nmsweep.results.owner import Owner
 from nmsweep.sweep.plan import load, plan_ids
@@ -226,7 +225,7 @@ MALFORMED = {
     "empty": (b"\n", "has no item"),
     "lists": (lines() + b"[1, 2]\n", "has no object in line 7"),
     "deep": (lines() + b'{"question":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is nested too deep in line 7"),
-    "gigantic": (lines() + b'{"question": "' + b"x" * LONGEST_BYTES + b'"}', "has more than 16 MiB in line 7"),
+    "gigantic": (lines() + b'{"question": "' + b"x" * LONGEST_LINE_BYTES + b'"}', "has more than 16 MiB in line 7"),
 }
 """Of these the nested one ends the whole process in Arrow's parser, were it read there."""
 

@@ -52,7 +52,7 @@ def test_calibrating_on_the_evaluated_text_is_refused(nmsweep: CLI, results: Pat
 
 
 def test_a_criterion_that_looks_ahead_is_refused_where_text_is_generated() -> None:
-    from nmsweep.cell.identity import _scope_errors
+    from nmsweep.cell.check import _scope_errors
     from nmsweep.config.compose import cells_of
     from nmsweep.data.tasks import TaskSource
 

@@ -170,7 +170,7 @@ def test_the_raw_text_reads_back_as_the_hubs_rows(tmp_path: Path) -> None:
     rows = [{"text": ""}, {"text": " = A title = \n"}, {"text": ""}, {"text": " A line . \n"}]
     place = tmp_path / "wikitext2" / "test.txt"
     place.parent.mkdir()
-    prefetch._write_text(place, rows)
+    place.write_text("".join(prefetch.wikitext_lines(rows)))
     from nmsweep.data.tasks import _wikitext_rows
 
     assert "wikitext2" in TEXT_TASKS

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from nmsweep.cell.identity import task_identity, task_sources
 from nmsweep.config.compose import cells_of
-from nmsweep.data import extras
+from nmsweep.data import requirements
 from nmsweep.data.tasks import MINI_FOLDER, find_task
 from nmsweep.evaluate import harness
 from nmsweep.evaluate.base import Prompting
@@ -148,10 +148,10 @@ def test_ifeval_says_what_it_lacks(
 ) -> None:
     write_lines(tmp_path / "mirror" / "ifeval" / "train.jsonl", [{"key": 1, "prompt": "Say hi."}])
     if lacking == "package":
-        monkeypatch.setattr(extras, "PACKAGES", {"ifeval": ("no_such_package_anywhere",)})
+        monkeypatch.setattr(requirements, "PACKAGES", {"ifeval": ("no_such_package_anywhere",)})
     else:
-        monkeypatch.setattr(extras, "PACKAGES", {})
-        monkeypatch.setattr(extras, "NLTK_DATA", {"ifeval": "tokenizers/no_such_data"})
+        monkeypatch.setattr(requirements, "PACKAGES", {})
+        monkeypatch.setattr(requirements, "NLTK_DATA", {"ifeval": "tokenizers/no_such_data"})
     words = (*TINY, "tasks=ifeval", f"data.mirror={tmp_path / 'mirror'}", f"results_dir={results}")
     code, _, err = nmsweep(*words)
     assert code == 2

@@ -90,7 +90,11 @@ def _run(pointers: Any, dtype: Any, key_type: Any) -> None:
         channels *= 2
     room = filled * (channels if m <= LARGEST_M else m)
     keys, keep = np.zeros((2, room), key_type), np.empty((2, room), np.uint8)
-    sorting, threshold, taken = np.empty((channels, filled), key_type), np.empty(filled, key_type), np.empty(filled, np.uint8)
+    sorting, threshold, taken = (
+        np.empty((channels, filled), key_type),
+        np.empty(filled, key_type),
+        np.empty(filled, np.uint8),
+    )
     made, ordered = np.empty((chunk_rows, hidden), dtype), np.empty(hidden, dtype)
     centre = np.zeros((chunk_rows, hidden), dtype)
     if call.centre == _OF_CHANNELS:
@@ -201,7 +205,6 @@ def _make(call: Any, first: int, x: Any, scale: Any, gain: Any, wide_gain: Any, 
         else:
             for i in range(hidden):
                 made[r, i] = _pattern(_rounded(_value(x, r, i) * factor, made) * _value(gain, 0, i), made)
-
 
 
 @jit
@@ -470,7 +473,9 @@ def _mean(x: Any, r: int) -> Any:
         for i in range(hidden):
             mean += np.float64(_value(x, r, i))
     elif peak > 0:
-        power = np.int64(np.float64(np.int32(peak).view(np.float32)).view(np.int64) & np.int64(_EXPONENT)).view(np.float64)
+        power = np.int64(np.float64(np.int32(peak).view(np.float32)).view(np.int64) & np.int64(_EXPONENT)).view(
+            np.float64
+        )
         scale, total = 2.0**35 / power, np.int64(0)
         for i in range(hidden):
             total += np.int64(np.rint(np.float64(_value(x, r, i)) * scale))
