@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from support.results_folder import HOSTILE, MINI, REAL, Plan, make_results
 
-from nmsweep.commands.report import parse_words, report
+from nmsweep.commands.report import main as report
+from nmsweep.commands.report import parse_words
 from nmsweep.errors import InputError
 from nmsweep.report.numbers.check import check_results
 from nmsweep.report.numbers.contrast import contrast
@@ -23,7 +24,8 @@ from nmsweep.report.show import formats
 from nmsweep.report.show.spec import PRESETS, TableSpec, parse_spec
 from nmsweep.report.show.tables import make_tables, preset_tables
 from nmsweep.results.read import Results, read_results
-from nmsweep.results.record import METRIC_COLUMNS, items_file
+from nmsweep.results.layout import items_file
+from nmsweep.results.record import METRIC_COLUMNS
 from nmsweep.results.samples import ItemGroup, read_groups
 from nmsweep.statistics.comparison import compare, compare_cells, mean_replicates
 
