@@ -293,3 +293,42 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(
     assert err.count("tokenizer is damaged") >= 2
     assert len(tried) == 1
     assert len(list((results / "failed").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        ("--cfg job", 0, "criterion:"),
+        ("--cfg job --package eval --resolve", 0, "seqlen: 2048"),
+        ("--cfg hydra hydra/launcher=joblib", 0, "nmsweep.sweep.executors.local.WorkerProcesses"),
+        ("--info defaults", 0, "hydra/launcher"),
+        ("--help", 0, "Groups (one file an option: group=option):"),
+        ("--hydra-help", 0, "--shell-completion"),
+        ("--shell-completion install=bash", 0, "hydra_bash_completion"),
+        ("--version", 0, "Hydra 1."),
+        ("--config-name other", 2, "choose a file with experiment=NAME"),
+        ("-cp other", 2, "add options of yours with --config-dir DIR"),
+        ("--resolve", 2, "goes with --cfg or --help"),
+        ("--experimental-rerun config.pickle", 2, "`nmsweep retry` gives the words of the latest sweep again"),
+        ("--nothing", 2, "no such option; see `nmsweep --help`"),
+        ("-m --config-dir", 2, "expected one argument"),
+        ("hydra.job.chdir=true", 2, "has no effect, as Hydra only composes; allowed: hydra.launcher"),
+    ],
+)
+def test_hydras_own_options_work_or_say_what_to_use(nmsweep: Call, words: str, code: int, expected: str) -> None:
+    ended, out, err = nmsweep(*words.split())
+    assert ended == code, err
+    assert expected in (err if code else out)
+    if code:
+        assert err.count("\n") == 1
+
+
+def test_options_may_stand_between_overrides(nmsweep: Call, results: Path, tmp_path: Path) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\npattern: '2:4'\nhydra: {mode: MULTIRUN, sweeper: {params: {mitigation: 'none,shift'}}}\n"
+    )
+    words = ("plan", *TINY, "--config-dir", str(tmp_path / "own"), "experiment=mine", f"results_dir={results}")
+    code, out, err = nmsweep(*words)
+    assert code == 0, err
+    assert "3 cells, 0 exist" in out
