@@ -1,4 +1,4 @@
-"""nmsweep as a model of the lm-evaluation-harness: `python -m nmsweep.lm_eval --model nmsweep --model_args …` is its own CLI.
+"""nmsweep as a model of the lm-evaluation-harness, with the harness's own command line.
 
 python -m nmsweep.lm_eval --model nmsweep --model_args pretrained=smollm2,pattern=8:16,mitigation=shift --tasks arc_easy
 """
@@ -7,7 +7,6 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +27,26 @@ from nmsweep.evaluate import lm
 from nmsweep.sparsity.install import install
 
 _OF_LM_EVAL = ("eval", "baseline", "force", "cluster", "loggers", "hydra")
-"""Keys of a run, by their first word, that have no effect on a model of lm-eval's; of `eval` all but `eval.include_path`."""
+"""First words of the keys that have no effect on a model of lm-eval; `eval.include_path` has one."""
 
 
 @register_model("nmsweep")
 class NMSweepLM(lm.NMSweepLM):
-    """A model that is sparse for as long as this object lives.
+    """A model of lm-eval that stays sparse as long as this object exists.
 
     Args:
         pretrained: a model of `nmsweep list`, a local folder or GGUF file, or ``owner/name`` on the hub.
         device: as in nmsweep; None for ``auto``.
-        batch_tokens: padded tokens computed at once.
+        batch_tokens: padded tokens per batch.
         scoring: ``"packed"`` or ``"stock"``.
-        batch_size, max_batch_size: the harness gives them; rows are counted by their tokens here.
-        overrides: any other key of a run (``pattern``, ``policy``, ``criterion``, ``mitigation``, ``targets``, ``scope``,
-            ``dtype``, ``mitigations.shift.stat``, ``calibration.source``, …), by default as on nmsweep's own command line.
-            `tasks`, with `eval.include_path` and `data.mirror`, says what the calibration text must not be.
+        batch_size, max_batch_size: passed by the harness and ignored; `batch_tokens` decides.
+        overrides: any other key of the command line (``pattern``, ``policy``, ``criterion``, ``mitigation``, ``targets``, ``scope``,
+            ``dtype``, ``mitigations.shift.stat``, ``calibration.source``, …), with the same defaults. `tasks`, with
+            `eval.include_path` and `data.mirror`, names the tasks that the calibration text must not overlap with.
 
     Raises:
-        InputError: as on nmsweep's own command line, all mistakes together; a method that needs a calibration text without
-            `tasks` or `calibration.source`; while it is asked, tasks that its scope, criterion or text does not go with.
+        InputError: as on the command line, all mistakes together; a method that needs a calibration text, without `tasks` or
+            `calibration.source`; and, while requests are answered, tasks that do not fit the scope, criterion or text.
     """
 
     def __init__(
@@ -64,13 +63,12 @@ class NMSweepLM(lm.NMSweepLM):
         cell = None if cfg.pattern.is_dense else _cell(cfg, "tasks" in overrides)
         session = Session()
         loaded = session.model(cfg)
-        stack = ExitStack()
-        self._dense_again = weakref.finalize(self, stack.close)
         if cell is not None:
             cell = allocated(cell, loaded, session)
-            made, state = cell.sparsification, calibration(cell, loaded, session).state
-            assert made is not None
-            stack.enter_context(install(loaded.model, made, cfg.targets, state, cfg.scope))
+            sparsification, state = cell.sparsification, calibration(cell, loaded, session).state
+            assert sparsification is not None
+            sparse = install(loaded.model, sparsification, cfg.targets, state, cfg.scope)
+            self._dense_again = weakref.finalize(self, sparse.restore)
         self._cell = cell
         across = cell is not None and cell.across_tokens
         super().__init__(
@@ -90,7 +88,7 @@ class NMSweepLM(lm.NMSweepLM):
         return super().generate_until(requests, disable_tqdm)
 
     def _check(self, requests: Sequence[Instance], generates: bool = False) -> None:
-        """Refuse tasks that a cell of nmsweep would have refused before it began: here they are known only now."""
+        """Check tasks against scope and calibration text; unlike in a cell, they are known only from the requests."""
         if self._cell is None:
             return
         docs: dict[str, dict[int, Any]] = {}
@@ -106,11 +104,11 @@ class NMSweepLM(lm.NMSweepLM):
 def _config(
     pretrained: str, device: str | None, batch_tokens: int, scoring: str, overrides: Mapping[str, Any]
 ) -> RunConfig:
-    """The run that the arguments describe, its method checked."""
+    """Return the checked config that the arguments describe."""
     if without := [key for key in overrides if key.split(".")[0] in _OF_LM_EVAL and key != "eval.include_path"]:
         raise InputError(
             *(
-                f"{key}: has no effect here; give lm-eval its own option, or batch_tokens= and scoring= as they are"
+                f"{key}: has no effect here; use the option of lm-eval, or batch_tokens= and scoring= without a prefix"
                 for key in without
             )
         )
@@ -124,21 +122,21 @@ def _config(
 
 
 def _cell(cfg: RunConfig, names_tasks: bool) -> Cell:
-    """The cell that has the state of a sparse model, in `results_dir` where it is kept. Tasks play no part in it.
+    """Return the cell whose calibrated state is used and stored in `results_dir`; it does not depend on tasks.
 
     Raises:
-        InputError: it sees a text, and nothing says which one it may see.
+        InputError: it needs a calibration text, and neither the text nor the tasks are named.
     """
     if sees_text(cfg) and cfg.calibration.source == "auto" and not names_tasks:
         raise InputError(
-            "calibration.source: auto goes by the tasks, which lm-eval does not tell a model; name them as nmsweep does, "
-            "tasks=…, or the text: calibration.source=mini, wikitext2 or a text file"
+            "calibration.source: auto goes by the tasks, which lm-eval does not tell a model; name them with tasks=…, "
+            "or the text with calibration.source=mini, wikitext2 or a text file"
         )
     return identify(cfg, sources=None if names_tasks else ())
 
 
 def model_words(pretrained: str) -> list[str]:
-    """The overrides that name a model."""
+    """Return the overrides that select a model."""
     if pretrained in options("model"):
         return [f"model={pretrained}"]
     if Path(pretrained).exists():
@@ -152,7 +150,7 @@ def model_words(pretrained: str) -> list[str]:
 
 
 def main() -> int:
-    """The harness's own command line, with this model registered."""
+    """Run the harness's command line with this model registered."""
     try:
         cli_evaluate()
     except NmsweepError as error:

@@ -89,10 +89,12 @@ class _Contract:
         ]  # fmt: skip
 
     def declarations(self) -> str:
-        """A method fills one slot.
+        """A method fills one slot, and there is at most one criterion.
 
         A criterion keeps slot = "weight"; a mitigation names one of rotation, eta, nu, residual, gamma, beta.
         """
+        if len(criteria := [type(method).__name__ for method in self.methods if isinstance(method, Criterion)]) > 1:
+            return f"{' and '.join(criteria)} are criteria"
         for method in self.methods:
             free = set(SLOT_ORDER) - {"weight", "threshold"}
             if getattr(method, "slot", None) not in ({"weight"} if isinstance(method, Criterion) else free):

@@ -1,7 +1,8 @@
 """Keep the generated parts of this folder's pages in step with the code: `python docs/methods/build.py`.
 
-A page is one method. What its YAML file and its class say stands between two marks and is written here; formula, cost and
-failures are written by hand below. README.md gets the list of all pages, and the measured table from table.csv; the project's README one row a method.
+A page is one method. The part between two marks comes from its YAML file and its class; formula, cost and failures below are
+written by hand. README.md gets the list of all pages and the measured table from table.csv, and the project's README one row for
+each method.
 """
 
 import importlib
@@ -27,45 +28,45 @@ SLOTS = {"rotation": "Q", "eta": "η", "weight": "w", "nu": "ν", "residual": "U
 
 
 def methods() -> dict[str, Option]:
-    """All criteria and mitigations that are shipped, by name."""
+    """Return all shipped methods by name."""
     return {**options("criterion"), **options("mitigations")}
 
 
 def class_of(option: Option) -> type:
     module, _, name = str(option.node["_target_"]).rpartition(".")
-    found: type = getattr(importlib.import_module(module), name)
-    return found
+    cls: type = getattr(importlib.import_module(module), name)
+    return cls
 
 
 def head(option: Option) -> str:
-    """What the code says of a method, as Markdown."""
-    made = class_of(option)
-    prunes_weights = getattr(made, "operand", "activations") == "weights"
-    slot = "prunes the weights" if prunes_weights else f"fills {SLOTS[made.slot]}"  # type: ignore[attr-defined]
+    """Return the generated part of a page, as Markdown."""
+    cls = class_of(option)
+    prunes_weights = getattr(cls, "operand", "activations") == "weights"
+    slot = "prunes the weights" if prunes_weights else f"fills {SLOTS[cls.slot]}"  # type: ignore[attr-defined]
     lines = [
         f"{option.summary}\n",
         f"| `{KINDS[option.group]}={option.name}` | {slot} |",
         "|:--|:--|",
-        f"| made from | {STATES[made.calibration]} |",  # type: ignore[attr-defined]
+        f"| made from | {STATES[cls.calibration]} |",  # type: ignore[attr-defined]
     ]
     for name, value in option.node.items():
         if name not in ("_target_", "name"):
             key = f"mitigations.{option.name}.{name}" if option.group == "mitigations" else f"criterion.{name}"
             lines.append(f"| `{key}` | `{str(value).lower()}`{_comment(option, name)} |")
     for word in ("Source", "Differs"):
-        if text := doc_section(made, word):
+        if text := doc_section(cls, word):
             lines.append(f"| {word.lower()} | {text.replace('|', chr(92) + '|')} |")
-    file = Path(inspect.getfile(made)).relative_to(HERE.parent.parent.resolve())
+    file = Path(inspect.getfile(cls)).relative_to(HERE.parent.parent.resolve())
     return "\n".join([*lines, f"| code | [{file.name}](../../{file.as_posix()}) |"])
 
 
 def _comment(option: Option, key: str) -> str:
-    found = re.search(rf"^{key}:.*?#\s*(.+)$", option.file.read_text(), re.MULTILINE)
-    return f": {found[1]}".replace("|", "\\|") if found else ""
+    comment = re.search(rf"^{key}:.*?#\s*(.+)$", option.file.read_text(), re.MULTILINE)
+    return f": {comment[1]}".replace("|", "\\|") if comment else ""
 
 
 def index() -> str:
-    """The list of all pages."""
+    """Return the list of all pages."""
     lines = ["| method | what | made from |", "|:--|:--|:--|"]
     groups = [
         [o for o in options("criterion").values() if class_of(o).operand == "activations"],  # type: ignore[attr-defined]
@@ -79,7 +80,7 @@ def index() -> str:
 
 
 def rows() -> str:
-    """One row a method with its source, for the README."""
+    """Return one row for each method with its source, for the README."""
     lines = ["| method | what | source |", "|:--|:--|:--|"]
     for option in methods().values():
         source = doc_section(class_of(option), "Source").replace("|", "\\|").removesuffix(".")
@@ -90,7 +91,7 @@ def rows() -> str:
 
 
 def filled(text: str, name: str, content: str) -> str:
-    """A page's text with one generated part replaced.
+    """Return a page's text with one generated part replaced.
 
     Raises:
         ValueError: the page lacks its marks.
@@ -104,9 +105,9 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every page with its generated parts as they should be."""
-    found = {HERE / f"{name}.md": (name, head(option)) for name, option in methods().items()}
-    texts = {file: filled(file.read_text(), name, content) for file, (name, content) in found.items()}
+    """Return every page with its generated parts up to date."""
+    heads = {HERE / f"{name}.md": (name, head(option)) for name, option in methods().items()}
+    texts = {file: filled(file.read_text(), name, content) for file, (name, content) in heads.items()}
     readme = filled((HERE / "README.md").read_text(), "index", index())
     if (HERE / "table.csv").is_file():
         readme = filled(readme, "table", table.markdown(table.read_table()))

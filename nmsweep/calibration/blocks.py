@@ -1,7 +1,8 @@
 """Run the decoder blocks of a model one at a time, and catch the inputs and gradients of layers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,19 +39,11 @@ class Blocks:
     def first_inputs(self) -> list[Tensor]:
         """Return the hidden states [1, seqlen, hidden] of every window before the first block."""
         self._kwargs = self._side_inputs()
-        inputs: list[Tensor] = []
-
-        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs.append(args[0] if args else kwargs["hidden_states"])
-            raise _Reached
-
-        hook = self._modules[0].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            for window in self._ids.split(1):
-                _until_stop(lambda window=window: self._decoder(input_ids=window, use_cache=False))
-        finally:
-            hook.remove()
-        return inputs
+        first = self._modules[0]
+        return [
+            _caught_input(first, partial(self._decoder, input_ids=window, use_cache=False))
+            for window in self._ids.split(1)
+        ]
 
     def _side_inputs(self) -> list[dict[str, Any]]:
         """Return the keyword arguments of every block, from one pass of one window."""
@@ -75,25 +68,24 @@ class Blocks:
 
     def input_of(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Return the input of a layer inside a block, [1, seqlen, in]; the block runs no further than that."""
-        caught: list[Tensor] = []
-
-        def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
-            caught.append(args[0])
-            raise _Reached
-
-        hook = layer.register_forward_pre_hook(catch)
-        try:
-            _until_stop(lambda: self.run(index, hidden))
-        finally:
-            hook.remove()
-        return caught[0]
+        return _caught_input(layer, partial(self.run, index, hidden))
 
 
-def _until_stop(forward: Any) -> None:
+def _caught_input(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
+    """Return the first input of a module during a forward pass, which ends there."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    hook = module.register_forward_pre_hook(catch, with_kwargs=True)
     try:
         forward()
     except _Reached:
-        return
+        return caught[0]
+    finally:
+        hook.remove()
     raise RuntimeError("a decoder block never called the layer whose input was requested")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nmsweep.calibration.fit import fit
-from nmsweep.calibration.search import search
+from nmsweep.calibration.policy import search
 from nmsweep.calibration.store import Calibrated, read_state, state_file, write_state
 from nmsweep.calibration.text import adds_bos, default_samples, windows
 from nmsweep.cell.identity import Cell

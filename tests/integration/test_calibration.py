@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nmsweep.calibration import Calibrated, fit
+from nmsweep.calibration.api import calibrate
 from nmsweep.calibration.store import read_state, state_file, write_state
 from nmsweep.config.schema import CalibrationConfig
+from nmsweep.methods.base import Fitter, Layer, Mitigation, Pruning, Slots, State
 from nmsweep.methods.fitters import order_statistic
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity.api import assemble
@@ -83,6 +86,63 @@ def test_slots_are_filled_in_order_each_of_the_tensor_it_will_see() -> None:
     u = torch.where(score >= state["threshold"], x, eta)
     weight = model.get_submodule(layer).weight.detach()
     torch.testing.assert_close(state["beta"], weight @ (x - u).mean(dim=(0, 1)), rtol=1e-6, atol=1e-9)
+
+
+class _Mean(Fitter):
+    """An author's statistic, which knows nothing of rotations and shifts."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.rows = name, []
+
+    def update(self, x: Any) -> None:
+        self.rows.append(x)
+
+    def result(self) -> dict[str, Tensor]:
+        if isinstance(self.rows[0], Pruning):
+            return {
+                f"{self.name}.{part}": torch.cat([getattr(row, part) for row in self.rows])
+                for part in ("x", "u", "removed")
+            }
+        return {self.name: torch.cat(self.rows).mean(dim=0)}
+
+
+class _Eta(Mitigation):
+    slot = "eta"
+    calibration = "text"
+
+    def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
+        return replace(slots, eta=self.state_entry(layer, state, "eta"))
+
+    def fitter(self, layer: Layer, slots: Slots) -> Fitter:
+        return _Mean("eta")
+
+
+class _Beta(Mitigation):
+    slot = "beta"
+    calibration = "text"
+
+    def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
+        return slots
+
+    def fitter(self, layer: Layer, slots: Slots) -> Fitter:
+        return _Mean("beta")
+
+
+def test_an_authors_fitters_see_the_tensor_of_their_slot() -> None:
+    """Under a rotation η is of Qᵀx, w of Qᵀx − η, and β of the pruning of both; tokens out of scope are left out."""
+    model, layer = model_of("tiny-qwen2", "float64"), "model.layers.0.self_attn.q_proj"
+    state = calibrate(
+        model, text(), pattern="2:4", criterion="rms", mitigation=["larosa", _Eta(), "rsparse", _Beta()], mitigations={"rsparse": {"rank": 4}},
+        scope="skip_first:4", prefix="dense",
+    )[layer]  # fmt: skip
+    x = (inputs_of(model, layer, text()) @ state["Q"])[:, 4:].flatten(0, 1)
+    torch.testing.assert_close(state["eta"], x.mean(dim=0))
+    z = x - state["eta"]
+    torch.testing.assert_close(state["rms"], z.square().mean(dim=0).sqrt())
+    torch.testing.assert_close(state["beta.x"], x)
+    kept = (z * state["rms"]).abs().unflatten(-1, (-1, 4)).argsort(dim=-1).argsort(dim=-1).flatten(-2) >= 2
+    torch.testing.assert_close(state["beta.u"], torch.where(kept, x, state["eta"]))
+    torch.testing.assert_close(state["beta.removed"], torch.where(kept, 0.0, z))
 
 
 @pytest.mark.parametrize(

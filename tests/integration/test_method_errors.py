@@ -14,6 +14,7 @@ CLI = Callable[..., tuple[int, str, str]]
         (["mitigation=shift+shift_static"], ["shift and shift_static both set eta"]),
         (["mitigation=bias_static+bias_learned"], ["both set beta"]),
         (["mitigation=shift+shift"], ["shift is named 2 times"]),
+        (["criterion=clact_static"], ["criterion: 'clact_static' is not known; did you mean clact", " rms,"]),
         (["mitigation=sparsegpt"], ["mitigation: 'sparsegpt' is not known"]),
         (["criterion=wanda", "mitigation=shift+var"], ["mitigation: shift+var corrects activations, but criterion wanda prunes weights"]),
         (["criterion=wt", "scope=skip_first:4"], ["scope: skip_first:4 chooses tokens"]),

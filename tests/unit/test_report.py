@@ -23,8 +23,8 @@ from nmsweep.report.numbers.scores import Scores, make_scores
 from nmsweep.report.show import formats
 from nmsweep.report.show.spec import PRESETS, TableSpec, parse_spec
 from nmsweep.report.show.tables import make_tables, preset_tables
-from nmsweep.results.read import Results, read_results
 from nmsweep.results.layout import items_file
+from nmsweep.results.read import Results, read_results
 from nmsweep.results.record import METRIC_COLUMNS
 from nmsweep.results.samples import ItemGroup, read_groups
 from nmsweep.statistics.comparison import compare, compare_cells, mean_replicates
