@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from nmsweep.errors import InputError
-from nmsweep.results.samples import Floats, ItemGroup, item_groups, numeric_table
+from nmsweep.results.samples import Floats, ItemGroup, item_groups, typed
 from nmsweep.results.tidy import PERPLEXITY
 from nmsweep.statistics.intervals import Replicates, percentile_interval, resample_counts, resampled_means
 from nmsweep.statistics.tests import holm, mcnemar
@@ -82,11 +81,8 @@ def group_of_two(dense: pd.DataFrame, sparse: pd.DataFrame) -> ItemGroup:
     Raises:
         InputError: the windows have other numbers of tokens.
     """
-    numbered = {
-        name: numeric_table(pa.Table.from_pandas(samples.assign(item=range(len(samples))), preserve_index=False))
-        for name, samples in (("dense", dense), ("sparse", sparse))
-    }
-    groups = list(item_groups(numbered))
+    sides = {"dense": dense, "sparse": sparse}
+    groups = list(item_groups({name: typed(side.assign(item=range(len(side)))) for name, side in sides.items()}))
     if len(groups) > 1:
         raise InputError(_other_items(groups[0].task, dense, sparse))
     return groups[0]
@@ -160,7 +156,8 @@ def _mean_of_slice(group: ItemGroup, name: str, cells: Sequence[str]) -> Floats:
     values, tokens = group.of(name, cells), group.of("n_compared", cells)
     weights = np.where(np.isnan(values), 0, np.nan_to_num(tokens))
     with np.errstate(invalid="ignore"):
-        return (np.nan_to_num(values) * weights).sum(axis=1) / weights.sum(axis=1)
+        means: Floats = (np.nan_to_num(values) * weights).sum(axis=1) / weights.sum(axis=1)
+    return means
 
 
 def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[str]) -> dict[str, Floats]:

@@ -83,5 +83,5 @@ def percentile_interval(replicates: ArrayLike) -> tuple[Floats, Floats]:
         The lower and the upper ends, [rows]; NaN where one of the row's replicates is NaN.
     """
     with np.errstate(invalid="ignore"):  # a relative drop from 0 is infinite
-        low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1)
+        low, high = np.quantile(np.asarray(replicates), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1)
     return low, high

@@ -84,9 +84,7 @@ def make_scores(results: Results, problems: list[str]) -> Scores:
         problems: receives a message for samples that cannot be read; their cells have no intervals.
     """
     per_task, groups = compared(results, primary(results.tidy), problems)
-    sparse = results.done[results.done["pattern"] != "dense"]
-    metrics = dict(zip(per_task["task"], per_task["metric"], strict=True))
-    flips = flipped_items(groups, sparse["dense_cell_id"].to_dict(), metrics)
+    flips = flipped_items(groups, _dense_of(results), dict(zip(per_task["task"], per_task["metric"], strict=True)))
     per_cell, tasks = _averages(per_task), _tasks_of(per_task)
     known = per_task[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None)
     places = {
@@ -114,13 +112,17 @@ def compared(results: Results, tidy: pd.DataFrame, problems: list[str]) -> tuple
     done = results.done
     groups = read_groups({str(cell): place / "samples.parquet" for cell, place in done["place"].items()}, problems)
     metrics = {str(task): list(names.unique()) for task, names in tidy.groupby("task", sort=False)["metric"]}
-    dense_of = done.loc[done["pattern"] != "dense", "dense_cell_id"].to_dict()
-    items = compare_cells(groups, dense_of, metrics)
+    items = compare_cells(groups, _dense_of(results), metrics)
     items["p_holm"] = holm_by_task(items)
     table = drops(tidy)
     keys = ["cell_id", "task", "metric"]
     added = [name for name in items if name in keys or name not in table]
     return table.merge(items[added].astype(dict.fromkeys(added[3:], float)), on=keys, how="left"), groups
+
+
+def _dense_of(results: Results) -> dict[str, str]:
+    sparse = results.done[results.done["pattern"] != "dense"]
+    return dict(zip(sparse.index, sparse["dense_cell_id"], strict=True))
 
 
 _MEAN_OF = ("value", "dense", "drop", "relative_drop", "ratio", "kl", "top1_agreement", "flip_rate", "mean_abs_delta")
@@ -134,7 +136,8 @@ def _averages(per_task: pd.DataFrame) -> pd.DataFrame:
     grouped = table.groupby(["cell_id", "data", "is_text"], sort=False)
     means = grouped[list(_MEAN_OF)].mean()
     # a mean over fewer tasks than the other cells' would be another number
-    incomplete = (grouped["drop"].count() < grouped.size()) & ~means.index.get_level_values("is_text").astype(bool)
+    is_text = means.index.get_level_values("is_text").to_numpy(dtype=bool)
+    incomplete = (grouped["drop"].count() < grouped.size()) & ~is_text
     for name in ("drop", "relative_drop"):
         means[name] = means[name].mask(incomplete)
     means[_ENDS] = grouped[_ENDS].first().where(grouped.size() == 1)  # those of several tasks need the items

@@ -124,7 +124,10 @@ def _series(cells: pd.DataFrame, column: str) -> tuple[list[tuple[str, pd.DataFr
     rank = pd.DataFrame({"_other": grouped["_other"].any(), "_n": grouped.size(), "_mean": grouped[column].mean()})
     rank = rank.sort_values(["_other", "_n", "_mean"], ascending=[True, False, True], kind="stable")[:MOST_SERIES]
     keys = [key if isinstance(key, tuple) else (key,) for key in rank.index]
-    lines = [(plain(", ".join(map(str, key))), cells.iloc[grouped.indices[key[0] if len(names) == 1 else key]]) for key in keys]
+    lines = [
+        (plain(", ".join(map(str, key))), cells.iloc[grouped.indices[key[0] if len(names) == 1 else key]])
+        for key in keys
+    ]
     rest = f"at most {MOST_SERIES} series a panel, the others are left out" if grouped.ngroups > MOST_SERIES else ""
     return lines, rest
 

@@ -148,8 +148,8 @@ def _slots(long: pd.DataFrame, fields: Sequence[str]) -> dict[tuple[object, ...]
     rows: dict[tuple[object, ...], list[Entry]] = {}
     keys = long[list(fields)].itertuples(index=False, name=None)
     columns = (long[name].tolist() for name in ("value", "low", "high", "status", "cell_id"))
-    for key, (*numbers, status, cell_id) in zip(keys, zip(*columns, strict=True), strict=True):
-        rows.setdefault(key, []).append(Entry(*numbers, status=status, cells=(cell_id,)))
+    for key, (value, low, high, status, cell_id) in zip(keys, zip(*columns, strict=True), strict=True):
+        rows.setdefault(key, []).append(Entry(value, low, high, status, cells=(cell_id,)))
     return {key: _merged(entries) for key, entries in rows.items()}
 
 
