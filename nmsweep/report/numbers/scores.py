@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
-from nmsweep.results.read import Results
+from nmsweep.report.show.spec import metadata_bits_of
+from nmsweep.results.read import FIELDS, Results
 from nmsweep.results.samples import ItemGroup, read_groups
 from nmsweep.results.tidy import PERPLEXITY, drops, primary
 from nmsweep.statistics.comparison import (
@@ -74,6 +75,28 @@ class Scores:
             np.mean([known[cell] for cell in cells], axis=0) if all(cell in known for cell in cells) else None
             for cells in entries
         ]
+
+
+def by_cell(results: Results, scores: Scores, data: str) -> pd.DataFrame:
+    """Return one row for each finished cell with numbers of a kind of data, indexed by cell id.
+
+    Returns:
+        The cell's fields, `variant` and `place`; every quantity under its name, its interval as `<name>_low` and
+        `<name>_high`; `density` of the target layers' inputs, `flops_density` (share of linear FLOPs kept), and `bits` of
+        metadata an element.
+    """
+    numbers = scores.per_cell[scores.per_cell["data"] == data].set_index("cell_id")
+    cells = results.done[[*FIELDS, "variant", "sparsity", "flops_share", "place"]]
+    cells = cells[cells.index.isin(numbers.index)].copy()
+    for quantity in QUANTITIES.values():
+        of_kind = numbers[numbers["is_text"] == quantity.text]
+        for end, column in (("", quantity.column), ("_low", quantity.low), ("_high", quantity.high)):
+            if column:
+                cells[f"{quantity.name}{end}"] = of_kind[column].reindex(cells.index)
+    cells["density"] = 1 - cells["sparsity"]
+    cells["flops_density"] = 1 - cells["flops_share"] * cells["sparsity"]
+    cells["bits"] = cells["pattern"].map(metadata_bits_of).astype(float)
+    return cells
 
 
 def make_scores(results: Results, problems: list[str]) -> Scores:

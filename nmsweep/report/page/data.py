@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
-from nmsweep.report.numbers.scores import Scores
+from nmsweep.report.numbers.scores import Scores, by_cell
 from nmsweep.report.page.items import item_texts
-from nmsweep.report.show.spec import metadata_bits_of, order
+from nmsweep.report.show.spec import order
 from nmsweep.results.read import FIELDS, Results
 from nmsweep.results.tidy import data_kind
 
@@ -63,24 +63,14 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
 
 
 def _rows(results: Results, scores: Scores) -> pd.DataFrame:
-    of_cells = results.cells[[*FIELDS, "tasks", "variant", "status", "sparsity", "flops_share"]]
-    known = scores.per_cell.rename(columns={"tasks": "of_tasks"})
-    parts = [
-        known[known["is_text"] == is_text].set_index(["cell_id", "data"]).drop(columns="is_text")
-        for is_text in (False, True)
+    cells = results.cells[[*FIELDS, "tasks", "variant", "status"]]
+    tasks = cells.loc[cells["status"] == "failed", "tasks"]
+    failed = pd.DataFrame([(cell, data) for cell, names in tasks.items() for data in _kinds_of(names)], columns=["cell_id", "data"])  # fmt: skip
+    done = [
+        by_cell(results, scores, data).drop(columns=[*FIELDS, "variant"]).assign(data=data) for data in ("mini", "real")
     ]
-    joined = parts[0].add_prefix("t_").join(parts[1].add_prefix("x_"), how="outer").reset_index()
-    failed = pd.DataFrame([(cell, data) for cell, tasks in of_cells[of_cells["status"] == "failed"]["tasks"].items() for data in _kinds_of(tasks)], columns=["cell_id", "data"])  # fmt: skip
-    rows = pd.concat([joined, failed], ignore_index=True).join(of_cells, on="cell_id")
-    rows["density"] = 1 - rows["sparsity"]
-    rows["flops_density"] = 1 - rows["flops_share"] * rows["sparsity"]
-    rows["bits"] = [metadata_bits_of(pattern) for pattern in rows["pattern"]]
-    for name in _NUMBERS:
-        quantity = QUANTITIES[name]
-        for column, target in ((quantity.column, name), (quantity.low, f"{name}_low"), (quantity.high, f"{name}_high")):
-            source = f"{'x_' if quantity.text else 't_'}{column}"
-            if column:
-                rows[target] = rows.get(source, math.nan)
+    numbers = pd.concat([*(part.rename_axis("cell_id").reset_index() for part in done if len(part)), failed])
+    rows = numbers.join(cells, on="cell_id")
     names = ("model", "pattern", "criterion", "mitigation")
     keys = [tuple(map(order, names, key)) for key in zip(*(rows[name].tolist() for name in names), strict=True)]
     return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)].reset_index(drop=True)
