@@ -1,16 +1,16 @@
 """The data of the page's script: columns of numbers, and each word, config block and item text once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pandas as pd
 
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.scores import Scores, by_cell
-from nmsweep.report.page.items import item_texts
 from nmsweep.report.show.spec import order
 from nmsweep.results.read import FIELDS, Results
+from nmsweep.results.record import items_file
 from nmsweep.results.tidy import data_kind
 
 _FIELDS = ("data", *FIELDS, "tasks", "variant", "status")
@@ -18,6 +18,10 @@ _NUMBERS = ("accuracy", "drop", "relative", "flips", "perplexity", "ratio", "kl"
 _DENSITIES = {"density": "density", "flops_density": "linear FLOPs kept", "bits": "metadata bits"}
 _MOST_FLIPS = 20_000
 """Flipped items in a page, divided evenly among cells and tasks where there are more."""
+
+
+_MOST_CHARS = 600
+"""Characters of an item's text and of each of its choices."""
 
 
 class _Words:
@@ -131,12 +135,31 @@ def _flips(results: Results, scores: Scores, rows: pd.DataFrame, words: _Words) 
 
 
 def _items(results: Results, flips: list[list[list[Any]]], words: _Words) -> dict[str, dict[int, Any]]:
-    """Texts of the items that flipped."""
+    """Texts of the items that flipped, by task and item; empty if not kept."""
     wanted: dict[str, set[int]] = {}
     for row in flips:
         for task, lost, gained, *_ in row:
             wanted.setdefault(words.texts[task], set()).update(lost, gained)
-    return {task: item_texts(results, task, items) for task, items in wanted.items()}
+    return {task: _item_texts(results, task, items) for task, items in wanted.items()}
+
+
+def _item_texts(results: Results, task: str, items: Collection[int]) -> dict[int, dict[str, Any]]:
+    """Text (its end, where the question is), choices and right answer of items, by number."""
+    texts: dict[int, dict[str, Any]] = {}
+    versions = {(cell.get("tasks") or {}).get(task, {}).get("data") for cell in results.provenance.values()}
+    for data in sorted(filter(None, versions)):
+        try:
+            table = pd.read_parquet(items_file(results.folder, task, data), columns=["item", "text", "choices", "gold"])
+        except (OSError, ValueError):  # not kept, being written, or of another version: the page has no texts
+            continue
+        for row in table[table["item"].isin(items)].to_dict("records"):
+            choices = [str(choice)[:_MOST_CHARS] for choice in row["choices"]]
+            texts[int(row["item"])] = {
+                "text": str(row["text"])[-_MOST_CHARS:],
+                "choices": choices,
+                "gold": str(row["gold"]),
+            }
+    return texts
 
 
 def _provenance(results: Results, cells: list[str], words: _Words) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.scores import Scores, by_cell
-from nmsweep.report.show.formats import MOST_ROWS, caption, legend, number, plain, span
+from nmsweep.report.show.formats import MOST_ROWS, caption, entry_text, legend, number, plain, span
 from nmsweep.report.show.spec import Entry, Table, order
 from nmsweep.results.read import FIELDS, Results
 
@@ -48,16 +48,11 @@ def show_table(out: Console, table: Table) -> None:
         rich_table.add_column(escape(plain(" / ".join(map(str, key)))), justify="right")
     shown = table.frame[:MOST_ROWS]
     for key, row in zip(shown.index, shown.itertuples(index=False, name=None), strict=True):
-        rich_table.add_row(*[escape(plain(part)) for part in key], *[_entry(entry, table.quantity) for entry in row])
+        rich_table.add_row(
+            *[escape(plain(part)) for part in key], *[entry_text(entry, table.quantity, "terminal") for entry in row]
+        )
     out.print(rich_table)
     out.print(escape(legend(table)), highlight=False, soft_wrap=True)
-
-
-def _entry(entry: Entry, quantity: Quantity) -> str:
-    if entry.status != "done":
-        return "–" if entry.status == "missing" else "[red]failed[/red]"
-    text = number(entry.value, quantity) + "†" * entry.tied
-    return f"{'[bold]' if entry.best else ''}{text}{'[/bold]' if entry.best else ''} {escape(span(entry, quantity))}".strip()
 
 
 def _rows(results: Results, scores: Scores, data: str) -> pd.DataFrame:
