@@ -80,6 +80,7 @@ def _application(words: list[str]) -> int:
 
 
 def _report(words: Sequence[str]) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small products: the threads of a BLAS only wait for each other
     from nmsweep.commands.report import report
 
     return report(words)
