@@ -47,7 +47,7 @@ _FORMULAS: Mapping[str, Callable[[Any, Any], Any]] = {
     "ratio": lambda dense, sparse: np.exp(sparse - dense),
     "perplexity": lambda dense, sparse: np.exp(sparse),
 }
-"""Quantities as functions of the mean in the dense and in the sparse cell; for a text the mean is the loss a token, nats."""
+"""Quantities as functions of the mean in the dense and in the sparse cell; for a text the mean is the loss per token, nats."""
 
 HAVE_REPLICATES = frozenset(_FORMULAS)
 """Names of the quantities that can be resampled."""
@@ -165,13 +165,13 @@ def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: 
     a, b = group.of(metric, dense), group.of(metric, cells)
     weights = item_weights(group, metric)
     before, after = (np.average(side, axis=1, weights=weights) for side in (a, b))
-    found = {"dense": before, "value": after}
+    columns = {"dense": before, "value": after}
     for name, column in (("drop", "drop"), ("relative", "relative_drop")):
         with np.errstate(divide="ignore", invalid="ignore"):
-            found[column] = _FORMULAS[name](before, after)
+            columns[column] = _FORMULAS[name](before, after)
         replicates = quantity_replicates(name, [(group, metric)], dense, cells)
-        found[f"{name}_low"], found[f"{name}_high"] = percentile_interval(replicates)
-    found["relative_drop"][before == 0] = np.nan
+        columns[f"{name}_low"], columns[f"{name}_high"] = percentile_interval(replicates)
+    columns["relative_drop"][before == 0] = np.nan
     right_or_wrong = np.isin(a, (0, 1)).all(axis=1) & np.isin(b, (0, 1)).all(axis=1)
     lost, gained = (a > b).sum(axis=1), (a < b).sum(axis=1)
     n_items = a.shape[1]
@@ -179,8 +179,8 @@ def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: 
         "lost": lost / n_items, "gained": gained / n_items, "flip_rate": (lost + gained) / n_items,
         "p_value": mcnemar(lost, gained),
     }  # fmt: skip
-    found |= {name: np.where(right_or_wrong, value, np.nan) for name, value in flips.items()}
-    return found | _moved(group, metric, dense, cells)
+    columns |= {name: np.where(right_or_wrong, value, np.nan) for name, value in flips.items()}
+    return columns | _moved(group, metric, dense, cells)
 
 
 def _moved(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[str]) -> dict[str, Floats]:
@@ -192,11 +192,11 @@ def _moved(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[
     n_choices = (~np.isnan(a)).sum(axis=(1, 2))
     with np.errstate(divide="ignore", invalid="ignore"):
         delta = np.nansum(np.abs(b - a), axis=(1, 2)) / n_choices
-    found = {"mean_abs_delta": np.where(same_choices, delta, np.nan)}
+    columns = {"mean_abs_delta": np.where(same_choices, delta, np.nan)}
     before, after = (chosen(group, metric, side) for side in (dense, cells))
     if before is not None and after is not None:
-        found["changed"] = np.where(same_choices, (before != after).mean(axis=1), np.nan)
-    return found
+        columns["changed"] = np.where(same_choices, (before != after).mean(axis=1), np.nan)
+    return columns
 
 
 def chosen(group: ItemGroup, metric: str, cells: Sequence[str]) -> NDArray[np.int64] | None:
@@ -227,7 +227,7 @@ def item_weights(group: ItemGroup, metric: str) -> Floats:
 
 
 def mean_replicates(group: ItemGroup, metric: str, cells: Sequence[str]) -> Replicates:
-    """Return bootstrap replicates of a metric's mean, [cells, resamples]; of perplexity, of the mean loss a token in nats."""
+    """Return bootstrap replicates of a metric's mean, [cells, resamples]; of perplexity, of the mean loss per token in nats."""
     if metric == PERPLEXITY:
         counts = resample_counts(group.task, len(group.item))
         return resampled_means(group.of("nll", cells), group.of("n_tokens", cells[:1])[0], counts)

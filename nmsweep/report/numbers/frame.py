@@ -25,7 +25,7 @@ def load_results(results_dir: str | Path = "results", items: bool = False) -> pd
 
     Args:
         results_dir: the results folder; a sweep may be writing to it.
-        items: whether to return one row an item instead of one row a number.
+        items: whether to return one row per item instead of one row per number.
 
     Returns:
         One row for each cell, task and metric, in the order of tidy.csv:
@@ -50,7 +50,7 @@ def load_results(results_dir: str | Path = "results", items: bool = False) -> pd
           `dense_correct`: the same in the dense cell, NaN where that is missing or answered other items;
         * `prediction` (index of the most likely choice), `gold`, `response` (generated text);
         * `loglikelihoods`: one for each choice, nats;
-        * `nll` and `dense_nll`: loss of a window, summed over its `n_tokens` tokens, nats; `kl` (nats a token) and
+        * `nll` and `dense_nll`: loss of a window, summed over its `n_tokens` tokens, nats; `kl` (nats per token) and
           `top1_agreement` (0 to 1) against the dense model, means over `n_compared` tokens.
 
     Raises:

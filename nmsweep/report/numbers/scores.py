@@ -74,7 +74,7 @@ def by_cell(results: Results, scores: Scores, data: str) -> pd.DataFrame:
     Returns:
         The cell's fields, `variant` and `place`; every quantity under its name, its interval as `<name>_low` and
         `<name>_high`; `density` of the target layers' inputs, `flops_density` (share of linear FLOPs kept), and `bits` of
-        metadata an element.
+        metadata per element.
     """
     numbers = scores.per_cell[scores.per_cell["data"] == data].set_index("cell_id")
     cells = results.done[[*FIELDS, "variant", "sparsity", "flops_share", "place"]]

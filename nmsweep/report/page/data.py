@@ -8,7 +8,7 @@ import pandas as pd
 
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.scores import Scores, by_cell
-from nmsweep.report.show.spec import order
+from nmsweep.report.show.spec import in_order, order
 from nmsweep.results.read import FIELDS, Results
 from nmsweep.results.record import items_file
 from nmsweep.results.tidy import data_kind
@@ -74,10 +74,7 @@ def _rows(results: Results, scores: Scores) -> pd.DataFrame:
         by_cell(results, scores, data).drop(columns=[*FIELDS, "variant"]).assign(data=data) for data in ("mini", "real")
     ]
     numbers = pd.concat([*(part.rename_axis("cell_id").reset_index() for part in done if len(part)), failed])
-    rows = numbers.join(cells, on="cell_id")
-    names = ("model", "pattern", "criterion", "mitigation")
-    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name].tolist() for name in names), strict=True)]
-    return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)].reset_index(drop=True)
+    return in_order(numbers.join(cells, on="cell_id")).reset_index(drop=True)
 
 
 def _kinds_of(tasks: object) -> list[str]:

@@ -115,7 +115,7 @@ def _series(cells: pd.DataFrame, column: str) -> tuple[list[tuple[str, pd.DataFr
         (plain(", ".join(map(str, key))), cells.iloc[grouped.indices[key[0] if len(names) == 1 else key]])
         for key in keys
     ]
-    rest = f"at most {MOST_SERIES} series a panel, the others are left out" if grouped.ngroups > MOST_SERIES else ""
+    rest = f"at most {MOST_SERIES} series per panel, the others are left out" if grouped.ngroups > MOST_SERIES else ""
     return lines, rest
 
 
@@ -232,7 +232,7 @@ def _metadata_bits(cells: pd.DataFrame, place: Path) -> _Drawn:
             names = sorted(set(same["pattern"]), key=lambda pattern: order("pattern", pattern))
             axis.annotate("\n".join(names), (float(str(bits)), tops[same.index].max()), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=5)  # fmt: skip
         axis.set_ylim(top=tops.max() * 1.2)
-        _finish(axis, "metadata (theory), bits an element", QUANTITIES["drop"].title)
+        _finish(axis, "metadata (theory), bits per element", QUANTITIES["drop"].title)
         return rest
 
     return _by_model(known, place, panel, legend_room(MOST_SERIES + 1))

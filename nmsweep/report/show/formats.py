@@ -167,7 +167,7 @@ def _aligned(frame: pd.DataFrame) -> list[str]:
 
 
 def to_csv(table: Table) -> pd.DataFrame:
-    """Return one row an entry, unscaled, with the cells behind it; all rows."""
+    """Return one row per entry, unscaled, with the cells behind it; all rows."""
     frame = table.frame
     rows, columns = list(frame.index), list(frame.columns)
     entries: list[Entry] = frame.to_numpy().ravel().tolist()

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.scores import Scores, by_cell
 from nmsweep.report.show.formats import MOST_ROWS, caption, entry_text, legend, number, plain, span
-from nmsweep.report.show.spec import Entry, Table, order
+from nmsweep.report.show.spec import Entry, Table, in_order
 from nmsweep.results.read import FIELDS, Results
 
 _MOST_ROWS = 60
@@ -21,7 +21,7 @@ _MOST_ROWS = 60
 def show_results(out: Console, results: Results, scores: Scores) -> None:
     """Print one table for mini and one for real data: mean drops with their intervals, failures last."""
     for data in ("real", "mini"):
-        rows = _rows(results, scores, data)
+        rows = in_order(by_cell(results, scores, data))
         if len(rows):
             out.print(_table(data, rows))
             if len(rows) > _MOST_ROWS:
@@ -53,14 +53,6 @@ def show_table(out: Console, table: Table) -> None:
         )
     out.print(rich_table)
     out.print(escape(legend(table)), highlight=False, soft_wrap=True)
-
-
-def _rows(results: Results, scores: Scores, data: str) -> pd.DataFrame:
-    """One row a cell, in display order."""
-    rows = by_cell(results, scores, data)
-    names = ("model", "pattern", "criterion", "mitigation")
-    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name] for name in names), strict=True)]
-    return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)]
 
 
 def _table(data: str, rows: pd.DataFrame) -> RichTable:
