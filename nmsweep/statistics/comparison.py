@@ -65,14 +65,12 @@ def compare(dense: pd.DataFrame, sparse: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: the two cells did not answer the same items.
     """
-    tasks = sorted(set(dense["task"]) & set(sparse["task"]))
-    table = pd.concat([_compared(*aligned(dense, sparse, task)) for task in tasks]) if tasks else pd.DataFrame()
-    return table.reindex(columns=["task", "metric", *COLUMNS]).reset_index(drop=True)
-
-
-def _compared(dense: pd.DataFrame, sparse: pd.DataFrame) -> pd.DataFrame:
-    group = group_of_two(dense, sparse)
-    return compare_cells([group], {"sparse": "dense"}, {group.task: group.metrics})
+    parts = []
+    for task in sorted(set(dense["task"]) & set(sparse["task"])):
+        group = group_of_two(*aligned(dense, sparse, task))
+        parts.append(compare_cells([group], {"sparse": "dense"}, {task: group.metrics}))
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(dtype=object)
+    return table.reindex(columns=["task", "metric", *COLUMNS])
 
 
 def group_of_two(dense: pd.DataFrame, sparse: pd.DataFrame) -> ItemGroup:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from math import isnan
 from typing import Any
 
 import pandas as pd
@@ -75,11 +76,9 @@ def number(value: float, quantity: Quantity) -> str:
     return text.lstrip("-") if not text.strip("-0.") else text
 
 
-def span(entry: Entry, quantity: Quantity) -> str:
-    """Return the interval, ``[10.1, 14.2]``; empty where there is none."""
-    if entry.low != entry.low or entry.high != entry.high:
-        return ""
-    return f"[{number(entry.low, quantity)}, {number(entry.high, quantity)}]"
+def span(low: float, high: float, quantity: Quantity) -> str:
+    """Return an interval, ``[10.1, 14.2]``; empty where an end is NaN."""
+    return "" if isnan(low) or isnan(high) else f"[{number(low, quantity)}, {number(high, quantity)}]"
 
 
 def entry_text(entry: Entry, quantity: Quantity, format: str, with_span: bool = True) -> str:  # noqa: A002
@@ -88,7 +87,7 @@ def entry_text(entry: Entry, quantity: Quantity, format: str, with_span: bool = 
     if entry.status != "done":
         return marks[entry.status]
     mark = marks["best"] if entry.best else marks["tied"] if entry.tied else "{}"
-    interval = span(entry, quantity) if with_span else ""
+    interval = span(entry.low, entry.high, quantity) if with_span else ""
     return mark.format(number(entry.value, quantity)) + (marks["span"].format(interval) if interval else "")
 
 
@@ -118,7 +117,7 @@ def legend(table: Table, escape: Escape = plain) -> str:
         words.append("bold: best of its column" + (f" within {' and '.join(table.front)}" if table.front else ""))
     if any(entry.tied for entry in entries):
         words.append("†: not significantly worse than the best (paired bootstrap, 95 %)")
-    if any(span(entry, table.quantity) for entry in entries):
+    if any(span(entry.low, entry.high, table.quantity) for entry in entries):
         words.append("[ ]: 95 % paired bootstrap interval")
     if any(entry.status == "missing" for entry in entries):
         words.append("–: no cell was run")

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.scores import Scores, by_cell
 from nmsweep.report.show.formats import MOST_ROWS, caption, entry_text, legend, number, plain, span
-from nmsweep.report.show.spec import Entry, Table, in_order
+from nmsweep.report.show.spec import Table, in_order
 from nmsweep.results.read import FIELDS, Results
 
 _MOST_ROWS = 60
@@ -90,5 +90,4 @@ def _value(row: Mapping[Hashable, Any], quantity: Quantity) -> str:
     text = number(row[quantity.name], quantity)
     if not quantity.low:
         return text
-    entry = Entry(row[quantity.name], row[f"{quantity.name}_low"], row[f"{quantity.name}_high"], status="done")
-    return f"{text} [dim]{escape(span(entry, quantity))}[/dim]"
+    return f"{text} [dim]{span(row[f'{quantity.name}_low'], row[f'{quantity.name}_high'], quantity)}[/dim]"
