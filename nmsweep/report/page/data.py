@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
+from nmsweep.report.numbers.quantities import QUANTITIES
 from nmsweep.report.numbers.scores import Scores, by_cell
 from nmsweep.report.show.spec import in_order, order
 from nmsweep.results.read import FIELDS, Results
@@ -18,7 +18,6 @@ _NUMBERS = ("accuracy", "drop", "relative", "flips", "perplexity", "ratio", "kl"
 _DENSITIES = {"density": "density", "flops_density": "linear FLOPs kept", "bits": "metadata bits"}
 _MOST_FLIPS = 20_000
 """Flipped items in a page, divided evenly among cells and tasks where there are more."""
-
 
 _MOST_CHARS = 600
 """Characters of an item's text and of each of its choices."""
@@ -51,12 +50,14 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
     cells = list(map(str, results.cells.index))
     place = {cell: number for number, cell in enumerate(cells)}
     rows = _rows(results, scores)
-    values = {name: [_number(value) for value in rows[name].tolist()] for name in _columns(rows)}
+    kinds = _kinds()
+    columns = [kind[key] for kind in kinds for key in ("name", "low", "high") if key in kind]
+    values = {name: [_number(value) for value in rows[name].tolist()] for name in columns}
     fields = {name: [words(value) for value in rows[name].tolist()] for name in _FIELDS}
-    flips = _flips(results, scores, rows, words)
+    flips = _flips(scores, rows, words)
     return {
         "n": len(rows), "ids": rows["cell_id"].tolist(), "cell": [place[cell] for cell in rows["cell_id"]],
-        "fields": fields, "values": values, "numbers": _kinds(values),
+        "fields": fields, "values": values, "numbers": kinds,
         "tasks": _tasks(rows, scores, words), "flips": flips, "items": _items(results, flips, words),
         "rerun": [rerun[cell] for cell in cells],
         "errors": results.cells["error"].tolist(),
@@ -81,26 +82,20 @@ def _kinds_of(tasks: object) -> list[str]:
     return sorted({data_kind(task) for task in str(tasks).split("+") if task})
 
 
-def _columns(rows: pd.DataFrame) -> list[str]:
-    wanted = [*_DENSITIES, *(name + end for name in _NUMBERS for end in ("", "_low", "_high"))]
-    return [name for name in wanted if name in rows]
-
-
 def _number(value: Any) -> float | None:
     """Round to six digits, more than the page shows; None for JSON unless finite."""
     number = float(value)
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
-def _kinds(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Title, scale and digits of each column."""
-    kinds = [_kind(QUANTITIES[name], f"{name}_low" in values) for name in _NUMBERS]
+def _kinds() -> list[dict[str, Any]]:
+    """Columns of numbers: name, title, scale, digits, and the names of the interval's columns."""
+    kinds = []
+    for quantity in map(QUANTITIES.__getitem__, _NUMBERS):
+        kinds.append({name: getattr(quantity, name) for name in ("name", "title", "scale", "digits")})
+        if quantity.low:
+            kinds[-1] |= {"low": f"{quantity.name}_low", "high": f"{quantity.name}_high"}
     return kinds + [{"name": name, "title": title, "scale": 1, "digits": 3} for name, title in _DENSITIES.items()]
-
-
-def _kind(quantity: Quantity, has_ends: bool) -> dict[str, Any]:
-    ends = {"low": f"{quantity.name}_low", "high": f"{quantity.name}_high"} if has_ends else {}
-    return {"name": quantity.name, "title": quantity.title, "scale": quantity.scale, "digits": quantity.digits, **ends}
 
 
 def _tasks(rows: pd.DataFrame, scores: Scores, words: _Words) -> list[list[list[Any]]]:
@@ -118,7 +113,7 @@ def _tasks(rows: pd.DataFrame, scores: Scores, words: _Words) -> list[list[list[
     return [by_cell.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
 
 
-def _flips(results: Results, scores: Scores, rows: pd.DataFrame, words: _Words) -> list[list[list[Any]]]:
+def _flips(scores: Scores, rows: pd.DataFrame, words: _Words) -> list[list[list[Any]]]:
     """Flipped items of each row's tasks: task, some lost and some gained items, and the number of both."""
     flips = scores.flips
     total = sum(len(lost) + len(gained) for lost, gained in flips.values())
@@ -151,11 +146,8 @@ def _item_texts(results: Results, task: str, items: Collection[int]) -> dict[int
             continue
         for row in table[table["item"].isin(items)].to_dict("records"):
             choices = [str(choice)[:_MOST_CHARS] for choice in row["choices"]]
-            texts[int(row["item"])] = {
-                "text": str(row["text"])[-_MOST_CHARS:],
-                "choices": choices,
-                "gold": str(row["gold"]),
-            }
+            text = str(row["text"])[-_MOST_CHARS:]
+            texts[int(row["item"])] = {"text": text, "choices": choices, "gold": str(row["gold"])}
     return texts
 
 
@@ -168,9 +160,8 @@ def _provenance(results: Results, cells: list[str], words: _Words) -> dict[str, 
     for name in ("finished", "device", "git", "command"):
         columns[name] = {"words": [words(record.get(name) or "") for record in known]}
     columns["versions"] = {"words": [words(", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items() if v)) for record in known]}  # fmt: skip
-    columns["model fingerprint"] = {
-        "words": [words((record.get("model") or {}).get("fingerprint", "")) for record in known]
-    }
+    models = [record.get("model") or {} for record in known]
+    columns["model fingerprint"] = {"words": [words(model.get("fingerprint", "")) for model in models]}
     columns["folder"] = {"words": [words(place.name) for place in results.cells["place"]]}
     return columns
 
