@@ -24,7 +24,7 @@ _MOST_CHARS = 600
 
 
 class _Words:
-    """Numbers distinct texts."""
+    """Assigns a number to each distinct text."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
