@@ -74,7 +74,7 @@ def hardware_view(results: Results, scores: Scores) -> pd.DataFrame:
 
 
 def _input_bytes(place: Path, dtype: str) -> float:
-    """bytes per token of the target layers' inputs, each layer by itself; NaN without layers.csv."""
+    """Bytes per token of the target layers' inputs, each layer by itself; NaN without layers.csv."""
     try:
         widths = pd.read_csv(place / "layers.csv")["in_features"]
     except (OSError, ValueError, KeyError):
