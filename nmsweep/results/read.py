@@ -39,7 +39,7 @@ class Results:
     Attributes:
         folder: the results folder.
         tidy: one row for each finished cell, task and metric, with the columns of metrics.csv.
-        cells: one row a cell, indexed by cell id, failed ones too: `FIELDS`, `dense_cell_id`, `sparsity`, `flops_share`,
+        cells: one row per cell, indexed by cell id, failed ones too: `FIELDS`, `dense_cell_id`, `sparsity`, `flops_share`,
             `status`, `error`, `tasks` (joined by +), `variant` (settings that differ between cells with equal fields),
             `place` (its folder).
         configs: effective config by cell id.

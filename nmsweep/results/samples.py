@@ -1,10 +1,12 @@
 """The per-item records of many cells (`samples.parquet`) as arrays."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,9 +22,16 @@ METRIC_PREFIX = "metric_"
 WEIGHT_PREFIX = "weight_"
 """Columns with one item's weight in a metric of a group, where its subtasks count alike whatever their size."""
 
-_WORDS = ("task", "subtask")
 _NUMBERS = ("nll", "n_tokens", "kl", "top1_agreement", "n_compared")
 _LISTS = ("loglikelihoods", "choice_chars")
+_TYPES: Mapping[str, Any] = {
+    "task": pa.string(), "subtask": pa.string(), "item": pa.int64(), **dict.fromkeys(_NUMBERS, pa.float64()),
+    **dict.fromkeys(_LISTS, pa.list_(pa.float64())),
+    "doc_hash": pa.string(), "prediction": pa.float64(), "gold": pa.string(), "response": pa.string(),
+}  # fmt: skip
+
+STATISTICS = ("task", "subtask", "item", *_NUMBERS, *_LISTS)
+"""Columns that statistics need, besides those with a prefix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +68,8 @@ class ItemGroup:
         values = self.values.get("nll" if metric == PERPLEXITY else metric)
         if values is None:
             return set()
-        complete = ~np.isnan(values).any(axis=1)
-        return {cell for cell, row in self.rows.items() if complete[row]}
+        missing = np.isnan(values).sum(axis=1)
+        return {cell for cell, row in self.rows.items() if missing[row] == 0}
 
     @property
     def metrics(self) -> list[str]:
@@ -70,16 +79,33 @@ class ItemGroup:
         return texts + sorted(name for name in self.values if name not in _NUMBERS and PERPLEXITY not in name)
 
 
-def read_samples(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a `samples.parquet`.
+def read_samples(file: Path, columns: Collection[str] = STATISTICS) -> pa.Table:
+    """Read columns of a `samples.parquet`, as `typed` returns them.
 
     Raises:
-        OSError, ValueError: it is missing or damaged.
+        OSError, ValueError, KeyError: it is missing or damaged.
     """
     with open(file, "rb") as opened:
         parquet = pq.ParquetFile(opened)
-        names = parquet.schema_arrow.names
-        return parquet.read(columns=names if columns is None else [name for name in names if name in columns])
+        return typed(parquet.read(columns=_wanted(parquet.schema_arrow.names, columns)))
+
+
+def _wanted(names: Iterable[str], columns: Collection[str]) -> list[str]:
+    return [name for name in names if name in columns or name.startswith((METRIC_PREFIX, WEIGHT_PREFIX))]
+
+
+def typed(samples: pa.Table | pd.DataFrame) -> pa.Table:
+    """Return samples with the same types of columns in every table.
+
+    Raises:
+        ValueError: a column has another type, or a row no task or item.
+        KeyError: there are no tasks or items.
+    """
+    if isinstance(samples, pd.DataFrame):
+        samples = pa.Table.from_pandas(samples[_wanted(samples.columns, STATISTICS)], preserve_index=False)
+    if samples["task"].null_count or samples["item"].null_count:
+        raise ValueError("a row has no task or item")
+    return samples.cast(pa.schema([(name, _TYPES.get(name, pa.float64())) for name in samples.column_names]))
 
 
 def read_groups(files: Mapping[str, Path], problems: list[str]) -> list[ItemGroup]:
@@ -93,7 +119,7 @@ def read_groups(files: Mapping[str, Path], problems: list[str]) -> list[ItemGrou
     missing = []
     for cell, file in files.items():
         try:
-            tables[cell] = numeric_table(read_samples(file))
+            tables[cell] = read_samples(file)
         except FileNotFoundError:
             missing.append(file.parent.name)
         except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
@@ -107,27 +133,11 @@ def read_groups(files: Mapping[str, Path], problems: list[str]) -> list[ItemGrou
     return list(item_groups(tables))
 
 
-def numeric_table(table: pa.Table) -> pa.Table:
-    """Return the columns that statistics need, with the same type in every table.
-
-    Raises:
-        ValueError: a column has another type, or a row no task or item.
-        KeyError: there are no tasks or items.
-    """
-    types = {name: pa.string() for name in _WORDS} | {"item": pa.int64()}
-    types |= dict.fromkeys(_NUMBERS, pa.float64()) | dict.fromkeys(_LISTS, pa.list_(pa.float64()))
-    types |= {name: pa.float64() for name in table.column_names if name.startswith((METRIC_PREFIX, WEIGHT_PREFIX))}
-    if table["task"].null_count or table["item"].null_count:
-        raise ValueError("a row has no task or item")
-    names = [name for name in table.column_names if name in types]
-    return table.select(names).cast(pa.schema([(name, types[name]) for name in names]))
-
-
 def item_groups(tables: Mapping[str, pa.Table]) -> Iterator[ItemGroup]:
     """Group the cells that answered the same items.
 
     Args:
-        tables: of each cell, from `numeric_table`.
+        tables: of each cell, from `typed`.
     """
     if not tables:
         return

@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from nmsweep.errors import InputError
-from nmsweep.results.samples import Floats, ItemGroup, item_groups, numeric_table
+from nmsweep.results.samples import Floats, ItemGroup, item_groups, typed
 from nmsweep.results.tidy import PERPLEXITY
 from nmsweep.statistics.intervals import Replicates, percentile_interval, resample_counts, resampled_means
 from nmsweep.statistics.tests import holm, mcnemar
@@ -48,7 +47,7 @@ _FORMULAS: Mapping[str, Callable[[Any, Any], Any]] = {
     "ratio": lambda dense, sparse: np.exp(sparse - dense),
     "perplexity": lambda dense, sparse: np.exp(sparse),
 }
-"""Quantities as functions of the mean in the dense and in the sparse cell; for a text the mean is the loss a token, nats."""
+"""Quantities as functions of the mean in the dense and in the sparse cell; for a text the mean is the loss per token, nats."""
 
 HAVE_REPLICATES = frozenset(_FORMULAS)
 """Names of the quantities that can be resampled."""
@@ -66,14 +65,12 @@ def compare(dense: pd.DataFrame, sparse: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: the two cells did not answer the same items.
     """
-    tasks = sorted(set(dense["task"]) & set(sparse["task"]))
-    table = pd.concat([_compared(*aligned(dense, sparse, task)) for task in tasks]) if tasks else pd.DataFrame()
-    return table.reindex(columns=["task", "metric", *COLUMNS]).reset_index(drop=True)
-
-
-def _compared(dense: pd.DataFrame, sparse: pd.DataFrame) -> pd.DataFrame:
-    group = group_of_two(dense, sparse)
-    return compare_cells([group], {"sparse": "dense"}, {group.task: group.metrics})
+    parts = []
+    for task in sorted(set(dense["task"]) & set(sparse["task"])):
+        group = group_of_two(*aligned(dense, sparse, task))
+        parts.append(compare_cells([group], {"sparse": "dense"}, {task: group.metrics}))
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(dtype=object)
+    return table.reindex(columns=["task", "metric", *COLUMNS])
 
 
 def group_of_two(dense: pd.DataFrame, sparse: pd.DataFrame) -> ItemGroup:
@@ -82,11 +79,8 @@ def group_of_two(dense: pd.DataFrame, sparse: pd.DataFrame) -> ItemGroup:
     Raises:
         InputError: the windows have other numbers of tokens.
     """
-    numbered = {
-        name: numeric_table(pa.Table.from_pandas(samples.assign(item=range(len(samples))), preserve_index=False))
-        for name, samples in (("dense", dense), ("sparse", sparse))
-    }
-    groups = list(item_groups(numbered))
+    sides = {"dense": dense, "sparse": sparse}
+    groups = list(item_groups({name: typed(side.assign(item=range(len(side)))) for name, side in sides.items()}))
     if len(groups) > 1:
         raise InputError(_other_items(groups[0].task, dense, sparse))
     return groups[0]
@@ -160,7 +154,8 @@ def _mean_of_slice(group: ItemGroup, name: str, cells: Sequence[str]) -> Floats:
     values, tokens = group.of(name, cells), group.of("n_compared", cells)
     weights = np.where(np.isnan(values), 0, np.nan_to_num(tokens))
     with np.errstate(invalid="ignore"):
-        return (np.nan_to_num(values) * weights).sum(axis=1) / weights.sum(axis=1)
+        means: Floats = (np.nan_to_num(values) * weights).sum(axis=1) / weights.sum(axis=1)
+    return means
 
 
 def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[str]) -> dict[str, Floats]:
@@ -168,13 +163,13 @@ def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: 
     a, b = group.of(metric, dense), group.of(metric, cells)
     weights = item_weights(group, metric)
     before, after = (np.average(side, axis=1, weights=weights) for side in (a, b))
-    found = {"dense": before, "value": after}
+    columns = {"dense": before, "value": after}
     for name, column in (("drop", "drop"), ("relative", "relative_drop")):
         with np.errstate(divide="ignore", invalid="ignore"):
-            found[column] = _FORMULAS[name](before, after)
+            columns[column] = _FORMULAS[name](before, after)
         replicates = quantity_replicates(name, [(group, metric)], dense, cells)
-        found[f"{name}_low"], found[f"{name}_high"] = percentile_interval(replicates)
-    found["relative_drop"][before == 0] = np.nan
+        columns[f"{name}_low"], columns[f"{name}_high"] = percentile_interval(replicates)
+    columns["relative_drop"][before == 0] = np.nan
     right_or_wrong = np.isin(a, (0, 1)).all(axis=1) & np.isin(b, (0, 1)).all(axis=1)
     lost, gained = (a > b).sum(axis=1), (a < b).sum(axis=1)
     n_items = a.shape[1]
@@ -182,8 +177,8 @@ def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: 
         "lost": lost / n_items, "gained": gained / n_items, "flip_rate": (lost + gained) / n_items,
         "p_value": mcnemar(lost, gained),
     }  # fmt: skip
-    found |= {name: np.where(right_or_wrong, value, np.nan) for name, value in flips.items()}
-    return found | _moved(group, metric, dense, cells)
+    columns |= {name: np.where(right_or_wrong, value, np.nan) for name, value in flips.items()}
+    return columns | _moved(group, metric, dense, cells)
 
 
 def _moved(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[str]) -> dict[str, Floats]:
@@ -195,11 +190,11 @@ def _moved(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[
     n_choices = (~np.isnan(a)).sum(axis=(1, 2))
     with np.errstate(divide="ignore", invalid="ignore"):
         delta = np.nansum(np.abs(b - a), axis=(1, 2)) / n_choices
-    found = {"mean_abs_delta": np.where(same_choices, delta, np.nan)}
+    columns = {"mean_abs_delta": np.where(same_choices, delta, np.nan)}
     before, after = (chosen(group, metric, side) for side in (dense, cells))
     if before is not None and after is not None:
-        found["changed"] = np.where(same_choices, (before != after).mean(axis=1), np.nan)
-    return found
+        columns["changed"] = np.where(same_choices, (before != after).mean(axis=1), np.nan)
+    return columns
 
 
 def chosen(group: ItemGroup, metric: str, cells: Sequence[str]) -> NDArray[np.int64] | None:
@@ -230,7 +225,7 @@ def item_weights(group: ItemGroup, metric: str) -> Floats:
 
 
 def mean_replicates(group: ItemGroup, metric: str, cells: Sequence[str]) -> Replicates:
-    """Return bootstrap replicates of a metric's mean, [cells, resamples]; of perplexity, of the mean loss a token in nats."""
+    """Return bootstrap replicates of a metric's mean, [cells, resamples]; of perplexity, of the mean loss per token in nats."""
     if metric == PERPLEXITY:
         counts = resample_counts(group.task, len(group.item))
         return resampled_means(group.of("nll", cells), group.of("n_tokens", cells[:1])[0], counts)

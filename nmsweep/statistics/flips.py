@@ -39,7 +39,8 @@ def flipped(dense: pd.DataFrame, sparse: pd.DataFrame, task: str, metric: str) -
     for row, (prefix, side) in enumerate((("dense_", first), ("", second))):
         table[f"{prefix}answer"] = side.get("response", "") if choices is None else choices[row].astype(str)
         table[f"{prefix}loglikelihoods"] = _lists(side)
-    return table[before != after].reset_index(drop=True)
+    moved: pd.DataFrame = table[before != after].reset_index(drop=True)
+    return moved
 
 
 def _lists(samples: pd.DataFrame) -> pd.Series:

@@ -18,8 +18,8 @@ N_RESAMPLES = 10_000
 LEVEL = 0.95
 """Coverage of every interval."""
 
-_BLOCK = 1_000
-"""Resamples multiplied at once."""
+_BLOCK = 2**22
+"""Items × resamples drawn or multiplied at once: bounds the memory."""
 
 
 @lru_cache(maxsize=32)
@@ -46,7 +46,7 @@ def resample_counts(task: str, n_items: int, subtasks: tuple[str, ...] | None = 
 def _drawn(name: str, n_items: int) -> NDArray[np.uint8]:
     generator = np.random.default_rng([zlib.crc32(name.encode()), n_items])
     counts = np.empty((N_RESAMPLES, n_items), dtype=np.uint8)
-    step = max(1, 2**22 // n_items)  # bounds the memory of a draw
+    step = max(1, _BLOCK // n_items)
     for start in range(0, N_RESAMPLES, step):
         size = min(step, N_RESAMPLES - start)
         items = generator.integers(n_items, size=(size, n_items)) + n_items * np.arange(size)[:, None]
@@ -67,9 +67,10 @@ def resampled_means(sums: ArrayLike, weights: ArrayLike, counts: NDArray[np.uint
     """
     sums, weights = np.asarray(sums, dtype=np.float32), np.asarray(weights, dtype=np.float32)
     means = np.empty((len(sums), counts.shape[1]), dtype=np.float32)
-    for start in range(0, counts.shape[1], _BLOCK):
-        block = counts[:, start : start + _BLOCK].astype(np.float32)
-        means[:, start : start + _BLOCK] = (sums @ block) / (weights @ block)
+    step = max(1, _BLOCK // len(counts))
+    for start in range(0, counts.shape[1], step):
+        block = counts[:, start : start + step].astype(np.float32)
+        means[:, start : start + step] = (sums @ block) / (weights @ block)
     return means
 
 
@@ -83,5 +84,5 @@ def percentile_interval(replicates: ArrayLike) -> tuple[Floats, Floats]:
         The lower and the upper ends, [rows]; NaN where one of the row's replicates is NaN.
     """
     with np.errstate(invalid="ignore"):  # a relative drop from 0 is infinite
-        low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1)
+        low, high = np.quantile(np.asarray(replicates), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1)
     return low, high

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
 from support.results_folder import HOSTILE, MINI, REAL, Plan, make_results
 
 from nmsweep.commands.report import main as report
@@ -33,17 +34,17 @@ PLAN = Plan(models=("alpha", "beta"), patterns=("2:4", "8:16", "50%"), mitigatio
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Mini and real tasks, failed and missing cells, two models."""
-    folder = tmp_path_factory.mktemp("made") / "results"
+    folder = tmp_path_factory.mktemp("source") / "results"
     make_results(folder, PLAN)
     make_results(folder, Plan(models=("alpha",), patterns=("2:4", "8:16"), criteria=("act", "wanda"), mitigations=("none",), tasks=REAL, n_items=40))  # fmt: skip
     return folder
 
 
 @pytest.fixture(scope="session")
-def results(made: Path) -> Results:
-    return read_results(made)
+def results(source: Path) -> Results:
+    return read_results(source)
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +53,11 @@ def scores(results: Results) -> Scores:
 
 
 def cell(results: Results, **fields: str) -> str:
-    found = results.done
+    cells = results.done
     for name, value in fields.items():
-        found = found[found[name] == value]
-    assert len(found) == 1
-    return str(found.index[0])
+        cells = cells[cells[name] == value]
+    assert len(cells) == 1
+    return str(cells.index[0])
 
 
 def test_everything_that_was_written_is_read(results: Results) -> None:
@@ -95,7 +96,7 @@ def test_the_interval_of_a_number_does_not_depend_on_the_other_cells(tmp_path: P
     few, many = (make_scores(read_results(tmp_path / name), []) for name in ("few", "many"))
     keys = ["cell_id", "data", "is_text"]
     columns = ["drop_low", "drop_high", "relative_low", "relative_high", "ratio_low", "ratio_high"]
-    first, second = (found.per_cell.set_index(keys)[columns] for found in (few, many))
+    first, second = (scores.per_cell.set_index(keys)[columns] for scores in (few, many))
     pd.testing.assert_frame_equal(first, second.loc[first.index], rtol=1e-6)
     assert first.notna().any(axis=None)
 
@@ -163,11 +164,11 @@ def test_a_cell_without_samples_takes_no_interval_from_others(tmp_path: Path) ->
     whole = make_scores(read_results(tmp_path), []).per_cell.set_index(["cell_id", "is_text"])
     lost = next(place for place in sorted((tmp_path / "cells").iterdir()) if "_2-4_" in place.name)
     (lost / "samples.parquet").unlink()
-    found = make_scores(read_results(tmp_path), []).per_cell.set_index(["cell_id", "is_text"])
-    is_lost = found.index.get_level_values("cell_id") == lost.name.rpartition("_")[2]
+    again = make_scores(read_results(tmp_path), []).per_cell.set_index(["cell_id", "is_text"])
+    is_lost = again.index.get_level_values("cell_id") == lost.name.rpartition("_")[2]
     for column in ("drop_low", "relative_high", "ratio_low"):
-        assert found.loc[is_lost, column].isna().all()
-        pd.testing.assert_series_equal(found.loc[~is_lost, column], whole.loc[~is_lost, column], rtol=1e-6)
+        assert again.loc[is_lost, column].isna().all()
+        pd.testing.assert_series_equal(again.loc[~is_lost, column], whole.loc[~is_lost, column], rtol=1e-6)
 
 
 def test_mini_and_real_are_never_in_one_table(results: Results, scores: Scores) -> None:
@@ -204,12 +205,12 @@ def test_the_best_is_bold_and_what_is_not_worse_is_marked(results: Results, scor
 
 def test_two_cells_of_one_score_are_both_best_and_one_equal_to_the_best_is_not_worse(tmp_path: Path) -> None:
     make_results(tmp_path, Plan(models=("alpha",), patterns=("8:16",), mitigations=("none",), seeds=(0, 1)))
-    found = read_results(tmp_path)
-    made = make_scores(found, [])
-    (table,) = make_tables(parse_spec("pattern", "model", "drop"), found, made)
+    results = read_results(tmp_path)
+    scores = make_scores(results, [])
+    (table,) = make_tables(parse_spec("pattern", "model", "drop"), results, scores)
     (entry,) = table.entries()
     assert len(entry.cells) == 2, "seeds are averaged"
-    values = made.per_cell.set_index(["cell_id", "is_text"])["drop"]
+    values = scores.per_cell.set_index(["cell_id", "is_text"])["drop"]
     assert entry.value == pytest.approx(np.mean([values[one, False] for one in entry.cells]))
     assert entry.low <= entry.value <= entry.high
 
@@ -218,9 +219,9 @@ def test_cells_that_differ_by_a_setting_are_not_mixed(tmp_path: Path) -> None:
     plan = Plan(models=("alpha",), patterns=("8:16",), mitigations=("none",))
     make_results(tmp_path, plan)
     make_results(tmp_path, replace(plan, n_items=20))
-    found = read_results(tmp_path)
-    assert set(found.done["variant"]) == {"eval.limit=32", "eval.limit=20"}
-    (table,) = make_tables(parse_spec("pattern", "model", "drop"), found, make_scores(found, []))
+    results = read_results(tmp_path)
+    assert set(results.done["variant"]) == {"eval.limit=32", "eval.limit=20"}
+    (table,) = make_tables(parse_spec("pattern", "model", "drop"), results, make_scores(results, []))
     assert table.front == ("variant",)
     assert all(len(entry.cells) <= 1 for entry in table.entries())
 
@@ -253,8 +254,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_hostile_names_break_no_format(hostile: Path) -> None:
-    found = read_results(hostile)
-    for table in preset_tables(found, make_scores(found, [])):
+    results = read_results(hostile)
+    for table in preset_tables(results, make_scores(results, [])):
         text = formats.to_markdown(table)
         lines = [line for line in text.splitlines() if line.startswith("|")]
         bars = {line.replace("\\|", "").count("|") for line in lines}
@@ -271,47 +272,47 @@ def test_hostile_names_break_no_format(hostile: Path) -> None:
             assert line.replace("\\&", "").count("&") in (0, len(table.frame.columns) + table.frame.index.nlevels - 1)
 
 
-def test_a_damaged_record_is_named_and_the_rest_is_reported(made: Path, tmp_path: Path) -> None:
+def test_a_damaged_record_is_named_and_the_rest_is_reported(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    shutil.copytree(made, folder)
+    shutil.copytree(source, folder)
     first, second, third = sorted(place for place in (folder / "cells").iterdir() if "dense" not in place.name)[:3]
     (first / "metrics.csv").write_bytes(b'cell_id,"\xff')
     (second / "samples.parquet").write_bytes(b"PAR1")
     (third / "provenance.json").unlink()
-    found = read_results(folder)
-    problems = list(found.problems)
-    scores = make_scores(found, problems)
+    results = read_results(folder)
+    problems = list(results.problems)
+    scores = make_scores(results, problems)
     said = "\n".join(problems)
     for place in (first, second, third):
         assert place.name in said
-    assert len(found.done) == len(read_results(made).done) - 2
+    assert len(results.done) == len(read_results(source).done) - 2
     no_samples = scores.per_task[scores.per_task["cell_id"] == second.name.rpartition("_")[2]]
     assert no_samples["drop_low"].isna().all()
     assert no_samples["drop"].notna().any(), "metrics.csv has its numbers"
 
 
-def test_a_record_of_an_older_schema_loads_and_a_newer_one_is_named(made: Path, tmp_path: Path) -> None:
+def test_a_record_of_an_older_schema_loads_and_a_newer_one_is_named(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    shutil.copytree(made, folder)
+    shutil.copytree(source, folder)
     old, new = sorted(place for place in (folder / "cells").iterdir() if "dense" not in place.name)[:2]
     table = pd.read_csv(old / "metrics.csv", dtype=str, keep_default_na=False).drop(columns=["operand", "profile", "seed"])  # fmt: skip
     table.to_csv(old / "metrics.csv", index=False)
     provenance = json.loads((new / "provenance.json").read_text())
     (new / "provenance.json").write_text(json.dumps({**provenance, "schema": 999}))
-    found = read_results(folder)
-    assert old.name.rpartition("_")[2] in found.done.index
-    assert new.name.rpartition("_")[2] not in found.done.index
-    assert "schema 999" in found.problems[0]
-    make_scores(found, [])
+    results = read_results(folder)
+    assert old.name.rpartition("_")[2] in results.done.index
+    assert new.name.rpartition("_")[2] not in results.done.index
+    assert "schema 999" in results.problems[0]
+    make_scores(results, [])
 
 
-def test_a_check_confirms_every_number_and_finds_a_changed_one(made: Path, tmp_path: Path) -> None:
-    found = check_results(read_results(made))
-    assert not found.wrong
-    assert not found.unknown
-    assert found.n_equal == len(read_results(made).tidy) + len(read_results(made).done)
+def test_a_check_confirms_every_number_and_finds_a_changed_one(source: Path, tmp_path: Path) -> None:
+    checked = check_results(read_results(source))
+    assert not checked.wrong
+    assert not checked.unknown
+    assert checked.n_equal == len(read_results(source).tidy) + len(read_results(source).done)
     folder = tmp_path / "results"
-    shutil.copytree(made, folder)
+    shutil.copytree(source, folder)
     place = next(place for place in sorted((folder / "cells").iterdir()) if "dense" not in place.name)
     text = pd.read_csv(place / "metrics.csv", dtype=str, keep_default_na=False)
     text.loc[0, "value"] = str(float(text.loc[0, "value"]) + 1e-6)
@@ -321,7 +322,42 @@ def test_a_check_confirms_every_number_and_finds_a_changed_one(made: Path, tmp_p
     assert finding.cell_id == text.loc[0, "cell_id"]
     assert (finding.task, finding.metric) == (text.loc[0, "task"], text.loc[0, "metric"])
     assert report([f"results_dir={folder}", "--check"]) == 1
-    assert report([f"results_dir={made}", "--check"]) == 0
+    assert report([f"results_dir={source}", "--check"]) == 0
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_group_is_checked_and_resampled_as_it_was_pooled(tmp_path: Path, by_size: bool) -> None:
+    make_results(tmp_path, Plan(models=("alpha",), patterns=("2:4",), mitigations=("none",), tasks=("boolq",), n_items=200))  # fmt: skip
+    sizes = {"small": 20, "large": 180}
+    subtask = [name for name, size in sizes.items() for _ in range(size)]
+    for place in (tmp_path / "cells").iterdir():
+        samples = pd.read_parquet(place / "samples.parquet").assign(subtask=subtask)
+        right = [samples["metric_acc"][samples["subtask"] == name] for name in sizes]
+        errors = [float(part.std()) / len(part) ** 0.5 for part in right]
+        if not by_size:
+            samples["weight_acc"] = [1 / (len(sizes) * sizes[name]) for name in subtask]
+        samples.to_parquet(place / "samples.parquet", index=False)
+        metrics = pd.read_csv(place / "metrics.csv", dtype=str, keep_default_na=False)
+        metrics["value"] = np.average(
+            [part.mean() for part in right], weights=list(sizes.values()) if by_size else None
+        )
+        metrics["stderr"] = pooled_sample_stderr(errors, list(sizes.values())) if by_size else unweighted_mean_stderr(errors)  # fmt: skip
+        metrics.to_csv(place / "metrics.csv", index=False)
+    results = read_results(tmp_path)
+    checked = check_results(results)
+    assert {finding.metric for finding in checked.wrong} == {"sha256"}, "only the files are others than were written"
+    assert not checked.unknown
+    scores = make_scores(results, [])
+    sparse = cell(results, pattern="2:4")
+    places = [results.cells["place"][name] for name in (results.cells["dense_cell_id"][sparse], sparse)]
+    row = scores.per_task.set_index("cell_id").loc[sparse]
+    two = compare(*(pd.read_parquet(place / "samples.parquet") for place in places)).iloc[0]
+    for name in ("value", "dense", "drop", "drop_low", "drop_high", "relative_low", "relative_high"):
+        assert row[name] == pytest.approx(two[name], rel=1e-5), name
+    assert row["drop_low"] < row["drop"] < row["drop_high"]
+    if not by_size:  # half of the mean is that of 20 items
+        width = row["drop_high"] - row["drop_low"]
+        assert width > 0.1
 
 
 def test_a_comparison_tells_change_from_noise(tmp_path: Path) -> None:
@@ -342,12 +378,12 @@ def test_a_comparison_tells_change_from_noise(tmp_path: Path) -> None:
     samples.to_parquet(place / "samples.parquet", index=False)
     metrics.to_csv(place / "metrics.csv", index=False)
     shutil.rmtree(next(place for place in (b / "cells").iterdir() if "_8-16_" in place.name))
-    found = contrast(a, b)
-    verdicts = found.rows[found.rows["verdict"] != "same"].set_index("task")
+    difference = contrast(a, b)
+    verdicts = difference.rows[difference.rows["verdict"] != "same"].set_index("task")
     assert verdicts["verdict"].to_dict() == {"mini_yesno": "beyond noise", "mini_cloze": "noise"}
     assert verdicts.loc["mini_yesno", "change"] == pytest.approx(-0.3)
     assert verdicts.loc["mini_yesno", "high"] < 0
-    assert len(found.only_a) == 1
+    assert len(difference.only_a) == 1
 
 
 @pytest.mark.parametrize(
@@ -371,9 +407,9 @@ def test_words_may_carry_the_groups_name() -> None:
     assert parse_words(["report.check=true"]).check
 
 
-def test_a_report_writes_every_file_and_each_number_leads_to_its_cell(made: Path, tmp_path: Path) -> None:
+def test_a_report_writes_every_file_and_each_number_leads_to_its_cell(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    shutil.copytree(made, folder)
+    shutil.copytree(source, folder)
     assert report([f"results_dir={folder}", "rows=mitigation", "cols=pattern"]) == 0
     cells = pd.read_csv(folder / "report" / "cells.csv", keep_default_na=False).set_index("cell_id")
     for table in sorted((folder / "report" / "tables").rglob("*.csv")):
@@ -401,12 +437,12 @@ def test_bit_identical_cells_of_different_methods_are_a_warning(tmp_path: Path, 
         assert "bit-identical" in (tmp_path / "report" / file).read_text()
 
 
-def test_texts_of_flipped_items_are_in_the_page_once(made: Path, tmp_path: Path) -> None:
+def test_texts_of_flipped_items_are_in_the_page_once(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    shutil.copytree(made, folder)
+    shutil.copytree(source, folder)
     known = read_results(folder)
     data = next(
-        made["tasks"]["mini_yesno"]["data"] for made in known.provenance.values() if "mini_yesno" in made["tasks"]
+        record["tasks"]["mini_yesno"]["data"] for record in known.provenance.values() if "mini_yesno" in record["tasks"]
     )
     rows = [{"item": n, "text": f"</script>question {n}", "choices": ["no", "yes"], "gold": "1"} for n in range(32)]
     items_file(folder, "mini_yesno", data).parent.mkdir()
@@ -426,9 +462,9 @@ def test_the_guide_names_every_column_and_quantity() -> None:
         assert f"`{name}`" in text, name
 
 
-def test_sensitivity_tables_become_a_table_and_a_figure(made: Path, tmp_path: Path) -> None:
+def test_sensitivity_tables_become_a_table_and_a_figure(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    shutil.copytree(made, folder)
+    shutil.copytree(source, folder)
     (folder / "sensitivity").mkdir()
     rows = [
         {"layer": f"model.layers.{block}.{name}", "block": block, "projection": name, "pattern": "2:4", "criterion": "act",
@@ -445,31 +481,31 @@ def test_sensitivity_tables_become_a_table_and_a_figure(made: Path, tmp_path: Pa
     assert "sensitivity broken.csv" in (folder / "report" / "summary.md").read_text().replace("\\", "")
 
 
-def test_a_record_whose_pattern_is_none_is_named(made: Path, tmp_path: Path) -> None:
+def test_a_record_whose_pattern_is_none_is_named(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    shutil.copytree(made, folder)
+    shutil.copytree(source, folder)
     place = next(place for place in sorted((folder / "cells").iterdir()) if "_2-4_" in place.name)
     text = (place / "metrics.csv").read_text()
     (place / "metrics.csv").write_text(text.replace(",2:4,", ",2;4,"))
-    found = read_results(folder)
-    assert any(place.name in problem and "2;4" in problem for problem in found.problems)
-    assert place.name.rpartition("_")[2] not in found.done.index
+    results = read_results(folder)
+    assert any(place.name in problem and "2;4" in problem for problem in results.problems)
+    assert place.name.rpartition("_")[2] not in results.done.index
 
 
-def test_records_without_samples_are_reported_without_intervals(made: Path, tmp_path: Path) -> None:
+def test_records_without_samples_are_reported_without_intervals(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    shutil.copytree(made, folder)
+    shutil.copytree(source, folder)
     for file in folder.glob("cells/*/samples.parquet"):
         file.unlink()
-    found, problems = read_results(folder), []
-    scores = make_scores(found, problems)
+    results, problems = read_results(folder), []
+    scores = make_scores(results, problems)
     assert len(problems) == 1
     assert "missing in" in problems[0]
     assert scores.per_cell["drop"].notna().any()
     assert scores.per_cell["drop_low"].isna().all()
-    checked = check_results(found)
+    checked = check_results(results)
     assert not checked.wrong
-    assert len(checked.unknown) == len(found.done)
+    assert len(checked.unknown) == len(results.done)
 
 
 def test_texts_alone_are_reported(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,7 @@ class Contrast:
     problems: Sequence[str]
 
 
-def contrast(first: Path, second: Path) -> Contrast:
+def contrast(folder_a: Path, folder_b: Path) -> Contrast:
     """Compare the cells of two folders, paired by item.
 
     Cells are matched by id; the others by their fields, since another version of the code gives other ids.
@@ -49,11 +50,12 @@ def contrast(first: Path, second: Path) -> Contrast:
     Raises:
         InputError: one of them has no finished cell.
     """
-    a, b = read_results(first), read_results(second)
+    a, b = read_results(folder_a), read_results(folder_b)
     problems = [*a.problems, *b.problems]
     matched = _matched(a, b)
     rows = _values(a, b, matched)
-    rows["same_data"] = [_same_data(a, b, row["cell_a"], row["cell_b"], row["task"]) for row in rows.to_dict("records")]
+    sides = zip(rows["cell_a"], rows["cell_b"], rows["task"], strict=True)
+    rows["same_data"] = [_data(a, first, task) == _data(b, second, task) for first, second, task in sides]
     differing = rows[(rows["a"] != rows["b"]) & rows["same_data"]]
     rows = rows.merge(_intervals(a, b, differing, problems), on=["cell_b", "task", "metric"], how="left")
     rows["verdict"] = [_verdict(row) for _, row in rows.iterrows()]
@@ -86,14 +88,10 @@ def _values(a: Results, b: Results, matched: Sequence[tuple[str, str]]) -> pd.Da
     return rows.join(b.done[list(FIELDS)], on="cell_b")
 
 
-def _same_data(a: Results, b: Results, cell_a: str, cell_b: str, task: str) -> bool:
-    """Whether both cells were measured on the same data, so that equal item numbers are the same item."""
-    data = [
-        (known.get("data"), known.get("version"))
-        for results, cell in ((a, cell_a), (b, cell_b))
-        for known in [(results.provenance[cell].get("tasks") or {}).get(task, {})]
-    ]
-    return data[0] == data[1]
+def _data(results: Results, cell: str, task: str) -> tuple[Any, Any]:
+    """Fingerprint and version of a task's data: where they are equal, items with the same number are the same item."""
+    known = (results.provenance[cell].get("tasks") or {}).get(task, {})
+    return known.get("data"), known.get("version")
 
 
 def _intervals(a: Results, b: Results, rows: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
@@ -133,19 +131,13 @@ def _verdict(row: pd.Series) -> str:
 
 def show_contrast(out: Console, difference: Contrast, first: Path, second: Path) -> None:
     """Print the differences, those beyond noise first."""
-    counts = difference.rows["verdict"].value_counts()
-    out.print(f"A = {first}, B = {second}", highlight=False, markup=False, soft_wrap=True)
-    out.print(
-        ", ".join(f"{n} {name}" for name, n in counts.items()) + " (numbers: cell × task, primary metric)",
-        highlight=False,
-    )
+    counts = ", ".join(f"{n} {name}" for name, n in difference.rows["verdict"].value_counts().items())
+    lines = [f"A = {first}, B = {second}", f"{counts} (numbers: cell × task, primary metric)"]
     for name, ids in (("A", difference.only_a), ("B", difference.only_b)):
         if ids:
-            out.print(
-                f"only in {name}: {len(ids)} cells ({', '.join(ids[:8])}{', …' if len(ids) > 8 else ''})",
-                highlight=False,
-                soft_wrap=True,
-            )
+            lines.append(f"only in {name}: {len(ids)} cells ({', '.join(ids[:8])}{', …' if len(ids) > 8 else ''})")
+    for line in lines:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     for verdict in ("beyond noise", "other items", "noise"):
         rows = difference.rows[difference.rows["verdict"] == verdict]
         if len(rows):

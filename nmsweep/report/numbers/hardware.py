@@ -17,12 +17,12 @@ _BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 
 COLUMNS = {
     "density": "values kept",
-    "combinatorial_bits": "metadata, bits an element: ⌈log₂ C(M,N)⌉/M",
-    "index_bits": "metadata with one index a kept value",
+    "combinatorial_bits": "metadata, bits per element: ⌈log₂ C(M,N)⌉/M",
+    "index_bits": "metadata with one index per kept value",
     "bitmask_bits": "metadata with a bit mask",
     "compressed": "compressed ÷ dense activation size",
     "bandwidth_saved": "activation traffic saved",
-    "dense_bytes_per_token": "inputs of the target layers, bytes a token, dense",
+    "dense_bytes_per_token": "inputs of the target layers, bytes per token, dense",
     "compressed_bytes_per_token": "the same, compressed",
     "linear_flops_kept": "linear FLOPs kept",
 }
@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def metadata_bits(pattern: Pattern) -> dict[str, float]:
-    """Return each coding's metadata in bits an element; NaN where it does not apply (an unstructured pattern has no groups)."""
+    """Return each coding's metadata in bits per element; NaN where it does not apply (an unstructured pattern has no groups)."""
     grouped = pattern.kind == "n:m"
     return {
         "combinatorial_bits": pattern.metadata_bits if pattern.metadata_bits is not None else math.nan,
@@ -75,7 +75,7 @@ def hardware_view(results: Results, scores: Scores) -> pd.DataFrame:
 
 
 def _input_bytes(place: Path, dtype: str) -> float:
-    """Bytes a token of the target layers' inputs, each layer by itself; NaN without layers.csv."""
+    """Bytes per token of the target layers' inputs, each layer by itself; NaN without layers.csv."""
     try:
         widths = pd.read_csv(place / LAYERS)["in_features"]
     except (OSError, ValueError, KeyError):

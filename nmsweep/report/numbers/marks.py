@@ -26,7 +26,7 @@ def mark(frame: pd.DataFrame, n_front: int, quantity: Quantity, data: str, score
         if len(entries) > 1 or (quantity.low and len(entries[0].cells) > 1):
             known = scores.replicates(quantity, [entry.cells for entry in entries], data, task)
             if quantity.low:
-                entries = [_with_interval(entry, own) for entry, own in zip(entries, known, strict=True)]
+                entries = [_with_interval(*pair) for pair in zip(entries, known, strict=True)]
             for place, entry in zip(places, _marked(entries, known, quantity), strict=True):
                 cells[place] = entry
     return pd.DataFrame(cells, index=frame.index, columns=frame.columns, dtype=object)
@@ -64,15 +64,15 @@ def _marked(entries: Sequence[Entry], known: Sequence[Replicates | None], quanti
     top = min(values) if quantity.better == "lower" else max(values)
     best = known[values.index(top)]
     return [
-        replace(entry, best=entry.value == top, tied=entry.value != top and not_worse(own, best, quantity))
-        for entry, own in zip(entries, known, strict=True)
+        replace(entry, best=entry.value == top, tied=entry.value != top and not_worse(replicates, best, quantity))
+        for entry, replicates in zip(entries, known, strict=True)
     ]
 
 
-def not_worse(own: Replicates | None, best: Replicates | None, quantity: Quantity) -> bool:
+def not_worse(replicates: Replicates | None, best: Replicates | None, quantity: Quantity) -> bool:
     """Return whether the 95 % interval of the paired difference to the best reaches 0."""
-    if own is None or best is None:
+    if replicates is None or best is None:
         return False
     with np.errstate(invalid="ignore"):  # relative to a dense score of 0 both may be infinite: no evidence, NaN
-        worse = own - best if quantity.better == "lower" else best - own
+        worse = replicates - best if quantity.better == "lower" else best - replicates
     return bool(np.count_nonzero(worse <= 0) / worse.size >= (1 - LEVEL) / 2)

@@ -1,15 +1,15 @@
 """The data of the page's script: columns of numbers, and each word, config block and item text once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pandas as pd
 
-from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
-from nmsweep.report.numbers.scores import Scores
-from nmsweep.report.page.items import item_texts
-from nmsweep.report.show.spec import metadata_bits_of, order
+from nmsweep.report.numbers.quantities import QUANTITIES
+from nmsweep.report.numbers.scores import Scores, by_cell
+from nmsweep.report.show.spec import in_order, order
+from nmsweep.results.layout import items_file
 from nmsweep.results.read import FIELDS, Results
 from nmsweep.results.tidy import data_kind
 
@@ -19,9 +19,12 @@ _DENSITIES = {"density": "density", "flops_density": "linear FLOPs kept", "bits"
 _MOST_FLIPS = 20_000
 """Flipped items in a page, divided evenly among cells and tasks where there are more."""
 
+_MOST_CHARS = 600
+"""Characters of an item's text and of each of its choices."""
+
 
 class _Words:
-    """Numbers distinct texts."""
+    """Assigns a number to each distinct text."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -47,12 +50,14 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
     cells = list(map(str, results.cells.index))
     place = {cell: number for number, cell in enumerate(cells)}
     rows = _rows(results, scores)
-    values = {name: [_number(value) for value in rows[name].tolist()] for name in _columns(rows)}
+    kinds = _kinds()
+    columns = [kind[key] for kind in kinds for key in ("name", "low", "high") if key in kind]
+    values = {name: [_number(value) for value in rows[name].tolist()] for name in columns}
     fields = {name: [words(value) for value in rows[name].tolist()] for name in _FIELDS}
-    flips = _flips(results, scores, rows, words)
+    flips = _flips(scores, rows, words)
     return {
         "n": len(rows), "ids": rows["cell_id"].tolist(), "cell": [place[cell] for cell in rows["cell_id"]],
-        "fields": fields, "values": values, "numbers": _kinds(values),
+        "fields": fields, "values": values, "numbers": kinds,
         "tasks": _tasks(rows, scores, words), "flips": flips, "items": _items(results, flips, words),
         "rerun": [rerun[cell] for cell in cells],
         "errors": results.cells["error"].tolist(),
@@ -63,36 +68,18 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
 
 
 def _rows(results: Results, scores: Scores) -> pd.DataFrame:
-    of_cells = results.cells[[*FIELDS, "tasks", "variant", "status", "sparsity", "flops_share"]]
-    known = scores.per_cell.rename(columns={"tasks": "of_tasks"})
-    parts = [
-        known[known["is_text"] == is_text].set_index(["cell_id", "data"]).drop(columns="is_text")
-        for is_text in (False, True)
+    cells = results.cells[[*FIELDS, "tasks", "variant", "status"]]
+    tasks = cells.loc[cells["status"] == "failed", "tasks"]
+    failed = pd.DataFrame([(cell, data) for cell, names in tasks.items() for data in _kinds_of(names)], columns=["cell_id", "data"])  # fmt: skip
+    done = [
+        by_cell(results, scores, data).drop(columns=[*FIELDS, "variant"]).assign(data=data) for data in ("mini", "real")
     ]
-    joined = parts[0].add_prefix("t_").join(parts[1].add_prefix("x_"), how="outer").reset_index()
-    failed = pd.DataFrame([(cell, data) for cell, tasks in of_cells[of_cells["status"] == "failed"]["tasks"].items() for data in _kinds_of(tasks)], columns=["cell_id", "data"])  # fmt: skip
-    rows = pd.concat([joined, failed], ignore_index=True).join(of_cells, on="cell_id")
-    rows["density"] = 1 - rows["sparsity"]
-    rows["flops_density"] = 1 - rows["flops_share"] * rows["sparsity"]
-    rows["bits"] = [metadata_bits_of(pattern) for pattern in rows["pattern"]]
-    for name in _NUMBERS:
-        quantity = QUANTITIES[name]
-        for column, target in ((quantity.column, name), (quantity.low, f"{name}_low"), (quantity.high, f"{name}_high")):
-            source = f"{'x_' if quantity.text else 't_'}{column}"
-            if column:
-                rows[target] = rows.get(source, math.nan)
-    names = ("model", "pattern", "criterion", "mitigation")
-    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name].tolist() for name in names), strict=True)]
-    return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)].reset_index(drop=True)
+    numbers = pd.concat([*(part.rename_axis("cell_id").reset_index() for part in done if len(part)), failed])
+    return in_order(numbers.join(cells, on="cell_id")).reset_index(drop=True)
 
 
 def _kinds_of(tasks: object) -> list[str]:
     return sorted({data_kind(task) for task in str(tasks).split("+") if task})
-
-
-def _columns(rows: pd.DataFrame) -> list[str]:
-    wanted = [*_DENSITIES, *(name + end for name in _NUMBERS for end in ("", "_low", "_high"))]
-    return [name for name in wanted if name in rows]
 
 
 def _number(value: Any) -> float | None:
@@ -101,15 +88,14 @@ def _number(value: Any) -> float | None:
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
-def _kinds(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Title, scale and digits of each column."""
-    kinds = [_kind(QUANTITIES[name], f"{name}_low" in values) for name in _NUMBERS]
+def _kinds() -> list[dict[str, Any]]:
+    """Columns of numbers: name, title, scale, digits, and the names of the interval's columns."""
+    kinds = []
+    for quantity in map(QUANTITIES.__getitem__, _NUMBERS):
+        kinds.append({name: getattr(quantity, name) for name in ("name", "title", "scale", "digits")})
+        if quantity.low:
+            kinds[-1] |= {"low": f"{quantity.name}_low", "high": f"{quantity.name}_high"}
     return kinds + [{"name": name, "title": title, "scale": 1, "digits": 3} for name, title in _DENSITIES.items()]
-
-
-def _kind(quantity: Quantity, has_ends: bool) -> dict[str, Any]:
-    ends = {"low": f"{quantity.name}_low", "high": f"{quantity.name}_high"} if has_ends else {}
-    return {"name": quantity.name, "title": quantity.title, "scale": quantity.scale, "digits": quantity.digits, **ends}
 
 
 def _tasks(rows: pd.DataFrame, scores: Scores, words: _Words) -> list[list[list[Any]]]:
@@ -127,7 +113,7 @@ def _tasks(rows: pd.DataFrame, scores: Scores, words: _Words) -> list[list[list[
     return [by_cell.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
 
 
-def _flips(results: Results, scores: Scores, rows: pd.DataFrame, words: _Words) -> list[list[list[Any]]]:
+def _flips(scores: Scores, rows: pd.DataFrame, words: _Words) -> list[list[list[Any]]]:
     """Flipped items of each row's tasks: task, some lost and some gained items, and the number of both."""
     flips = scores.flips
     total = sum(len(lost) + len(gained) for lost, gained in flips.values())
@@ -141,12 +127,28 @@ def _flips(results: Results, scores: Scores, rows: pd.DataFrame, words: _Words) 
 
 
 def _items(results: Results, flips: list[list[list[Any]]], words: _Words) -> dict[str, dict[int, Any]]:
-    """Texts of the items that flipped."""
+    """Texts of the items that flipped, by task and item; empty if not kept."""
     wanted: dict[str, set[int]] = {}
     for row in flips:
         for task, lost, gained, *_ in row:
             wanted.setdefault(words.texts[task], set()).update(lost, gained)
-    return {task: item_texts(results, task, items) for task, items in wanted.items()}
+    return {task: _item_texts(results, task, items) for task, items in wanted.items()}
+
+
+def _item_texts(results: Results, task: str, items: Collection[int]) -> dict[int, dict[str, Any]]:
+    """Text (its end, where the question is), choices and right answer of items, by number."""
+    texts: dict[int, dict[str, Any]] = {}
+    versions = {(cell.get("tasks") or {}).get(task, {}).get("data") for cell in results.provenance.values()}
+    for data in sorted(filter(None, versions)):
+        try:
+            table = pd.read_parquet(items_file(results.folder, task, data), columns=["item", "text", "choices", "gold"])
+        except (OSError, ValueError):  # not kept, being written, or of another version: the page has no texts
+            continue
+        for row in table[table["item"].isin(items)].to_dict("records"):
+            choices = [str(choice)[:_MOST_CHARS] for choice in row["choices"]]
+            text = str(row["text"])[-_MOST_CHARS:]
+            texts[int(row["item"])] = {"text": text, "choices": choices, "gold": str(row["gold"])}
+    return texts
 
 
 def _provenance(results: Results, cells: list[str], words: _Words) -> dict[str, Any]:
@@ -158,9 +160,8 @@ def _provenance(results: Results, cells: list[str], words: _Words) -> dict[str, 
     for name in ("finished", "device", "git", "command"):
         columns[name] = {"words": [words(record.get(name) or "") for record in known]}
     columns["versions"] = {"words": [words(", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items() if v)) for record in known]}  # fmt: skip
-    columns["model fingerprint"] = {
-        "words": [words((record.get("model") or {}).get("fingerprint", "")) for record in known]
-    }
+    models = [record.get("model") or {} for record in known]
+    columns["model fingerprint"] = {"words": [words(model.get("fingerprint", "")) for model in models]}
     columns["folder"] = {"words": [words(place.name) for place in results.cells["place"]]}
     return columns
 

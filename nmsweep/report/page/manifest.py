@@ -63,7 +63,7 @@ def _by_name(pairs: Iterable[tuple[object, object]]) -> dict[str, dict[str, int]
 
 
 def cell_list(results: Results) -> pd.DataFrame:
-    """Return one row a cell: its fields, its status, the command that runs it again and the command that made it."""
+    """Return one row per cell: its fields, its status, the command that runs it again and the command that made it."""
     cells = results.cells
     ids = [str(cell_id) for cell_id in cells.index]
     known = [results.provenance.get(cell_id, {}) for cell_id in ids]

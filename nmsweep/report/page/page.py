@@ -13,10 +13,10 @@ from markupsafe import Markup
 
 from nmsweep.report.numbers.hardware import COLUMNS
 from nmsweep.report.numbers.quantities import QUANTITIES
-from nmsweep.report.numbers.scores import Scores
+from nmsweep.report.numbers.scores import Scores, by_cell
 from nmsweep.report.show.figures import Figures
 from nmsweep.report.show.formats import caption, html_text, number, plain, span, to_html
-from nmsweep.report.show.spec import Entry, Table, order
+from nmsweep.report.show.spec import Table, in_order
 from nmsweep.results.read import Results
 from nmsweep.statistics.intervals import N_RESAMPLES
 
@@ -87,25 +87,21 @@ def _names(files: Iterable[Path]) -> str:
 def summary_blocks(results: Results, scores: Scores) -> list[dict[str, Any]]:
     """Return the cell with the smallest drop and ratio of each model and pattern, for each kind of data."""
     blocks = []
-    fields = results.done[["model", "pattern", "criterion", "mitigation"]]
     for data, title in (("real", "Published tasks"), ("mini", "Mini tasks (not comparable with published numbers)")):
-        of_data = scores.per_cell[scores.per_cell["data"] == data]
-        for name in ("drop", "ratio"):
-            quantity = QUANTITIES[name]
-            known = of_data[of_data[quantity.column].notna() & (of_data["is_text"] == quantity.text)].join(fields, on="cell_id")  # fmt: skip
+        cells = by_cell(results, scores, data)
+        for quantity in (QUANTITIES["drop"], QUANTITIES["ratio"]):
+            name = quantity.name
+            known = cells[cells[name].notna()]
             if not len(known):
                 continue
-            best = known.loc[known.groupby(["model", "pattern"], sort=False)[quantity.column].idxmin()]
-            rows = sorted(
-                best.to_dict("records"), key=lambda row: (str(row["model"]), order("pattern", row["pattern"]))
-            )
-            shown = [
-                [plain(row["model"]), row["pattern"], row["criterion"], row["mitigation"], number(entry.value, quantity), span(entry, quantity), row["cell_id"]]
-                for row in rows
-                for entry in [Entry(row[quantity.column], row[quantity.low], row[quantity.high], "done")]
+            best = in_order(known.loc[known.groupby(["model", "pattern"], sort=False)[name].idxmin()])
+            rows = [
+                [plain(row["model"]), row["pattern"], row["criterion"], row["mitigation"], number(row[name], quantity),
+                 span(row[f"{name}_low"], row[f"{name}_high"], quantity), cell_id]
+                for cell_id, row in best.iterrows()
             ]  # fmt: skip
             columns = ["model", "pattern", "criterion", "mitigation", quantity.title, "95 % interval", "cell"]
-            blocks.append({"title": f"{title}: {quantity.title}", "columns": columns, "rows": shown})
+            blocks.append({"title": f"{title}: {quantity.title}", "columns": columns, "rows": rows})
     return blocks
 
 

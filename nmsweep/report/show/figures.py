@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from nmsweep.config.pattern import parse_pattern
 from nmsweep.report.numbers.layers import DATA, Sensitivity
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
-from nmsweep.report.numbers.scores import Scores
+from nmsweep.report.numbers.scores import Scores, by_cell
 from nmsweep.report.show.formats import plain
-from nmsweep.report.show.spec import kind_of, metadata_bits_of, order
+from nmsweep.report.show.spec import kind_of, order
 from nmsweep.report.show.style import legend_below, legend_room, look, panels
 from nmsweep.results.layout import LAYERS
-from nmsweep.results.read import FIELDS, Results
+from nmsweep.results.read import Results
 
 MOST_SERIES = 6
 MOST_MODELS = 4
@@ -57,7 +57,8 @@ def draw_figures(results: Results, scores: Scores, layers: Sequence[Sensitivity]
     """
     figures = Figures()
     for data in ("real", "mini"):
-        cells = points(results, scores, data)
+        cells = by_cell(results, scores, data)
+        cells["kind"] = cells["pattern"].map(kind_of)
         for name, (title, draw) in _DRAWINGS.items() if len(cells) else ():
             try:
                 figures.drawn.append(Figure(name, title, data, *draw(cells, folder / data / name)))
@@ -68,20 +69,6 @@ def draw_figures(results: Results, scores: Scores, layers: Sequence[Sensitivity]
     else:
         figures.skipped.append("error (layers): no error by layer is recorded; `nmsweep sensitivity` measures it")
     return figures
-
-
-def points(results: Results, scores: Scores, data: str) -> pd.DataFrame:
-    """Return one row a finished cell: fields, means over tasks with their intervals, the text's numbers, and densities."""
-    of_data = scores.per_cell[scores.per_cell["data"] == data].set_index("cell_id")
-    tasks = of_data[~of_data["is_text"]].drop(columns=["is_text", "data", "ratio", "ratio_low", "ratio_high"])
-    text = of_data[of_data["is_text"]][["value", "ratio", "ratio_low", "ratio_high"]].rename(columns={"value": "perplexity"})  # fmt: skip
-    cells = results.done[[*FIELDS, "variant", "sparsity", "flops_share", "place"]]
-    cells = cells[cells.index.isin(of_data.index)].join(tasks.rename(columns={"value": "accuracy"})).join(text)
-    cells["density"] = 1 - cells["sparsity"]
-    cells["flops_density"] = 1 - cells["flops_share"] * cells["sparsity"]
-    cells["bits"] = cells["pattern"].map(metadata_bits_of).astype(float)
-    cells["kind"] = cells["pattern"].map(kind_of)
-    return cells.sort_values("model", kind="stable")
 
 
 _Drawn = tuple[list[Path], str]
@@ -129,17 +116,17 @@ def _series(cells: pd.DataFrame, column: str) -> tuple[list[tuple[str, pd.DataFr
         (plain(", ".join(map(str, key))), cells.iloc[grouped.indices[key[0] if len(names) == 1 else key]])
         for key in keys
     ]
-    rest = f"at most {MOST_SERIES} series a panel, the others are left out" if grouped.ngroups > MOST_SERIES else ""
+    rest = f"at most {MOST_SERIES} series per panel, the others are left out" if grouped.ngroups > MOST_SERIES else ""
     return lines, rest
 
 
 def _error_bars(axis: Axes, x: Any, line: pd.DataFrame, quantity: Quantity, label: str, **style: Any) -> None:
     arms = None
-    if line[quantity.low].notna().any():
-        value = line[quantity.column]
-        lengths = np.stack([value - line[quantity.low], line[quantity.high] - value])
+    if line[f"{quantity.name}_low"].notna().any():
+        value = line[quantity.name]
+        lengths = np.stack([value - line[f"{quantity.name}_low"], line[f"{quantity.name}_high"] - value])
         arms = np.clip(np.nan_to_num(lengths), 0, None) * quantity.scale
-    axis.errorbar(x, line[quantity.column] * quantity.scale, yerr=arms, label=label, capsize=1.5, elinewidth=0.6, **style)  # fmt: skip
+    axis.errorbar(x, line[quantity.name] * quantity.scale, yerr=arms, label=label, capsize=1.5, elinewidth=0.6, **style)  # fmt: skip
 
 
 def _finish(axis: Axes, x: str, y: str) -> None:
@@ -150,7 +137,7 @@ def _finish(axis: Axes, x: str, y: str) -> None:
 
 def _against_pattern(quantity: Quantity) -> Callable[[pd.DataFrame, Path], _Drawn]:
     def draw(cells: pd.DataFrame, place: Path) -> _Drawn:
-        known = _with_number(cells, quantity.column, f"no sparse cell has a {quantity.title}")
+        known = _with_number(cells, quantity.name, f"no sparse cell has a {quantity.title}")
         if not (known["kind"] == "n:m").any():
             raise NothingToDraw("no cell has an N:M pattern")
         models = known[known["kind"] == "n:m"]["model"].unique()
@@ -159,7 +146,7 @@ def _against_pattern(quantity: Quantity) -> Callable[[pd.DataFrame, Path], _Draw
     def panel(axis: Axes, cells: pd.DataFrame) -> str:
         grouped = cells[cells["kind"] == "n:m"]
         patterns = sorted(set(grouped["pattern"]), key=lambda pattern: order("pattern", pattern))
-        lines, rest = _series(grouped, quantity.column)
+        lines, rest = _series(grouped, quantity.name)
         for number, (name, line) in enumerate(lines):
             line = line.assign(_x=line["pattern"].map(patterns.index)).sort_values("_x")
             shift = 0.06 * (number - (len(lines) - 1) / 2)  # side by side, so that no interval hides another
@@ -180,22 +167,22 @@ def _unstructured(axis: Axes, cells: pd.DataFrame, first: pd.DataFrame, quantity
     sparsities = {parse_pattern(pattern).sparsity for pattern in cells[cells["kind"] == "n:m"]["pattern"]}
     for pattern, line in same.groupby("pattern", sort=False):
         if parse_pattern(str(pattern)).sparsity in sparsities:
-            axis.axhline(line[quantity.column].mean() * quantity.scale, color="0.45", linestyle=(0, (1, 2)), linewidth=1, label=f"{pattern} unstructured")  # fmt: skip
+            axis.axhline(line[quantity.name].mean() * quantity.scale, color="0.45", linestyle=(0, (1, 2)), linewidth=1, label=f"{pattern} unstructured")  # fmt: skip
 
 
 def _heat_map(cells: pd.DataFrame, place: Path) -> _Drawn:
     quantity = QUANTITIES["drop"] if cells["drop"].notna().any() else QUANTITIES["ratio"]
-    known = _with_number(cells, quantity.column, "no sparse cell has a drop or a ratio")
+    known = _with_number(cells, quantity.name, "no sparse cell has a drop or a ratio")
     counts = known[known["kind"] == "n:m"]["pattern"].value_counts()
     if not len(counts) or known["criterion"].nunique() < 2 or known["mitigation"].nunique() < 2:
         raise NothingToDraw("fewer than two criteria or two mitigations with an N:M pattern")
     pattern = "8:16" if counts.get("8:16", 0) == counts.max() else str(counts.index[0])
     known = known[known["pattern"] == pattern]
-    values = known[quantity.column] * quantity.scale
+    values = known[quantity.name] * quantity.scale
     low, high = values.min(), values.max()
 
     def panel(axis: Axes, of_model: pd.DataFrame) -> str:
-        grid = of_model.pivot_table(index="criterion", columns="mitigation", values=quantity.column, sort=False)
+        grid = of_model.pivot_table(index="criterion", columns="mitigation", values=quantity.name, sort=False)
         grid = grid.loc[sorted(grid.index), sorted(grid.columns, key=lambda name: order("mitigation", name))]
         shown = grid.to_numpy(float) * quantity.scale
         axis.imshow(shown, cmap="cividis_r", aspect="auto", vmin=low, vmax=high)
@@ -246,7 +233,7 @@ def _metadata_bits(cells: pd.DataFrame, place: Path) -> _Drawn:
             names = sorted(set(same["pattern"]), key=lambda pattern: order("pattern", pattern))
             axis.annotate("\n".join(names), (float(str(bits)), tops[same.index].max()), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=5)  # fmt: skip
         axis.set_ylim(top=tops.max() * 1.2)
-        _finish(axis, "metadata (theory), bits an element", QUANTITIES["drop"].title)
+        _finish(axis, "metadata (theory), bits per element", QUANTITIES["drop"].title)
         return rest
 
     return _by_model(known, place, panel, legend_room(MOST_SERIES + 1))

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from math import isnan
 from typing import Any
 
 import pandas as pd
@@ -27,7 +28,19 @@ _LATEX = {
     '"': r"\textquotedbl{}", "‖": r"$\Vert$", "†": r"$^{\dagger}$", "×": r"$\times$", "≥": r"$\geq$", "–": "--", "[": "{[}", "]": "{]}", "-": "{-}",
 }  # fmt: skip
 
-_WORDS = {"missing": "–", "failed": "failed"}
+_MARKS = {
+    "markdown": {"best": "**{}**", "tied": "{}†", "span": " {}", "missing": "–", "failed": "failed"},
+    "terminal": {"best": "[bold]{}[/bold]", "tied": "{}†", "span": " {}", "missing": "–", "failed": "[red]failed[/red]"},
+    "latex": {
+        "best": r"\textbf{{{}}}", "tied": r"{}$^{{\dagger}}$", "span": r" {{\scriptsize {}}}", "missing": "--",
+        "failed": r"\textit{failed}",
+    },
+    "html": {
+        "best": "<strong>{}</strong>", "tied": "{}<sup>†</sup>", "span": " <small>{}</small>",
+        "missing": '<span class="missing">–</span>', "failed": '<span class="failed">failed</span>',
+    },
+}  # fmt: skip
+"""How each format marks an entry."""
 
 
 def plain(value: object) -> str:
@@ -63,11 +76,19 @@ def number(value: float, quantity: Quantity) -> str:
     return text.lstrip("-") if not text.strip("-0.") else text
 
 
-def span(entry: Entry, quantity: Quantity) -> str:
-    """Return the interval, ``[10.1, 14.2]``; empty where there is none."""
-    if entry.low != entry.low or entry.high != entry.high:
-        return ""
-    return f"[{number(entry.low, quantity)}, {number(entry.high, quantity)}]"
+def span(low: float, high: float, quantity: Quantity) -> str:
+    """Return an interval, ``[10.1, 14.2]``; empty where an end is NaN."""
+    return "" if isnan(low) or isnan(high) else f"[{number(low, quantity)}, {number(high, quantity)}]"
+
+
+def entry_text(entry: Entry, quantity: Quantity, format: str, with_span: bool = True) -> str:  # noqa: A002
+    """Return an entry with its marks and its interval, in one of the formats of `_MARKS`."""
+    marks = _MARKS[format]
+    if entry.status != "done":
+        return marks[entry.status]
+    mark = marks["best"] if entry.best else marks["tied"] if entry.tied else "{}"
+    interval = span(entry.low, entry.high, quantity) if with_span else ""
+    return mark.format(number(entry.value, quantity)) + (marks["span"].format(interval) if interval else "")
 
 
 def caption(table: Table) -> str:
@@ -96,7 +117,7 @@ def legend(table: Table, escape: Escape = plain) -> str:
         words.append("bold: best of its column" + (f" within {' and '.join(table.front)}" if table.front else ""))
     if any(entry.tied for entry in entries):
         words.append("†: not significantly worse than the best (paired bootstrap, 95 %)")
-    if any(span(entry, table.quantity) for entry in entries):
+    if any(span(entry.low, entry.high, table.quantity) for entry in entries):
         words.append("[ ]: 95 % paired bootstrap interval")
     if any(entry.status == "missing" for entry in entries):
         words.append("–: no cell was run")
@@ -133,7 +154,7 @@ def _labels(labels: pd.Index, escape: Escape) -> pd.Index:
 @lru_cache(maxsize=64)  # used for its own file and for the summary
 def to_markdown(table: Table) -> str:
     """Return a heading, the table and its legend."""
-    frame = _frame(table, markdown_text).map(lambda entry: _markdown_entry(entry, table.quantity))
+    frame = _frame(table, markdown_text).map(lambda entry: entry_text(entry, table.quantity, "markdown"))
     if frame.columns.nlevels > 1:
         frame.columns = [" / ".join(key) for key in frame.columns]
     body = frame.reset_index().to_markdown(index=False, disable_numparse=True, colalign=_aligned(frame))
@@ -144,15 +165,8 @@ def _aligned(frame: pd.DataFrame) -> list[str]:
     return ["left"] * frame.index.nlevels + ["right"] * len(frame.columns)
 
 
-def _markdown_entry(entry: Entry, quantity: Quantity) -> str:
-    if entry.status != "done":
-        return _WORDS[entry.status]
-    text = number(entry.value, quantity)
-    return " ".join(filter(None, [f"**{text}**" if entry.best else text + "†" * entry.tied, span(entry, quantity)]))
-
-
 def to_csv(table: Table) -> pd.DataFrame:
-    """Return one row an entry, unscaled, with the cells behind it; all rows."""
+    """Return one row per entry, unscaled, with the cells behind it; all rows."""
     frame = table.frame
     rows, columns = list(frame.index), list(frame.columns)
     entries: list[Entry] = frame.to_numpy().ravel().tolist()
@@ -171,7 +185,7 @@ def to_latex(table: Table, label: str) -> str:
     """Return a table for ``\\input``; needs booktabs and graphicx, and longtable where it is long."""
     frame = _frame(table, latex_text)
     is_long = len(frame) > _LONG
-    styler = _styled(frame, lambda entry: _latex_entry(entry, table.quantity, with_span=not is_long))
+    styler = _styled(frame, lambda entry: entry_text(entry, table.quantity, "latex", with_span=not is_long))
     text = latex_text(caption(table)) + _latex_legend(legend(table), is_long)
     formats = "l" * frame.index.nlevels + "r" * len(frame.columns)
     if is_long:
@@ -213,31 +227,13 @@ def _latex_legend(words: str, is_long: bool) -> str:
     return ". " + latex_text(words) + "." if words else ""
 
 
-def _latex_entry(entry: Entry, quantity: Quantity, with_span: bool) -> str:
-    if entry.status != "done":
-        return "--" if entry.status == "missing" else r"\textit{failed}"
-    text = number(entry.value, quantity)
-    text = rf"\textbf{{{text}}}" if entry.best else text + r"$^{\dagger}$" * entry.tied
-    interval = span(entry, quantity) if with_span else ""
-    return text + (rf" {{\scriptsize {interval}}}" if interval else "")
-
-
 @lru_cache(maxsize=64)  # used for its own file and for the page
 def to_html(table: Table) -> str:
     """Return a table element with its caption and legend."""
     frame = _frame(table, html_text)
-    styler = _styled(frame, lambda entry: _html_entry(entry, table.quantity))
+    styler = _styled(frame, lambda entry: entry_text(entry, table.quantity, "html"))
     styler = styler.set_caption(f"{html_text(caption(table))}<br><small>{html_text(legend(table))}</small>")
     return str(styler.set_uuid(table.name + table.data).to_html(table_attributes='class="numbers"', border=None))
-
-
-def _html_entry(entry: Entry, quantity: Quantity) -> str:
-    if entry.status != "done":
-        return f'<span class="{entry.status}">{_WORDS[entry.status]}</span>'
-    text = number(entry.value, quantity)
-    text = f"<strong>{text}</strong>" if entry.best else text + "<sup>†</sup>" * entry.tied
-    interval = span(entry, quantity)
-    return text + (f" <small>{interval}</small>" if interval else "")
 
 
 def _styled(frame: pd.DataFrame, show: Callable[[Entry], str]) -> Styler:

@@ -139,6 +139,13 @@ def order(name: str, value: object) -> tuple[float, float, str]:
     return (0.0 if text == "none" else 1.0, 0.0, text)
 
 
+def in_order(cells: pd.DataFrame) -> pd.DataFrame:
+    """Sort cells by model, pattern, criterion and mitigation, as `order` has it."""
+    names = ("model", "pattern", "criterion", "mitigation")
+    keys = [tuple(map(order, names, key)) for key in cells[list(names)].itertuples(index=False, name=None)]
+    return cells.iloc[sorted(range(len(cells)), key=keys.__getitem__)]
+
+
 @cache
 def kind_of(pattern: str) -> str:
     """Return ``dense``, ``n:m``, ``unstructured``, ``threshold``, or ``policy`` where each layer has its own pattern."""
@@ -148,6 +155,6 @@ def kind_of(pattern: str) -> str:
 
 @cache
 def metadata_bits_of(pattern: str) -> float:
-    """Return the theoretical bits of metadata an element; NaN unless all layers have one N:M pattern."""
+    """Return the theoretical bits of metadata per element; NaN unless all layers have one N:M pattern."""
     bits = parse_pattern(pattern).metadata_bits
     return float("nan") if bits is None or kind_of(pattern) != "n:m" else bits

@@ -48,7 +48,7 @@ def panels(
     """Yield the files and axes of a figure, which is saved in every format when the block ends.
 
     Args:
-        titles: one for each panel, two panels a row; a single panel is one column wide and has no title.
+        titles: one for each panel, two panels per row; a single panel is one column wide and has no title.
         place: the files' path without suffix.
         below: room below each panel for its legend, or for long tick labels, in inches.
         left: room for the labels on the left, in inches.

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.scores import Scores
 from nmsweep.report.show.spec import DIMENSIONS, MISSING, PRESETS, Entry, Table, TableSpec, order
 from nmsweep.results.read import FIELDS, Results
-from nmsweep.results.tidy import data_kind
+from nmsweep.results.tidy import PERPLEXITY, data_kind
 
 
 def preset_tables(results: Results, scores: Scores) -> list[Table]:
@@ -34,39 +33,33 @@ def make_tables(spec: TableSpec, results: Results, scores: Scores) -> list[Table
     """Return the table for each kind of data that has numbers for it."""
     tables = []
     for data in ("real", "mini"):
-        numbers = _numbers(spec, scores, data)
-        if len(numbers):
-            long = _allowed(spec, _long(spec, numbers, results, scores, data))
+        long = _long(spec, results, scores, data)
+        if len(long):
+            long = _allowed(spec, long)
             if _worth_it(spec, long):
                 tables.append(_table(spec, long, data, scores))
     return tables
-
-
-def _numbers(spec: TableSpec, scores: Scores, data: str) -> pd.DataFrame:
-    """The rows of `scores` with the table's quantity: of each task where `task` is a row or column."""
-    quantity = QUANTITIES[spec.metric]
-    by_task = _by_task(spec)
-    source = scores.per_task if by_task else scores.per_cell
-    kind = source["metric"].eq("perplexity") if by_task else source["is_text"]
-    return source[(source["data"] == data) & (kind == quantity.text) & source[quantity.column].notna()]
 
 
 def _by_task(spec: TableSpec) -> bool:
     return "task" in (*spec.rows, *spec.cols)
 
 
-def _long(spec: TableSpec, numbers: pd.DataFrame, results: Results, scores: Scores, data: str) -> pd.DataFrame:
-    """One row for each cell (and task), failed ones with an empty value."""
+def _long(spec: TableSpec, results: Results, scores: Scores, data: str) -> pd.DataFrame:
+    """One row for each cell (and task) with the table's quantity; failed ones have an empty value."""
     quantity, by_task = QUANTITIES[spec.metric], _by_task(spec)
-    columns: dict[str, Any] = {"value": numbers[quantity.column]}
-    for end in ("low", "high"):
-        columns[end] = numbers[getattr(quantity, end)] if getattr(quantity, end) else np.nan
-    if by_task:
-        columns["task"] = numbers["task"]
-    long = pd.DataFrame({"cell_id": numbers["cell_id"], **columns})
-    fields = results.cells[[*FIELDS, "variant", "status"]]
-    long = long.join(fields, on="cell_id")
     labels = scores.per_cell[(scores.per_cell["data"] == data) & (scores.per_cell["is_text"] == quantity.text)]
+    source = labels
+    if by_task:
+        is_text = scores.per_task["metric"] == PERPLEXITY
+        source = scores.per_task[(scores.per_task["data"] == data) & (is_text == quantity.text)]
+    numbers = source[source[quantity.column].notna()]
+    if not len(numbers):
+        return pd.DataFrame()
+    long = numbers[["cell_id", *(["task"] if by_task else [])]].assign(value=numbers[quantity.column])
+    for end, column in (("low", quantity.low), ("high", quantity.high)):
+        long[end] = numbers[column] if column else np.nan
+    long = long.join(results.cells[[*FIELDS, "variant", "status"]], on="cell_id")
     long["tasks"] = long["cell_id"].map(labels.set_index("cell_id")["tasks"])
     failed = _failed(results, data, quantity, long, by_task)
     return pd.concat([long, failed]) if len(failed) else long
@@ -148,8 +141,8 @@ def _slots(long: pd.DataFrame, fields: Sequence[str]) -> dict[tuple[object, ...]
     rows: dict[tuple[object, ...], list[Entry]] = {}
     keys = long[list(fields)].itertuples(index=False, name=None)
     columns = (long[name].tolist() for name in ("value", "low", "high", "status", "cell_id"))
-    for key, (*numbers, status, cell_id) in zip(keys, zip(*columns, strict=True), strict=True):
-        rows.setdefault(key, []).append(Entry(*numbers, status=status, cells=(cell_id,)))
+    for key, (value, low, high, status, cell_id) in zip(keys, zip(*columns, strict=True), strict=True):
+        rows.setdefault(key, []).append(Entry(value, low, high, status, cells=(cell_id,)))
     return {key: _merged(entries) for key, entries in rows.items()}
 
 

@@ -1,6 +1,7 @@
 """Results on the terminal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import pandas as pd
 from rich import box
@@ -9,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
-from nmsweep.report.numbers.scores import Scores
-from nmsweep.report.show.formats import MOST_ROWS, caption, legend, number, plain, span
-from nmsweep.report.show.spec import Entry, Table, order
+from nmsweep.report.numbers.scores import Scores, by_cell
+from nmsweep.report.show.formats import MOST_ROWS, caption, entry_text, legend, number, plain, span
+from nmsweep.report.show.spec import Table, in_order
 from nmsweep.results.read import FIELDS, Results
 
 _MOST_ROWS = 60
@@ -20,7 +21,7 @@ _MOST_ROWS = 60
 def show_results(out: Console, results: Results, scores: Scores) -> None:
     """Print one table for mini and one for real data: mean drops with their intervals, failures last."""
     for data in ("real", "mini"):
-        rows = _rows(results, scores, data)
+        rows = in_order(by_cell(results, scores, data))
         if len(rows):
             out.print(_table(data, rows))
             if len(rows) > _MOST_ROWS:
@@ -47,28 +48,11 @@ def show_table(out: Console, table: Table) -> None:
         rich_table.add_column(escape(plain(" / ".join(map(str, key)))), justify="right")
     shown = table.frame[:MOST_ROWS]
     for key, row in zip(shown.index, shown.itertuples(index=False, name=None), strict=True):
-        rich_table.add_row(*[escape(plain(part)) for part in key], *[_entry(entry, table.quantity) for entry in row])
+        rich_table.add_row(
+            *[escape(plain(part)) for part in key], *[entry_text(entry, table.quantity, "terminal") for entry in row]
+        )
     out.print(rich_table)
     out.print(escape(legend(table)), highlight=False, soft_wrap=True)
-
-
-def _entry(entry: Entry, quantity: Quantity) -> str:
-    if entry.status != "done":
-        return "–" if entry.status == "missing" else "[red]failed[/red]"
-    text = number(entry.value, quantity) + "†" * entry.tied
-    return f"{'[bold]' if entry.best else ''}{text}{'[/bold]' if entry.best else ''} {escape(span(entry, quantity))}".strip()
-
-
-def _rows(results: Results, scores: Scores, data: str) -> pd.DataFrame:
-    """One row a cell, in display order: fields, then the means over tasks and the text's numbers."""
-    of_data = scores.per_cell[scores.per_cell["data"] == data].set_index("cell_id")
-    tasks = of_data[~of_data["is_text"]].add_prefix("task_")
-    texts = of_data[of_data["is_text"]].add_prefix("text_")
-    cells = results.done[[*FIELDS, "variant"]]
-    rows = cells.loc[cells.index.isin(of_data.index)].join(tasks).join(texts)
-    names = ("model", "pattern", "criterion", "mitigation")
-    keys = [tuple(map(order, names, key)) for key in zip(*(rows[name] for name in names), strict=True)]
-    return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)]
 
 
 def _table(data: str, rows: pd.DataFrame) -> RichTable:
@@ -83,32 +67,27 @@ def _table(data: str, rows: pd.DataFrame) -> RichTable:
     for name in shown:
         longest = max(len(plain(value)) for value in rows[name].head(_MOST_ROWS))
         table.add_column(name, overflow="fold", min_width=min(longest, 16))
-    columns = list(_columns(rows))
-    for title, _, _ in columns:
+    columns = [
+        (title, QUANTITIES[name])
+        for title, name in (
+            ("accuracy %", "accuracy"), ("drop, points", "drop"), ("relative drop %", "relative"),
+            ("perplexity", "perplexity"), ("ratio", "ratio"), ("KL", "kl"),
+        )
+        if rows[name].notna().any()
+    ]  # fmt: skip
+    for title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    for _, row in rows.head(_MOST_ROWS).iterrows():
+    for row in rows.head(_MOST_ROWS).to_dict("records"):
         table.add_row(
-            *[escape(plain(row[name])) for name in shown], *[_value(row, prefix, q) for _, prefix, q in columns]
+            *[escape(plain(row[name])) for name in shown], *[_value(row, quantity) for _, quantity in columns]
         )
     return table
 
 
-def _columns(rows: pd.DataFrame) -> Iterator[tuple[str, str, Quantity]]:
-    names: Sequence[tuple[str, str, str]] = (
-        ("accuracy %", "task_", "accuracy"), ("drop, points", "task_", "drop"), ("relative drop %", "task_", "relative"),
-        ("perplexity", "text_", "perplexity"), ("ratio", "text_", "ratio"), ("KL", "text_", "kl"),
-    )  # fmt: skip
-    for title, prefix, name in names:
-        column = prefix + QUANTITIES[name].column
-        if column in rows and rows[column].notna().any():
-            yield title, prefix, QUANTITIES[name]
-
-
-def _value(row: pd.Series, prefix: str, quantity: Quantity) -> str:
-    value = row[prefix + quantity.column]
-    if pd.isna(value):
+def _value(row: Mapping[Hashable, Any], quantity: Quantity) -> str:
+    if pd.isna(row[quantity.name]):
         return "–"
+    text = number(row[quantity.name], quantity)
     if not quantity.low:
-        return number(value, quantity)
-    entry = Entry(float(value), float(row[prefix + quantity.low]), float(row[prefix + quantity.high]), status="done")
-    return f"{number(entry.value, quantity)} [dim]{escape(span(entry, quantity))}[/dim]"
+        return text
+    return f"{text} [dim]{span(row[f'{quantity.name}_low'], row[f'{quantity.name}_high'], quantity)}[/dim]"
