@@ -59,9 +59,7 @@ def run(
         requests = task_requests(loaded.model, loaded.tokenizer, source, limit=limit, num_fewshot=shots)
         if not requests:
             raise InputError(f"tasks: {source.task} has no log-likelihood to compute; leave it out")
-        row = compare(
-            loaded.model, loaded.tokenizer, requests, device=device, batch_tokens=batch_tokens, rounds=rounds
-        )  # fmt: skip
+        row = compare(loaded.model, loaded.tokenizer, requests, device=device, batch_tokens=batch_tokens, rounds=rounds)
         rows.append({"model": model, "dtype": dtype, "task": source.task, "num_fewshot": shots, **row})
     return rows
 

@@ -33,12 +33,11 @@ def main(words: Sequence[str]) -> int:
     if others and OVERRIDES not in known:
         raise InputError(*(f"bench {' '.join(names)}: {key}= is not known; {nearest(key, known)}" for key in others))
     typed[OVERRIDES] = shlex.join(f"{key}={typed[key]}" for key in others)
-    for name in names:
-        texts = {key: typed.get(key, default) for key, (default, _) in BENCHMARKS[name].items()}
-        values = _values(name, texts)
+    texts = {name: {key: typed.get(key, default) for key, (default, _) in BENCHMARKS[name].items()} for name in names}
+    for name, values in {name: _values(name, texts[name]) for name in names}.items():
         run = import_module(f"nmsweep.bench.{name}").run
         rows = run(**{key: values[key] for key in inspect.signature(run).parameters})
-        _write(name, list(rows), texts, values["device"])
+        _write(name, list(rows), texts[name], values["device"])
     return 0
 
 
@@ -138,7 +137,7 @@ def _write(name: str, rows: Sequence[Mapping[str, Any]], texts: Mapping[str, str
     shown = table.drop(columns=["machine", "measured"]).dropna(axis=1, how="all")
     text = (
         f"# bench {name}\n\n`{' '.join(['nmsweep bench', name, *words])}`\n\n"
-        f"{machine(device)}; ratios are medians of interleaved rounds.\n\n"
+        f"{machine(device)}{'; ratios are medians of interleaved rounds' if 'rounds' in texts else ''}.\n\n"
         f"{shown.to_markdown(index=False, floatfmt='.3f')}\n"
     )
     folder = Path(texts["out"])

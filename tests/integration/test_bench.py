@@ -1,4 +1,4 @@
-"""`nmsweep bench`: its tables and its refusals."""
+"""`nmsweep bench` writes its tables and refuses mistakes."""
 
 from collections.abc import Callable
 from pathlib import Path

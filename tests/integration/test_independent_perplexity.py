@@ -1,4 +1,4 @@
-"""WikiText-2 perplexity of a real model against a second reading of the definition: plain transformers, NumPy masks."""
+"""WikiText-2 perplexity of a real model against an independent implementation: plain transformers, NumPy masks."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ N_WINDOWS, SEQLEN = 3, 512
 
 
 def numpy_keep(x: np.ndarray, n: int, m: int) -> np.ndarray:
-    """x with all but the n largest |x| of each m consecutive channels set to zero; ties to the lower channel."""
+    """Set all but the n largest |x| of each m consecutive channels to zero; ties keep the lower channel."""
     groups = np.abs(x).reshape(-1, m)
     order = np.argsort(-groups, axis=1, kind="stable")
     mask = np.zeros_like(groups, dtype=bool)
@@ -26,7 +26,7 @@ def numpy_keep(x: np.ndarray, n: int, m: int) -> np.ndarray:
 def independent_perplexity(
     model: torch.nn.Module, tokenizer: object, text: str, pattern: tuple[int, int] | None
 ) -> float:
-    """exp of the mean loss, with each projection of each block fed its pruned input by a plain hook."""
+    """Return exp of the mean loss, with a plain hook that prunes the input of each projection of each block."""
     hooks = []
     if pattern:
         for name, module in model.named_modules():

@@ -37,12 +37,12 @@ SHOTS = 150
 
 @pytest.fixture(autouse=True)
 def _small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the few shared examples of these tests be worth the key-value cache."""
+    """Make the few shared examples of these tests worth caching."""
     monkeypatch.setitem(scoring.PASS_TOKENS, "cpu", 16)
 
 
 def requests(seed: int = 0, n_items: int = 6) -> list[Request]:
-    """Choices of one context, one continuation of two contexts, one token, equal ones, passages, few-shot examples."""
+    """Draw choices of one context, a continuation of two contexts, single tokens, duplicates, passages, few-shot examples."""
     draw = random.Random(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -76,7 +76,7 @@ def scored(
 
 
 def furthest(a: Answers, b: Answers) -> float:
-    """The largest difference of two sets of log-likelihoods; the flags have to be equal."""
+    """Return the largest difference of two sets of log-likelihoods, whose flags must be equal."""
     assert [flag for _, flag in a] == [flag for _, flag in b]
     return max(abs(x - y) for (x, _), (y, _) in zip(a, b, strict=True))
 
@@ -127,7 +127,7 @@ OTHER_HEADS = {
 
 
 def other_model(kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A small random model of a family whose logits are more than what its output embedding gives."""
+    """Return a small random model of a family that transforms the output of its output embedding."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 4096}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     ids = {"vocab_size": 260, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -137,7 +137,7 @@ def other_model(kind: str, dtype: torch.dtype = torch.float64) -> Any:
 
 
 @pytest.mark.parametrize("kind", OTHER_HEADS)
-def test_what_a_model_does_to_its_logits_is_done_here(kind: str) -> None:
+def test_the_logits_are_transformed_as_the_model_does(kind: str) -> None:
     model = other_model(kind)
     assert furthest(scored(model, requests(n_items=2)), scored(model, requests(n_items=2), "stock")) < 1e-5
 
@@ -157,7 +157,7 @@ def test_perplexity_is_of_the_models_own_logits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_that_are_not_understood_are_refused(dtype: torch.dtype) -> None:
+def test_logits_that_cannot_be_reproduced_are_refused(dtype: torch.dtype) -> None:
     model = tiny("tiny-llama", dtype)
     forward = model.forward
 
@@ -172,7 +172,7 @@ def test_logits_that_are_not_understood_are_refused(dtype: torch.dtype) -> None:
     assert scored(model, requests(n_items=1), "stock")
 
 
-def test_looking_at_a_models_logits_counts_no_channel() -> None:
+def test_finding_the_head_counts_no_channel() -> None:
     model = tiny("tiny-llama")
     with sparsify(model, pattern="2:4") as layers:
         logits.token_logits(model, torch.zeros(3, 64))
@@ -187,7 +187,7 @@ def test_these_requests_have_rows_of_every_kind() -> None:
 
 
 def criteria() -> dict[str, Any]:
-    """Every shipped criterion's class, by name."""
+    """Return the class of every shipped criterion, by name."""
     return {
         option.name: type(build(find_method("criterion", option.name, {}))) for option in options("criterion").values()
     }
@@ -195,7 +195,7 @@ def criteria() -> dict[str, Any]:
 
 @contextmanager
 def sparse(model: Any, method: str) -> Iterator[bool]:
-    """Make a model sparse by a criterion, or by `act` with mitigations; whether it looks across tokens."""
+    """Make a model sparse by a criterion, or by `act` with mitigations; yield whether it looks across tokens."""
     if method == "dense":
         yield False
         return
@@ -246,14 +246,14 @@ Counts = list[tuple[int, int]]
 
 
 def counts_of(layers: SparseModel) -> Counts:
-    """Channels and kept ones of each layer since they were last asked for."""
+    """Return all and kept channels of each layer since the last call."""
     found = [(layer.channels, layer.kept) for layer in layers.counts()]
     layers.reset_counts()
     return found
 
 
 def one_by_one(model: Any, asked: Sequence[Request], layers: SparseModel) -> Counts:
-    """The counts of each distinct sequence in a pass of its own."""
+    """Return the counts when each distinct sequence is computed by itself."""
     counts_of(layers)
     with torch.no_grad():
         for query in rows.queries(asked, 4096):
@@ -330,14 +330,14 @@ def test_with_the_masks_of_stock_sparse_equals_stock(shape: str, method: str) ->
             packed, stock = scored(model, asked), scored(model, asked, "stock")
         assert furthest(packed, stock) < 1e-4
         assert furthest(stock, free) < 1e-4, "the replayed masks are stock's own"
-        with turned_around(masks), masks.replaying():
+        with inverted(masks), masks.replaying():
             other = scored(model, asked)
     assert max(abs(a - b) for (a, _), (b, _) in zip(other, packed, strict=True)) > 1e-3
 
 
 @contextmanager
-def turned_around(masks: Masks) -> Iterator[None]:
-    """Every mask turned around: a replay that looked at nothing would not notice."""
+def inverted(masks: Masks) -> Iterator[None]:
+    """Invert every mask: a replay that ignores the masks would not notice."""
     recorded = masks._masks
     masks._masks = [{key: ~bits for key, bits in layer.items()} for layer in recorded]
     yield
@@ -345,7 +345,7 @@ def turned_around(masks: Masks) -> Iterator[None]:
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer with merges, small enough for the tiny models."""
+    """Train a byte-pair tokenizer with merges, small enough for the tiny models."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -401,7 +401,7 @@ def test_shared_examples_are_computed_once() -> None:
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], bool]], list[int]]:
-    """Let forward passes of the packed path fail for want of memory as a rule on their padded tokens says."""
+    """Return a function that makes forward passes of the packed path run out of memory, by their padded tokens."""
     forward = scoring.decoder
 
     def rule(fails: Callable[[int], bool]) -> list[int]:
@@ -479,7 +479,7 @@ def test_memory_too_small_for_one_sequence_is_an_error(memory: Any) -> None:
         scored(tiny("tiny-llama"), requests())
 
 
-def test_another_error_is_not_taken_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_error_is_not_mistaken_for_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -490,7 +490,7 @@ def test_another_error_is_not_taken_for_want_of_memory(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-gemma3"])
-def test_what_is_not_finite_comes_out_as_nan(shape: str, bad: float) -> None:
+def test_non_finite_scores_become_nan(shape: str, bad: float) -> None:
     model = tiny(shape)
     asked = [request for request in requests() if 99 in request[1]]
     with torch.no_grad():

@@ -56,7 +56,7 @@ def mirror_of_sums(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def science(tmp_path: Path) -> Path:
-    """A folder of task YAMLs over local files: two tasks, and groups that hold them by name and by tag."""
+    """Write a folder of task YAMLs over local files: two tasks, and groups that list them by name and by tag."""
     rows = [json.loads(line) for line in (MINI_FOLDER / "science.jsonl").read_text().splitlines()]
     write_lines(tmp_path / "data" / "examples.jsonl", rows[:8])
     folder = tmp_path / "yamls"
@@ -82,13 +82,13 @@ def science(tmp_path: Path) -> Path:
 
 
 def edit(file: Path, **changes: Any) -> None:
-    """Change keys of a YAML; None takes one away."""
+    """Change keys of a YAML; None removes one."""
     config = {**yaml.safe_load(file.read_text()), **changes}
     file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}, sort_keys=False))
 
 
 def responses(results: Path) -> dict[str, list[str]]:
-    """What was written to each item, by scope; dense under its pattern's name."""
+    """Return the generated text of each item, by scope; the dense text by its pattern's name."""
     found = {}
     for record in map(read_cell, cell_folders(results)):
         first = record.metrics.iloc[0]
@@ -262,7 +262,7 @@ def test_turns_need_a_chat(nmsweep: Call, results: Path) -> None:
 
 @pytest.fixture
 def of_a_hub(science: Path) -> Path:
-    """The sky task over a folder that the data library reads as it reads the hub's: test, and examples as train."""
+    """Move the sky task to a folder that `datasets` reads as it reads the hub: test, and examples as train."""
     folder = science.parent / "set"
     folder.mkdir()
     for split, name in (("test", "sky"), ("train", "examples")):
@@ -433,7 +433,7 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "rte": ("validation", [{"sentence1": f"{i} cats sleep.", "sentence2": "Cats sleep.", "label": 0, "idx": i} for i in range(3)]),
     "lambada_openai": ("test", [{"text": f"He took {i} nuts and a long red rope"} for i in range(3)]),
 }  # fmt: skip
-"""Rows in the form of the hub's data sets."""
+"""Rows in the form of the data sets on the hub."""
 
 
 def test_the_other_tasks_of_core_run_from_a_mirror(nmsweep: Call, results: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The shipped items are of the harness's forms, balanced, and not to be guessed from their length."""
+"""The shipped items have the form of lm-eval's tasks, are balanced, and cannot be guessed from their length."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ FORMS: dict[str, Callable[[Item], tuple[list[str], int]]] = {
     "cloze": lambda item: ([item["option1"], item["option2"]], int(item["answer"]) - 1),
     "yesno": lambda item: (["no", "yes"], int(item["label"])),
 }
-"""File: an item's choices and the index of the right one."""
+"""By file: how to read an item's choices and the index of the right one."""
 
 
 def items(name: str) -> list[Item]:

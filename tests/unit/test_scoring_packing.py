@@ -1,4 +1,4 @@
-"""The prefix tree of a set of requests, as rows."""
+"""Requests are packed into rows without losing or repeating anything."""
 
 import math
 import random
@@ -16,7 +16,7 @@ ANY = 10**6
 
 
 def drawn(seed: int, n_items: int = 20, n_tokens: int = 5) -> list[Request]:
-    """Items with choices, from an alphabet so small that they share beginnings in every way."""
+    """Draw items with choices, from an alphabet so small that they share prefixes in every way."""
     draw = random.Random(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -30,7 +30,7 @@ def drawn(seed: int, n_items: int = 20, n_tokens: int = 5) -> list[Request]:
 
 
 def paths(group: Group) -> list[tuple[list[int], list[int], list[int]]]:
-    """For each target of a group's rows: the tokens its cell sees in order, their positions, the target."""
+    """Return, for each target of a group's rows, the tokens that its cell sees in order, their positions, and the target."""
     found = []
     for row in group.rows:
         for cell, target in zip(row.cells.tolist(), row.targets.tolist(), strict=True):
@@ -41,7 +41,7 @@ def paths(group: Group) -> list[tuple[list[int], list[int], list[int]]]:
 
 
 def wanted(requests: Sequence[Request], max_length: int = ANY) -> set[tuple[tuple[int, ...], int]]:
-    """Every (tokens before, token) that has to be predicted."""
+    """Return every (preceding tokens, token) that must be predicted."""
     found = set()
     for _, context, continuation in requests:
         whole = (context + continuation)[-(max_length + 1) :]
@@ -122,7 +122,7 @@ def test_long_sequences_are_cut_on_the_left_each_for_itself(max_length: int) -> 
 
 
 @pytest.mark.parametrize("request_", [([], [1]), ([1], []), ([1], [1, 2, 3, 4])])
-def test_what_cannot_be_scored_is_refused(request_: tuple[list[int], list[int]]) -> None:
+def test_requests_that_cannot_be_scored_are_refused(request_: tuple[list[int], list[int]]) -> None:
     with pytest.raises(DataError, match="request 0"):
         queries([(None, *request_)], 3)
 

@@ -1,4 +1,4 @@
-"""Attention of a prefix tree by runs is the attention of each of its sequences alone."""
+"""Attention over a prefix tree, run by run, equals attention over each of its sequences alone."""
 
 import random
 
@@ -14,7 +14,7 @@ HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 
 
 def drawn(seed: int) -> list[Row]:
-    """Rows of sequences that share beginnings in every way, some of them plain."""
+    """Draw rows of sequences that share prefixes in every way, some without branches."""
     draw = random.Random(seed)
     requests: list[Request] = []
     for _ in range(12):
@@ -26,7 +26,7 @@ def drawn(seed: int) -> list[Row]:
 
 
 def values(rows: list[Row], heads: int, dtype: torch.dtype) -> Tensor:
-    """Random [batch, heads, width, d]."""
+    """Draw a tensor [batch, heads, width, d]."""
     random = torch.Generator().manual_seed(heads)
     return torch.randn(len(rows), heads, max(map(len, rows)) + 3, WIDTH, generator=random, dtype=torch.float64).to(
         dtype
@@ -34,7 +34,7 @@ def values(rows: list[Row], heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def alone(row: Row, place: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The output at one place of a row [heads, d], of its sequence laid out as a plain one."""
+    """Compute the output [heads, d] at one place of a row from its sequence alone."""
     path = [at for at in range(place + 1) if row.end[at] > place]
     q, k, v = (x[:, path] for x in (query, key, value))
     return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0, :, -1]

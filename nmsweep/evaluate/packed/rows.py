@@ -57,9 +57,7 @@ class Row:
         depth: [n], the position of each token in its sequence.
         end: [n], where the tokens below each token end.
         weight: [n], how many of the sequences each token is part of.
-        cells: [k], places in the row whose output is needed.
-        targets: [k], the token that each of them should predict.
-        sizes: number of targets of each question, in the order of `questions`.
+        cells: [k], for each of its `targets`, the place whose output should predict it.
         branches: whether any token has two successors; else the row is one plain sequence.
     """
 
@@ -69,8 +67,6 @@ class Row:
     end: Ints
     weight: Ints
     cells: Ints
-    targets: Ints
-    sizes: list[int]
     branches: bool
 
     def __len__(self) -> int:
@@ -84,6 +80,11 @@ class Row:
     @property
     def questions(self) -> list[Question]:
         return [question for query in self.queries for question in query.questions]
+
+    @property
+    def targets(self) -> Ints:
+        """Return the targets [k] of its questions, in order."""
+        return np.concatenate([question.targets for question in self.questions])
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def make_row(members: Sequence[Query], prefix: int) -> Row:
     path = np.empty(0, np.int64)
     end = np.zeros(sum(len(query.ids) - prefix for query in members), dtype=np.int64)
     weight = np.zeros_like(end)
-    cells, targets, sizes = [], [], []
+    cells = []
     before: Ints | None = None
     branches = False
     for query in members:
@@ -158,10 +159,8 @@ def make_row(members: Sequence[Query], prefix: int) -> Row:
         depth.append(np.arange(prefix + kept, len(query.ids)))
         starts.append(at + len(new))
         for question in query.questions:
-            n_targets = len(question.targets)
-            cells.append(path[question.first - prefix : question.first - prefix + n_targets])
-            targets.append(question.targets)
-            sizes.append(n_targets)
+            first = question.first - prefix
+            cells.append(path[first : first + len(question.targets)])
         before = query.ids
     end[path] = starts[-1]
     return Row(
@@ -171,7 +170,5 @@ def make_row(members: Sequence[Query], prefix: int) -> Row:
         end[: starts[-1]],
         weight[: starts[-1]],
         np.concatenate(cells),
-        np.concatenate(targets),
-        sizes,
         branches,
     )

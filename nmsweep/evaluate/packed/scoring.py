@@ -106,12 +106,11 @@ def _collect(
     rows: Sequence[Row], logprobs: np.ndarray[Any, Any], greedy: np.ndarray[Any, Any], answers: list[tuple[float, bool]]
 ) -> None:
     """Sum the targets of each question, and write the sum to its requests' `answers`."""
-    sizes = [size for row in rows for size in row.sizes]
-    starts = np.cumsum([0, *sizes[:-1]])
+    questions = [question for row in rows for question in row.questions]
+    starts = np.cumsum([0, *(len(question.targets) for question in questions[:-1])])
     totals = np.add.reduceat(logprobs, starts)
     totals[~np.isfinite(totals)] = math.nan
     flags = np.logical_and.reduceat(greedy, starts)
-    questions = (question for row in rows for question in row.questions)
     for question, total, flag in zip(questions, totals.tolist(), flags.tolist(), strict=True):
         for request in question.requests:
             answers[request] = (total, flag)
