@@ -120,7 +120,7 @@ def hand_to_hydra(words: list[str], task: "Launch | None" = None) -> int:
     """Start Hydra's application on a command that was checked; the exit code."""
     import hydra
 
-    from nmsweep.config.catalogue import conf_dir
+    from nmsweep.config.defaults import conf_dir
 
     outcomes: list[Outcome] = []
     sys.argv = [sys.argv[0], *words]
