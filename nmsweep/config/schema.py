@@ -315,7 +315,7 @@ def from_plain(plain: Mapping[str, Any]) -> RunConfig:
     try:
         cfg = RunConfig.model_validate(plain)
     except ValidationError as error:
-        raise InputError(*map(_describe, error.errors())) from None
+        raise InputError(*map(describe, error.errors())) from None
     methods = [*cfg.mitigations, *([cfg.criterion] if cfg.criterion else [])]
     errors = [text for m in methods for text in _target_errors(m.name, {"_target_": m.target}, cfg.plugins)]
     if errors := [*errors, *_name_errors(cfg.tasks, cfg.model)]:
@@ -369,7 +369,7 @@ def parse_run(raw: Mapping[str, Any]) -> RunConfig:
     try:
         cfg = RunConfig.model_validate(fields)
     except ValidationError as error:
-        raise InputError(*errors, *map(_describe, error.errors())) from None
+        raise InputError(*errors, *map(describe, error.errors())) from None
     errors += _cross_field_errors(cfg)
     errors += _policy_errors(cfg)
     if errors:
@@ -468,11 +468,12 @@ def _cross_field_errors(cfg: RunConfig) -> list[str]:
     return errors
 
 
-def _describe(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def describe(error: Any, *parents: str) -> str:
+    """Return one of pydantic's errors as *key: what came; what is allowed*; `parents` are put before its key."""
+    where = ".".join(str(part) for part in [*parents, *error["loc"]])
     if error["type"] == "nmsweep":
         return str(error["msg"])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: is no key of the config; see `nmsweep --cfg job` for all keys"
     return f"{where}: {error['input']!r} is not valid; {error['msg'][0].lower()}{error['msg'][1:]}"
 
