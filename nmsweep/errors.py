@@ -1,4 +1,4 @@
-"""Everything that may reach a user as a message instead of a traceback.
+"""Errors that reach a user as a message without traceback.
 
 A message reads *subject: what came; what is allowed; what to do*, on one line and with the values in it.
 """
@@ -8,16 +8,16 @@ from collections.abc import Iterable, Sequence
 
 
 class NmsweepError(Exception):
-    """Root of all errors shown without a traceback."""
+    """Base of all errors shown without a traceback."""
 
     exit_code = 1
 
 
 class InputError(NmsweepError):
-    """The user asked for something that cannot be; nothing was written. Exit code 2.
+    """A request that cannot be fulfilled; nothing was written. Exit code 2.
 
     Args:
-        messages: one line for each mistake; all mistakes of a command are reported together.
+        messages: one line for each mistake of a command.
     """
 
     exit_code = 2
@@ -28,27 +28,27 @@ class InputError(NmsweepError):
 
 
 class ModelError(InputError):
-    """A model cannot be had: missing, gated, unreachable or corrupt."""
+    """A model is missing, gated, unreachable or corrupt."""
 
 
 class DataError(InputError):
-    """A task's data cannot be had, or is not what the task needs."""
+    """The data of a task is not available, or not in the task's form."""
 
 
 class NonFiniteError(NmsweepError):
-    """NaN or infinity where a number was expected: the cell has failed, it has no number."""
+    """NaN or infinity in place of a number: the cell has failed."""
 
 
 class StorageError(NmsweepError):
-    """The results folder takes no more: full, read-only, gone. Nothing that follows could be kept."""
+    """The results folder is full, read-only or gone, so that no further result can be kept."""
 
 
-class Busy(NmsweepError):  # noqa: N818 - no error: a state of affairs
-    """Another process is computing this at the moment; it is no failure.
+class Busy(NmsweepError):  # noqa: N818 - not an error but a state
+    """Another process is computing this; not a failure.
 
     Args:
-        message: what, and who has it.
-        claim: the name that is claimed.
+        message: what is being computed, and by which process.
+        claim: name of the claim.
     """
 
     def __init__(self, message: str, claim: str) -> None:
@@ -57,10 +57,10 @@ class Busy(NmsweepError):  # noqa: N818 - no error: a state of affairs
 
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """Spell out what is allowed, nearest names first.
+    """Describe the allowed names, the nearest first.
 
     Returns:
-        ``"did you mean a or b? allowed: …"``: the near ones, and all if they are few or nothing is near.
+        ``"did you mean a or b? allowed: …"``; the allowed names are left out if they are many and some are near.
     """
     names: Sequence[str] = sorted(set(known))
     close = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)

@@ -49,7 +49,7 @@ def fit(
     Raises:
         InputError: targets or widths that do not fit; a schedule that the pattern does not have.
     """
-    settings = settings or CalibrationConfig()
+    settings = settings or CalibrationConfig.model_validate({})
     if errors := learning_errors(sparsification, settings):
         raise InputError(*errors)
     linears = dense_targets(model, sparsification, targets)

@@ -51,7 +51,7 @@ def output_errors(
     Returns:
         module path -> pattern -> error, layers in the order they run; 0 for an output that is all zero.
     """
-    settings = (settings or CalibrationConfig()).model_copy(update={"prefix": "dense"})
+    settings = (settings or CalibrationConfig.model_validate({})).model_copy(update={"prefix": "dense"})
     scope = "all" if scope in ("prefill", "decode") else scope
     meters = [
         meter

@@ -13,7 +13,7 @@ from nmsweep.cell.identity import (
     task_sources,
 )
 from nmsweep.config.schema import RunConfig
-from nmsweep.data.requirements import check_examples, missing_extras
+from nmsweep.data.requirements import fewshot_split, missing_extras, needs_split
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import DataError, InputError
 from nmsweep.models import check_model, target_linears
@@ -49,8 +49,10 @@ def _task_errors(cfg: RunConfig, sources: Sequence[TaskSource]) -> list[str]:
     """Return the tasks that lack a package, or a split for few-shot examples."""
     errors = [message for source in sources for message in missing_extras(source)]
     for leaf in (leaf for source in sources for leaf in source.leaves):
+        n_shots = leaf.shots(cfg.eval.num_fewshot)
         try:
-            check_examples(leaf, leaf.shots(cfg.eval.num_fewshot))
+            if needs_split(leaf, n_shots):
+                fewshot_split(leaf, n_shots)
         except DataError as error:
             errors.append(str(error))
     return errors

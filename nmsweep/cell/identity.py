@@ -53,10 +53,6 @@ class Cell:
     calibration_id: str = ""
 
     @property
-    def is_dense(self) -> bool:
-        return self.sparsification is None
-
-    @property
     def across_tokens(self) -> bool:
         """Whether the mask of a token depends on the other tokens of its sequence, or on their number."""
         if self.sparsification is None:

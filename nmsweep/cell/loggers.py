@@ -1,7 +1,7 @@
-"""Weights & Biases and MLflow: one run a finished cell, grouped by sweep. Off by default; whatever they do, the cell stands.
+"""Send finished cells to Weights & Biases and MLflow: one run per cell, grouped by sweep. Off by default.
 
-The records in the results folder stay the truth: a logger is told of a cell after its record is written, in a thread of its own
-and for a limited time, and what it raises is one line.
+A logger cannot fail a cell: it runs after the record is written, in its own thread and for a limited time, and its errors
+are reported on one line.
 """
 
 import logging
@@ -14,7 +14,7 @@ from nmsweep.results.layout import RUNS
 from nmsweep.results.record import CellRecord
 
 TIMEOUT_S = 60.0
-"""Seconds that a logger may take for one cell."""
+"""Longest time in seconds that a logger may take for one cell."""
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +22,13 @@ Logger = Callable[[RunConfig, CellRecord, str], None]
 
 
 def log_cell(cfg: RunConfig, record: CellRecord, sweep: str, say: Callable[[str], None]) -> None:
-    """Tell the loggers that are on about a finished cell.
+    """Send a finished cell to the enabled loggers.
 
     Args:
-        cfg: the cell.
-        record: what was written of it.
-        sweep: id of its plan; the group of its run.
-        say: told why a logger failed.
+        cfg: config of the cell.
+        record: its record.
+        sweep: id of its plan, the group of the run.
+        say: called with the reason if a logger fails.
     """
     for name, send in LOGGERS.items():
         if getattr(cfg.loggers, name).enabled and (problem := _in_time(send, cfg, record, sweep)):
@@ -37,14 +37,14 @@ def log_cell(cfg: RunConfig, record: CellRecord, sweep: str, say: Callable[[str]
 
 
 def _in_time(send: Logger, cfg: RunConfig, record: CellRecord, sweep: str) -> str:
-    """Run a logger; what went wrong, empty for nothing."""
+    """Run a logger and return its error; empty if it succeeds."""
     problems = [f"no answer in {TIMEOUT_S:.0f} s"]
 
     def run() -> None:
         try:
             send(cfg, record, sweep)
             problems.clear()
-        except BaseException as error:  # a library of others, after the fact: nothing of it may reach the cell
+        except BaseException as error:  # the cell is finished: no error of a logger may fail it
             problems[0] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
     thread = threading.Thread(target=run, daemon=True, name="logger")
@@ -54,19 +54,18 @@ def _in_time(send: Logger, cfg: RunConfig, record: CellRecord, sweep: str) -> st
 
 
 def metrics_of(record: CellRecord) -> dict[str, float]:
-    """The cell's numbers by ``task/metric``, with what it cost."""
+    """Return the cell's numbers by ``task/metric``, with its time and tokens."""
     names = record.metrics["task"] + "/" + record.metrics["metric"]
     numbers = dict(zip(names, record.metrics["value"].astype(float), strict=True))
     return {**numbers, "time_s": float(record.provenance["time_s"]), "tokens": float(record.provenance["tokens"])}
 
 
 def params_of(cfg: RunConfig) -> dict[str, str]:
-    """The words that tell cells apart."""
+    """Return the config values that distinguish cells."""
     keys = ("pattern", "mitigation", "targets", "scope", "profile", "tasks", "dtype", "seed")
     dump: Mapping[str, Any] = cfg.dump()
-    shown = {key: dump[key] for key in keys} | {"model": cfg.model_name}
-    shown["criterion"] = cfg.criterion_name
-    return {key: str(value) for key, value in shown.items()}
+    names = {"model": cfg.model_name, "criterion": cfg.criterion_name}
+    return {key: str(value) for key, value in ({key: dump[key] for key in keys} | names).items()}
 
 
 def _to_mlflow(cfg: RunConfig, record: CellRecord, sweep: str) -> None:

@@ -1,4 +1,4 @@
-"""What a number was made with: versions, git state, device, memory, the command."""
+"""The environment of a result: versions, git state, device, memory and command."""
 
 import platform
 import resource
@@ -13,11 +13,11 @@ from typing import Any
 from nmsweep import __version__
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "numpy", "tokenizers", "triton", "numba")
-"""Packages whose version can move a number."""
+"""Packages whose version may change a number."""
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Most memory in use so far: of the GPU for a device of kind ``cuda``, else of this process."""
+    """Return the peak memory so far in bytes: of the GPU for ``cuda``, else of this process."""
     if device == "cuda":
         import torch
 
@@ -28,7 +28,7 @@ def peak_memory_bytes(device: str) -> int:
 
 @cache
 def device_name(device: str) -> str:
-    """The GPU for a device of kind ``cuda``, else the processor, as its maker calls it."""
+    """Return the model name of the GPU for ``cuda``, else of the processor."""
     if device == "cuda":
         import torch
 
@@ -37,12 +37,12 @@ def device_name(device: str) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git state and command of this process."""
+    """Return the versions, git state and command of this process."""
     return {
         "versions": {"nmsweep": __version__, "python": platform.python_version(), **_versions()},
         "git": git_state(Path(__file__).parents[2]),
@@ -52,18 +52,18 @@ def environment() -> dict[str, Any]:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = ""
-    return found
+            versions[package] = ""
+    return versions
 
 
 @cache
 def git_state(folder: Path) -> str:
-    """Commit of nmsweep's own checkout, ``-dirty`` with changes; empty for an installed package."""
+    """Return the commit of nmsweep's checkout, with ``-dirty`` if it has changes; empty for an installed package."""
     if not (folder / ".git").exists():
         return ""
     describe = ["git", "-C", str(folder), "describe", "--always", "--dirty"]

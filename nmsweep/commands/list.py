@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nmsweep.commands.words import key_values
-from nmsweep.config.catalogue import Option, conf_dir, options
+from nmsweep.config.catalogue import Option, options
+from nmsweep.config.defaults import conf_dir
 from nmsweep.config.schema import TARGET_PRESETS
 
 _PATTERNS = (

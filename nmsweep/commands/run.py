@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmsweep.commands.words import parse_cell_words
-from nmsweep.config.catalogue import conf_dir
 from nmsweep.config.compose import Command, compose_command, prepare
+from nmsweep.config.defaults import conf_dir
 from nmsweep.errors import InputError
 
 if TYPE_CHECKING:  # torch comes with planning

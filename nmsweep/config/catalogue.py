@@ -1,20 +1,29 @@
-"""What can be chosen: the YAML files of the shipped `conf/` and of a user's own config folder."""
+"""The options of each config group: the YAML files of the shipped `conf/` and of a user's own config folder."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nmsweep.config.defaults import conf_dir
 from nmsweep.config.schema import Method
 from nmsweep.errors import InputError, nearest
 
 
 @dataclass(frozen=True)
 class Option:
-    """One YAML file of a group: its name, what its first comment line says, and its content."""
+    """One YAML file of a config group.
+
+    Attributes:
+        group: the folder.
+        name: the file's name without suffix.
+        summary: its first comment line.
+        node: its content.
+        file: its path.
+    """
 
     group: str
     name: str
@@ -23,29 +32,15 @@ class Option:
     file: Path
 
 
-@cache
-def conf_dir() -> Path:
-    """The shipped `conf/`: inside the package in a wheel, beside it in a checkout.
-
-    Raises:
-        InputError: this installation has none.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise InputError(f"nmsweep: no conf/ folder beside or inside {package}; install nmsweep again")
-
-
 def options(group: str, config_dir: Path | None = None) -> dict[str, Option]:
-    """All options of a group by name; a user's own file is added to the shipped ones.
+    """Return all options of a group by name, the user's added to the shipped ones; a shipped name takes precedence.
 
     Raises:
-        InputError: a file that is no YAML mapping.
+        InputError: a file that is not a YAML mapping.
     """
-    found = {option.name: option for option in _read_folder(config_dir / group, group)} if config_dir else {}
-    found.update({option.name: option for option in _read_folder(conf_dir() / group, group)})
-    return dict(sorted(found.items()))
+    folders = [*([config_dir / group] if config_dir else []), conf_dir() / group]
+    by_name = {option.name: option for folder in folders for option in _read_folder(folder, group)}
+    return dict(sorted(by_name.items()))
 
 
 def _read_folder(folder: Path, group: str) -> Iterator[Option]:
@@ -57,22 +52,15 @@ def _read_folder(folder: Path, group: str) -> Iterator[Option]:
             raise InputError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(node, dict):
             raise InputError(f"{file}: holds a {type(node).__name__}; a mapping of keys is needed")
-        first = next(
-            (
-                line.lstrip("# ").strip()
-                for line in text.splitlines()
-                if line.startswith("#") and not line.startswith("# @")
-            ),
-            "",
-        )
-        yield Option(group, file.stem, first, node, file)
+        comments = (line.lstrip("# ").strip() for line in text.splitlines() if re.match("#(?! @)", line))
+        yield Option(group, file.stem, next(comments, ""), node, file)
 
 
 def find_method(group: str, name: str, parameters: Mapping[str, Any], config_dir: Path | None = None) -> Method:
-    """A criterion or mitigation by name, with some of its parameters replaced.
+    """Return a criterion or mitigation by name, with some of its parameters replaced.
 
     Raises:
-        InputError: no such name, or no such parameter.
+        InputError: there is no such name, or no such parameter.
     """
     known = options(group, config_dir)
     word = group.removesuffix("s")

@@ -21,7 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nmsweep.config.catalogue import conf_dir, options
+from nmsweep.config.catalogue import options
+from nmsweep.config.defaults import conf_dir
 from nmsweep.config.schema import RunConfig, parse_run
 from nmsweep.errors import InputError, nearest
 

@@ -1,4 +1,4 @@
-"""Which channels survive: `dense`, `N:M`, `p%`, `threshold:p%`, as plain numbers (no torch).
+"""Sparsity patterns, `dense`, `N:M`, `p%` and `threshold:p%`, as plain numbers (no torch).
 
 Source: METHODS, "Patterns"; arXiv:2509.22166 for N:M, arXiv:2408.14690 (TEAL) for thresholds.
 """
@@ -29,14 +29,14 @@ class Budget(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Pattern:
-    """A rule that keeps some channels of each token.
+    """A rule for the number of channels kept in each token.
 
     Attributes:
-        kind: which rule.
-        n: channels **kept** in each group; 0 unless `kind` is ``"n:m"``.
-        m: consecutive channels of a group; 0 unless `kind` is ``"n:m"``.
-        percent: share of channels masked, in percent; 0 unless unstructured or threshold.
-        policy: how this budget is dealt out to the layers, ``greedy`` or ``recipe-<name>``; empty where all have this pattern.
+        kind: the rule.
+        n: channels kept in each group; 0 unless `kind` is ``"n:m"``.
+        m: consecutive channels in a group; 0 unless `kind` is ``"n:m"``.
+        percent: share of channels set to zero, in percent; 0 unless unstructured or threshold.
+        policy: ``greedy`` or ``recipe-<name>`` if the layers share this budget; empty if all have this pattern.
     """
 
     kind: Kind
@@ -67,16 +67,16 @@ class Pattern:
 
     @property
     def sparsity(self) -> float:
-        """Nominal share of channels masked, 0 to 1."""
+        """Nominal share of channels set to zero, 0 to 1."""
         return 1 - self.n / self.m if self.kind == "n:m" else self.percent / 100
 
     @property
     def slug(self) -> str:
-        """The pattern as it stands in a folder's name: ``8-16``, ``50pct``."""
+        """The pattern in folder names: ``8-16``, ``50pct``."""
         return str(self).replace(":", "-").replace("%", "pct")
 
     def kept(self, n_channels: int) -> int:
-        """Channels kept of a token with `n_channels`; the expected number for a threshold."""
+        """Return the channels kept of `n_channels` of a token; for a threshold, their expected number."""
         if self.kind == "n:m":
             return n_channels // self.m * self.n
         return max(1, round(n_channels * (1 - self.percent / 100)))
@@ -94,13 +94,13 @@ class Pattern:
 
 
 def parse_pattern(value: object) -> Pattern:
-    """Read a pattern as a user or a YAML file writes it.
+    """Read a pattern from the command line or from YAML.
 
     YAML 1.1 reads an unquoted ``8:16`` as the base-60 integer 496. No bare number is a pattern, so
     ``divmod(496, 60)`` gives the text back; a warning says to quote it.
 
     Raises:
-        InputError: `value` is no pattern.
+        InputError: `value` is not a pattern.
     """
     if isinstance(value, Pattern):
         return value

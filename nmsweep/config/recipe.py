@@ -1,4 +1,4 @@
-"""A recipe: a pattern for each layer, as plain YAML that can be run again and shared. No torch."""
+"""Recipes: a pattern for each layer, as YAML that can be shared and run again. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ class Recipe:
     """A pattern for each layer.
 
     Attributes:
-        pattern: the uniform pattern whose density was the budget.
+        pattern: the uniform pattern that set the budget.
         layers: module path -> pattern.
-        density: the average density of the layers, weighted by their multiply-adds.
-        made: how it came about, for a reader; nothing of it is used.
+        density: average density of the layers, weighted by their multiply-adds.
+        made: its origin, for the reader; not used.
     """
 
     pattern: Pattern
@@ -30,7 +30,7 @@ class Recipe:
     made: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self) -> str:
-        """The YAML of the recipe."""
+        """Return the recipe as YAML."""
         plain = {
             "pattern": str(self.pattern),
             "density": round(self.density, 6),
@@ -45,7 +45,7 @@ def read_recipe(file: Path) -> Recipe:
     """Read a recipe.
 
     Raises:
-        InputError: no such file, or one that is no recipe; all mistakes together.
+        InputError: there is no such file, or it is not a recipe; one message for each mistake.
     """
     where = f"policy {file}"
     if not file.is_file():

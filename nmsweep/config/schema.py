@@ -1,6 +1,7 @@
-"""The typed schema of a run, its cross-field rules, and the identity of a cell.
+"""The typed schema of a run and the rules that span several of its fields.
 
-`parse_run` is the only way from a composed Hydra config to a `RunConfig`; it reports every mistake at once.
+`parse_run` is the only way from a composed Hydra config to a `RunConfig`; it reports every mistake at once. Default
+values are not repeated here: they stand in `conf/`.
 """
 
 import hashlib
@@ -9,17 +10,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from nmsweep.config.defaults import defaults
 from nmsweep.config.pattern import Pattern, parse_pattern
 from nmsweep.config.recipe import read_recipe
 from nmsweep.errors import InputError, nearest
 
 CELL_SCHEMA = 1
-"""Version of what goes into a cell's identity; a change gives every cell a new id."""
+"""Version of a cell's identity; a change gives every cell a new id."""
 
 TARGET_PRESETS = ("all", "mlp", "attn", "paper", "amber")
 
@@ -34,11 +36,14 @@ _DTYPES = {
 _SCOPE = re.compile(r"all|prefill|decode|skip_first:\d+|skip_first:\d+(\.\d+)?%")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _CLASS = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
-"""A dotted path; no part begins with an underscore, as that of a module that runs when it is imported may."""
+"""A dotted path without parts that begin with an underscore: such modules may run code when they are imported."""
+
+Seqlen = Annotated[int, Field(ge=2)]
+Count = Annotated[int, Field(ge=1)]
 
 
 def _reported(parse: Callable[[Any], Any]) -> BeforeValidator:
-    """Let an InputError of `parse` be collected by pydantic beside the other mistakes."""
+    """Let pydantic collect an InputError of `parse` with the other mistakes."""
 
     def collect(value: Any) -> Any:
         try:
@@ -60,6 +65,11 @@ def _parse_dtype(value: Any) -> Any:
 
 
 def parse_scope(value: Any) -> str:
+    """Check a scope and return it as text.
+
+    Raises:
+        InputError: it is no scope, or one that leaves no token or every token sparse.
+    """
     text = str(value)
     if not _SCOPE.fullmatch(text):
         raise InputError(f"scope: {text!r} is no scope; allowed: all, prefill, decode, skip_first:K, skip_first:p%")
@@ -73,16 +83,31 @@ def parse_scope(value: Any) -> str:
 
 
 class _Node(BaseModel):
+    """A node of the config. Keys that are left out take the values of `conf/`."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    section: ClassVar[str] = ""
+    """Dotted path of the node in `conf/`; empty for a node without default values."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        if not cls.section or not isinstance(values, Mapping):
+            return values
+        node: Mapping[str, Any] = defaults()
+        for key in cls.section.split("."):
+            node = node[key]
+        return {**node, **values}
 
 
 class Method(_Node):
-    """A criterion or a mitigation as its YAML file gives it.
+    """A criterion or a mitigation as its YAML file defines it.
 
     Attributes:
-        name: the file's name, and the name in every record.
+        name: the file's name without suffix, and the name in every record.
         target: dotted path of its class.
-        params: the constructor's arguments.
+        params: arguments of the constructor.
     """
 
     name: str
@@ -96,63 +121,65 @@ class Method(_Node):
 
 
 class EvalConfig(_Node):
-    """How a cell is measured. Units: `seqlen`, `batch_tokens` in tokens; `limit` in items or windows of a task.
+    """How a cell is measured.
 
-    `num_fewshot` None is each task's own number (5 for gsm8k, 0 for most). `include_path` has task YAMLs of the user's.
+    Units: `seqlen` and `batch_tokens` in tokens, `limit` in items or windows per task. `num_fewshot` None is each task's
+    own number (5 for gsm8k, 0 for most). `include_path` is a folder of the user's task YAMLs.
     """
 
-    limit: Annotated[int, Field(ge=1)] | None = None
-    seqlen: Annotated[int, Field(ge=2)] = 2048
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    scoring: Literal["packed", "stock"] = "packed"
-    batch_tokens: Annotated[int, Field(ge=1)] = 4096
-    skip_missing: bool = False
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool | None = None
-    system_instruction: str | None = None
-    include_path: Path | None = None
+    section = "eval"
+
+    limit: Count | None
+    seqlen: Seqlen
+    num_fewshot: Annotated[int, Field(ge=0)] | None
+    scoring: Literal["packed", "stock"]
+    batch_tokens: Count
+    skip_missing: bool
+    apply_chat_template: bool
+    fewshot_as_multiturn: bool | None
+    system_instruction: str | None
+    include_path: Path | None
 
 
 class DataConfig(_Node):
-    """Where the data comes from: the hub, or a folder of local JSONL files (`mirror`)."""
+    """Where task data comes from: a folder of local JSONL files (`mirror`), or the hub if it is None."""
 
-    mirror: Path | None = None
+    section = "data"
+
+    mirror: Path | None
 
 
 class CalibrationConfig(_Node):
-    """Text that calibrated stages see, never the text that is evaluated; and how learned stages are trained.
+    """The calibration text, and how learned stages are trained on it.
 
-    `seqlen` in tokens, `n_samples` in windows (None: 256 where a stage is learned, else 32, or what the text has), `epochs`
-    in passes over the windows.
+    Units: `seqlen` in tokens, `n_samples` in windows, `epochs` in passes over the windows. `n_samples` None is 256 for a
+    learned stage and 32 for any other, or as many as the text has.
     """
 
-    source: str = "auto"
-    n_samples: Annotated[int, Field(ge=1)] | None = None
-    seqlen: Annotated[int, Field(ge=2)] = 512
-    prefix: Literal["sparse", "dense"] = "sparse"
-    teacher: Literal["block", "dense"] = "block"
-    objective: Literal["mse", "kl"] = "mse"
-    schedule: Literal["none", "decay", "step"] = "none"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    epochs: Annotated[int, Field(ge=1)] = 1
+    section = "calibration"
+
+    source: str
+    n_samples: Count | None
+    seqlen: Seqlen
+    prefix: Literal["sparse", "dense"]
+    teacher: Literal["block", "dense"]
+    objective: Literal["mse", "kl"]
+    schedule: Literal["none", "decay", "step"]
+    lr: Annotated[float, Field(gt=0)]
+    epochs: Count
 
 
 class AllocationConfig(_Node):
-    """What ``policy=greedy`` chooses from.
+    """The choices and the budget of ``policy=greedy``.
 
-    `patterns` are N:M or p%; `density` is the budget, the average density of the target layers weighted by their
-    multiply-adds, 0 to 1 (None: that of `pattern`).
+    `patterns` are N:M or p%. `density` is the average density of the target layers, weighted by their multiply-adds,
+    between 0 and 1; None is the density of `pattern`.
     """
 
-    patterns: Annotated[tuple[str, ...], BeforeValidator(split_names)] = (
-        "4:16",
-        "6:16",
-        "8:16",
-        "10:16",
-        "12:16",
-        "16:16",
-    )
-    density: Annotated[float, Field(gt=0, lt=1)] | None = None
+    section = "allocation"
+
+    patterns: Annotated[tuple[str, ...], BeforeValidator(split_names)]
+    density: Annotated[float, Field(gt=0, lt=1)] | None
 
     @property
     def ladder(self) -> tuple[Pattern, ...]:
@@ -160,69 +187,77 @@ class AllocationConfig(_Node):
 
 
 class ClusterConfig(_Node):
-    """How the cells of a sweep are given to a launcher's jobs; changes no number.
+    """How the cells of a sweep are distributed over jobs; changes no number.
 
-    `cells_per_job` in cells, of one model (None: 8 on Slurm, one batch a worker elsewhere); `workers` in processes of joblib
-    and submitit_local (None: one a GPU, or as many as cores and memory allow).
+    `cells_per_job` is the number of cells of one model in a job (None: 8 on Slurm, one batch per worker elsewhere);
+    `workers` is the number of local processes (None: one per GPU, or as many as cores and memory allow).
     """
 
-    cells_per_job: Annotated[int, Field(ge=1)] | None = None
-    workers: Annotated[int, Field(ge=1)] | None = None
+    section = "cluster"
+
+    cells_per_job: Count | None
+    workers: Count | None
 
 
 class WandbConfig(_Node):
-    """Weights & Biases: which project, and where runs go: `mode` online or offline (None: what WANDB_MODE says, else online)."""
+    """Weights & Biases. `mode` None follows WANDB_MODE, which defaults to online."""
 
-    enabled: bool = False
-    project: str = "nmsweep"
-    entity: str | None = None
-    mode: Literal["online", "offline"] | None = None
+    section = "loggers.wandb"
+
+    enabled: bool
+    project: str
+    entity: str | None
+    mode: Literal["online", "offline"] | None
 
 
 class MlflowConfig(_Node):
-    """MLflow: where it tracks (None: what MLFLOW_TRACKING_URI says), and which experiment."""
+    """MLflow. `tracking_uri` None follows MLFLOW_TRACKING_URI."""
 
-    enabled: bool = False
-    tracking_uri: str | None = None
-    experiment: str = "nmsweep"
+    section = "loggers.mlflow"
+
+    enabled: bool
+    tracking_uri: str | None
+    experiment: str
 
 
 class LoggersConfig(_Node):
-    """Who else is told about finished cells; changes no number."""
+    """External loggers of finished cells; they change no number."""
 
-    wandb: WandbConfig = WandbConfig()
-    mlflow: MlflowConfig = MlflowConfig()
+    section = "loggers"
+
+    wandb: WandbConfig
+    mlflow: MlflowConfig
 
 
 class RunConfig(_Node):
-    """One cell, fully resolved. Field by field: docs/config.md."""
+    """The resolved config of one cell. `conf/config.yaml` explains each key."""
 
     model: dict[str, Any]
     pattern: Annotated[Pattern, _reported(parse_pattern)]
-    policy: str = "none"
-    allocation: AllocationConfig = AllocationConfig()
+    policy: str
+    allocation: AllocationConfig
     criterion: Method | None
     mitigations: tuple[Method, ...]
     targets: Annotated[tuple[str, ...], BeforeValidator(split_names)]
-    scope: Annotated[str, _reported(parse_scope)] = "all"
-    profile: Literal["strict", "paper", "paper_code"] = "strict"
+    scope: Annotated[str, _reported(parse_scope)]
+    profile: Literal["strict", "paper", "paper_code"]
     tasks: tuple[str, ...]
     eval: EvalConfig
     data: DataConfig
     calibration: CalibrationConfig
-    dtype: Annotated[Literal["bfloat16", "float16", "float32", "float64"], BeforeValidator(_parse_dtype)] = "bfloat16"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
-    results_dir: Path = Path("results")
-    baseline: bool = True
-    force: bool = False
-    plugins: tuple[str, ...] = ()
-    cluster: ClusterConfig = ClusterConfig()
-    loggers: LoggersConfig = LoggersConfig()
+    dtype: Annotated[Literal["bfloat16", "float16", "float32", "float64"], BeforeValidator(_parse_dtype)]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")]
+    seed: Annotated[int, Field(ge=0)]
+    results_dir: Path
+    baseline: bool
+    force: bool
+    plugins: tuple[str, ...]
+    cluster: ClusterConfig
+    loggers: LoggersConfig
 
     @property
     def model_name(self) -> str:
-        """The model as it stands in records and folder names."""
+        """Name of the model in records and folder names."""
         name = str(self.model["name"])
         if self.model.get("path") and not self.model.get("keep_name"):
             name = Path(str(self.model["path"])).resolve().name
@@ -235,18 +270,18 @@ class RunConfig(_Node):
 
     @property
     def mitigation(self) -> str:
-        """The active mitigations as one word, ``shift+var``; ``none`` without any."""
+        """Names of the active mitigations, ``shift+var``; ``none`` without any."""
         return "+".join(method.name for method in self.mitigations) or "none"
 
     def dense(self) -> "RunConfig":
-        """The dense cell that this one is compared with; the cell itself where it is dense."""
+        """Return the dense baseline of this cell; the cell itself if it is dense."""
         if self.pattern.is_dense:
             return self
         null = {"pattern": Pattern("dense"), "policy": "none", "criterion": None, "mitigations": (), "targets": ()}
         return self.model_copy(update={**null, "scope": "all"})
 
     def dump(self) -> dict[str, Any]:
-        """The effective config as plain values, in the words that the command line takes."""
+        """Return the effective config as plain values, in the words of the command line."""
         return {
             "model": dict(self.model),
             "pattern": self.pattern.rule,
@@ -267,21 +302,20 @@ class RunConfig(_Node):
 
 
 def to_plain(cfg: RunConfig) -> dict[str, Any]:
-    """A cell's config as JSON has it, for `from_plain`."""
+    """Return a cell's config as JSON values, for `from_plain`."""
     return {**cfg.model_dump(mode="json"), "pattern": str(cfg.pattern)}
 
 
 def from_plain(plain: Mapping[str, Any]) -> RunConfig:
-    """Read back what `to_plain` gave; a `_target_` outside nmsweep and the cell's plugins, and names that are no names, are
-    refused here too.
+    """Read the values of `to_plain`, with the same checks of names and of `_target_` as `parse_run`.
 
     Raises:
-        InputError: it is no config, or not one of this version.
+        InputError: it is no config of this version.
     """
     try:
         cfg = RunConfig.model_validate(plain)
     except ValidationError as error:
-        raise InputError(*map(_describe, error.errors())) from None
+        raise InputError(*map(describe, error.errors())) from None
     methods = [*cfg.mitigations, *([cfg.criterion] if cfg.criterion else [])]
     errors = [text for m in methods for text in _target_errors(m.name, {"_target_": m.target}, cfg.plugins)]
     if errors := [*errors, *_name_errors(cfg.tasks, cfg.model)]:
@@ -290,18 +324,18 @@ def from_plain(plain: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_run(raw: Mapping[str, Any]) -> RunConfig:
-    """Check a composed config and type it.
+    """Check and type a composed config.
 
     Args:
-        raw: the resolved config as plain containers, Hydra's own node left out.
+        raw: the resolved config as plain containers, without Hydra's own node.
 
     Raises:
-        InputError: one message for each mistake found, all together.
+        InputError: one message for each mistake.
     """
     errors: list[str] = []
     fields = dict(raw)
     presets = fields.pop("task_presets", {})
-    fields.pop("profiles", None)  # what the composed values were taken from
+    fields.pop("profiles", None)  # the composed values were taken from here
     known = fields.pop("mitigations", None) or {}
     plugins = split_names(fields.get("plugins"))
     fields["plugins"] = plugins
@@ -335,7 +369,7 @@ def parse_run(raw: Mapping[str, Any]) -> RunConfig:
     try:
         cfg = RunConfig.model_validate(fields)
     except ValidationError as error:
-        raise InputError(*errors, *map(_describe, error.errors())) from None
+        raise InputError(*errors, *map(describe, error.errors())) from None
     errors += _cross_field_errors(cfg)
     errors += _policy_errors(cfg)
     if errors:
@@ -344,7 +378,7 @@ def parse_run(raw: Mapping[str, Any]) -> RunConfig:
 
 
 def _name_errors(tasks: Iterable[str], model: Any) -> list[str]:
-    """Tasks and a model whose names cannot become parts of a path."""
+    """Return the names of tasks and of the model that cannot be part of a path."""
     errors = [f"tasks: {task!r} is no task name" for task in tasks if not _SAFE_NAME.fullmatch(task)]
     if not isinstance(model, Mapping) or not _SAFE_NAME.fullmatch(str(model.get("name", ""))):
         errors.append(f"model: {model!r} has no usable name; letters, digits, '.', '_', '+' and '-' are allowed")
@@ -352,7 +386,7 @@ def _name_errors(tasks: Iterable[str], model: Any) -> list[str]:
 
 
 def expand_tasks(value: Any, presets: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
-    """Presets and tasks, ``paper+lambada_openai`` or a list, as sorted task names without doubles."""
+    """Expand presets and tasks, ``paper+lambada_openai`` or a list, to sorted task names without duplicates."""
     tasks: set[str] = set()
     for name in split_names(value):
         tasks.update(presets.get(name, (name,)))
@@ -360,21 +394,22 @@ def expand_tasks(value: Any, presets: Mapping[str, Iterable[str]]) -> tuple[str,
 
 
 def _normalised(cfg: RunConfig) -> RunConfig:
+    """Drop the methods of a dense cell; write a policy's name into the pattern."""
     if cfg.pattern.is_dense:
         return cfg.dense().model_copy(update={"criterion": None, "mitigations": (), "targets": (), "scope": "all"})
     policy = "greedy" if cfg.pattern.policy else cfg.policy
+    if policy == "none":
+        return cfg
     if policy == "greedy":
         return cfg.model_copy(update={"policy": policy, "pattern": replace(cfg.pattern, policy=policy)})
-    if policy != "none":
-        file = Path(policy).expanduser().resolve()
-        label = "recipe-" + re.sub(r"[^A-Za-z0-9._+-]+", "-", file.stem)
-        pattern = replace(read_recipe(file).pattern, policy=label)
-        return cfg.model_copy(update={"policy": str(file), "pattern": pattern})
-    return cfg
+    file = Path(policy).expanduser().resolve()
+    label = "recipe-" + re.sub(r"[^A-Za-z0-9._+-]+", "-", file.stem)
+    pattern = replace(read_recipe(file).pattern, policy=label)
+    return cfg.model_copy(update={"policy": str(file), "pattern": pattern})
 
 
 def _policy_errors(cfg: RunConfig) -> list[str]:
-    """What is wrong with a policy, and with what it chooses from."""
+    """Return what is wrong with a policy and its choices."""
     policy, errors = cfg.policy, []
     if cfg.pattern.policy.startswith("recipe-"):
         return [f"pattern: {cfg.pattern} is the name of a recipe; pass policy=FILE with its YAML file"]
@@ -433,20 +468,21 @@ def _cross_field_errors(cfg: RunConfig) -> list[str]:
     return errors
 
 
-def _describe(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def describe(error: Any, *parents: str) -> str:
+    """Return one of pydantic's errors as *key: what came; what is allowed*; `parents` are put before its key."""
+    where = ".".join(str(part) for part in [*parents, *error["loc"]])
     if error["type"] == "nmsweep":
         return str(error["msg"])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: is no key of the config; see `nmsweep --cfg job` for all keys"
     return f"{where}: {error['input']!r} is not valid; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def canonical_json(value: Any) -> str:
-    """The one text that equal values have: sorted keys, no spaces, no NaN."""
+    """Return the JSON of a value with sorted keys, no spaces and no NaN, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
 
 
 def short_hash(value: Any, digits: int = 12) -> str:
-    """First hex `digits` of the sha256 of `canonical_json(value)`."""
+    """Return the first hex `digits` of the sha256 of `canonical_json(value)`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:digits]

@@ -40,16 +40,6 @@ def _has_nltk_data(name: str) -> bool:
     return True
 
 
-def check_examples(source: TaskSource, num_fewshot: int) -> None:
-    """Check that few-shot examples do not come from the evaluated split.
-
-    Raises:
-        DataError: there is no other split.
-    """
-    if needs_split(source, num_fewshot):
-        fewshot_split(source, num_fewshot)
-
-
 def needs_split(source: TaskSource, num_fewshot: int) -> bool:
     """Return whether examples are drawn from a split, rather than written out in the task's YAML."""
     has_samples = (source.config.get("fewshot_config") or {}).get("samples")

@@ -1,4 +1,4 @@
-"""The folder where converted models and file digests are kept, and how it is written without half-made entries."""
+"""The cache of converted models and file digests, safe for any number of processes at once."""
 
 import hashlib
 import json
@@ -12,23 +12,22 @@ from pathlib import Path
 from nmsweep.errors import ModelError
 
 _STALE_S = 24 * 3600.0
-"""Age in seconds after which another process's unfinished work is taken for abandoned."""
+"""Age in seconds after which an unfinished folder counts as abandoned."""
 
 
 def cache_dir() -> Path:
-    """``$NMSWEEP_CACHE``, else ``~/.cache/nmsweep``."""
+    """Return ``$NMSWEEP_CACHE``, else ``~/.cache/nmsweep``."""
     return Path(os.environ.get("NMSWEEP_CACHE") or "~/.cache/nmsweep").expanduser()
 
 
-def built_once(final: Path, make: Callable[[Path], None]) -> Path:
-    """Make a folder if it is not there; it exists whole or not at all.
+def built_once(final: Path, build: Callable[[Path], None]) -> Path:
+    """Build a folder unless it exists; it is there complete or not at all.
 
-    Any number of processes may ask at once: each works in a folder of its own, the first to finish gives it its name,
-    the others use that one.
+    Each process works in a temporary folder of its own. The first to finish renames it; the others use the result.
 
     Args:
-        final: where the finished folder lies.
-        make: fills the empty folder that it is given.
+        final: path of the finished folder.
+        build: fills the empty folder that it is given.
 
     Raises:
         ModelError: the cache cannot be written.
@@ -40,12 +39,15 @@ def built_once(final: Path, make: Callable[[Path], None]) -> Path:
         _remove_abandoned(final)
         work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
         try:
-            make(work)
+            build(work)
             work.chmod(0o755)  # mkdtemp's 0700 would keep other users of a shared cache out
-            _give_name(work, final)
+            if not final.is_dir():
+                work.rename(final)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
+        if final.is_dir():  # another process was first
+            return final
         raise ModelError(
             f"cache {cache_dir()}: {error.strerror or error} ({error.filename or final.name}); "
             "a folder with room for the model is needed; set NMSWEEP_CACHE=DIR"
@@ -53,16 +55,8 @@ def built_once(final: Path, make: Callable[[Path], None]) -> Path:
     return final
 
 
-def _give_name(work: Path, final: Path) -> None:
-    try:
-        work.rename(final)
-    except OSError:
-        if not final.is_dir():  # otherwise another process was first
-            raise
-
-
 def _remove_abandoned(final: Path) -> None:
-    """Remove what a killed process left behind."""
+    """Remove what killed processes left behind."""
     for folder in final.parent.glob(f".{final.name}.*"):
         try:
             if time.time() - folder.stat().st_mtime > _STALE_S:
@@ -72,36 +66,35 @@ def _remove_abandoned(final: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return the hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def known_sha256(path: Path) -> str | None:
-    """The digest kept for this path, if the file still has the size and modification time that it had then."""
+    """Return the cached digest of a file, if its size and modification time are unchanged; else None."""
     try:
-        kept = json.loads(_digest_file(path).read_text())
+        entry = json.loads(_digest_file(path).read_text())
     except (OSError, ValueError):
         return None
-    return str(kept["sha256"]) if kept.get("stamp") == _stamp(path) else None
+    return str(entry["sha256"]) if entry.get("stamp") == _stamp(path) else None
 
 
 def kept_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, kept so that a large file is read once."""
+    """Return the hex sha256 of a file; it is cached, so that a large file is read once."""
     if known := known_sha256(path):
         return known
-    stamp = _stamp(path)
-    digest = sha256_file(path)
-    kept = _digest_file(path)
+    entry = {"path": str(path.resolve()), "stamp": _stamp(path), "sha256": sha256_file(path)}
+    target = _digest_file(path)
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=kept.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent)
         with os.fdopen(handle, "w") as file:
-            json.dump({"path": str(path.resolve()), "stamp": stamp, "sha256": digest}, file)
-        os.replace(temporary, kept)
+            json.dump(entry, file)
+        os.replace(temporary, target)
     except OSError:
-        pass  # a cache that cannot be written costs time at the next start, nothing else
-    return digest
+        pass  # without a cache the file is read again next time
+    return str(entry["sha256"])
 
 
 def _digest_file(path: Path) -> Path:
@@ -110,6 +103,6 @@ def _digest_file(path: Path) -> Path:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size in bytes and modification time in nanoseconds."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    """Return the size in bytes and the modification time in ns of a file."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]

@@ -1,37 +1,53 @@
-"""GGUF files: checked, and converted once to a folder of safetensors.
+"""GGUF files: their check, and their conversion to a folder of safetensors, which happens once.
 
-transformers reads a GGUF's config and tokenizer. The weights are read here, with gguf's own dequantisation: its loader
-needs a third package, takes longer, and leaves a quantizer on the model that forbids saving it.
+transformers reads the config and the tokenizer. The weights are read here with gguf's own dequantisation: transformers'
+loader (5.23) gives the same tensors, but leaves a quantizer on the model that forbids saving it, and may keep the weights
+packed, depending on which kernels are installed.
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from nmsweep.errors import ModelError
 from nmsweep.models.cache import built_once, cache_dir, kept_sha256, known_sha256
-from nmsweep.models.gguf_tokenizer import read_tokenizer
-from nmsweep.models.quiet import no_progress_bar
+from nmsweep.models.folder import no_progress_bar
 
 CONVERSION = 1
-"""Version of the conversion; raised when the same GGUF file would give other numbers. Part of the fingerprint."""
+"""Version of the conversion, raised if the same GGUF file would give other numbers. Part of the fingerprint."""
 
 MAGIC = b"GGUF"
 
 _ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3")
 _WAYS_OUT = "get the file again, or take model.path=DIR with a safetensors checkpoint"
 
+_N_PROBED_TOKENS = 1000
+_MIN_ROUND_TRIPS = 0.9
+"""Share of probed tokens that must survive decoding and encoding: 1.00 for SmolLM2 and 0.9995 for Gemma3; 0.34 for Gemma3
+with the wrong merges of transformers 5.17, which double the length of every text."""
+
+_BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe")
+"""Pre-tokenizers with which llama.cpp adds a BOS although the file does not say so."""
+
 log = logging.getLogger(__name__)
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or the only one in the folder that it is; None where safetensors are meant.
+    """Return the GGUF file at `path` or in the folder `path`; None for a folder of safetensors.
 
     Raises:
         ModelError: a folder with several GGUF files and no safetensors.
@@ -48,13 +64,13 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def check_gguf(file: Path) -> list[str]:
-    """What is wrong with a GGUF file, from its header and its length: one message, or none."""
+    """Return what is wrong with a GGUF file by its header and its length: one message, or none."""
     try:
         with file.open("rb") as opened:
             magic = opened.read(4)
         if magic != MAGIC:
             return [f"model.path {file}: begins with {magic!r}; a GGUF file begins with {MAGIC!r}; {_WAYS_OUT}"]
-        if known_sha256(file):  # looked at before, and not changed since; a large vocabulary takes seconds to read
+        if known_sha256(file):  # checked before and unchanged; reading a large vocabulary takes seconds
             return []
         architecture = _field(_reader(file), "general.architecture")
     except ModelError as error:
@@ -71,16 +87,15 @@ def check_gguf(file: Path) -> list[str]:
     return []
 
 
-def converted(gguf_sha256: str, file: Callable[[Path], Path], say: Callable[[str], None] = log.info) -> Path:
-    """The folder that a GGUF file was converted to: config, tokenizer, safetensors. Made if it is not there.
+def converted(gguf_sha256: str, fetch: Callable[[Path], Path], say: Callable[[str], None] = log.info) -> Path:
+    """Return the folder with a GGUF's config, tokenizer and safetensors; convert the file if it does not exist.
 
     Args:
-        gguf_sha256: of the file; with `CONVERSION` the folder's name.
-        file: gives the GGUF; called only if the folder is not there, with an empty folder that it may use.
-        say: told what takes long.
+        gguf_sha256: of the file; names the folder together with `CONVERSION`.
+        fetch: returns the GGUF file; called only to convert it, with an empty folder for its use.
+        say: called before slow steps.
     """
-    final = converted_folder(gguf_sha256)
-    return built_once(final, partial(_convert_into, file=file, say=say))
+    return built_once(converted_folder(gguf_sha256), partial(_convert_into, fetch=fetch, say=say))
 
 
 def converted_folder(gguf_sha256: str) -> Path:
@@ -88,7 +103,7 @@ def converted_folder(gguf_sha256: str) -> Path:
 
 
 def gguf_config(file: Path) -> PretrainedConfig:
-    """The config of a local GGUF: from its conversion where there is one, else from its header."""
+    """Return the config of a local GGUF, from its conversion if it exists, else from its header."""
     known = known_sha256(file)
     if known and (folder := converted_folder(known)).is_dir():
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -97,30 +112,28 @@ def gguf_config(file: Path) -> PretrainedConfig:
 
 
 def gguf_folder(file: Path, say: Callable[[str], None] = log.info) -> Path:
-    """The converted folder of a local GGUF file."""
+    """Return the folder with the conversion of a local GGUF file."""
     return converted(kept_sha256(file), lambda work: file, say)
 
 
-def _convert_into(work: Path, file: Callable[[Path], Path], say: Callable[[str], None]) -> None:
+def _convert_into(work: Path, fetch: Callable[[Path], Path], say: Callable[[str], None]) -> None:
     scratch = work / "download"
     scratch.mkdir()
-    source = file(scratch)
+    source = fetch(scratch)
     say(f"converting {source.name} to safetensors, once ({work.parent})")
     convert_gguf(source, work)
-    for leftover in scratch.iterdir():
-        leftover.unlink()
-    scratch.rmdir()
-    for made in work.glob("*.*"):
-        made.chmod(0o644)  # safetensors writes 0600, which would keep other users of a shared cache out
+    shutil.rmtree(scratch)
+    for file in work.glob("*.*"):
+        file.chmod(0o644)  # safetensors writes 0600, which would keep other users of a shared cache out
 
 
 def convert_gguf(file: Path, out: Path) -> None:
-    """Write a GGUF as config, tokenizer and safetensors into the folder `out`.
+    """Write the config, tokenizer and safetensors of a GGUF into the folder `out`.
 
-    Weights are stored in bfloat16; in float32 where the file has float16 or float32 matrices, so that none is rounded.
+    Weights are stored in bfloat16, or in float32 if the file has float16 or float32 matrices, so that none is rounded.
 
     Raises:
-        ModelError: the file is damaged, of another architecture, or lacks weights.
+        ModelError: the file is damaged, of an unsupported architecture, or lacks weights.
     """
     reader = _reader(file)
     config = _read_config(file, reader)
@@ -143,10 +156,10 @@ def convert_gguf(file: Path, out: Path) -> None:
 
 
 def _reader(file: Path) -> Any:
-    """Parse a GGUF's header and map its tensors.
+    """Return a `gguf.GGUFReader` of a file.
 
     Raises:
-        ModelError: it is no GGUF file, or a part of it is missing.
+        ModelError: it is not a whole GGUF file.
     """
     import gguf
 
@@ -161,7 +174,7 @@ def _reader(file: Path) -> Any:
 
 
 def _read_config(file: Path, reader: Any) -> PretrainedConfig:
-    """The config as transformers reads it, corrected where it loses what the file says.
+    """Return the config as transformers reads it, with what it loses put back.
 
     Differs: transformers (seen in 5.23) ignores the tensor `rope_freqs`, with which llama.cpp writes the long-context
     rope of Llama 3.1 and 3.2; drops `rope.scaling` of Gemma3; and keeps 1e-5 as its float32 neighbour.
@@ -175,7 +188,7 @@ def _read_config(file: Path, reader: Any) -> PretrainedConfig:
     import numpy as np
 
     config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
-    config.name_or_path = config._model_name_or_path = ""  # a title, which would pass for a path
+    config.name_or_path = config._model_name_or_path = ""  # a title that looks like a path
     scaling = _field(reader, f"{architecture}.rope.scaling.type")
     if scaling == "linear" and architecture == "gemma3":
         factor = float(_field(reader, f"{architecture}.rope.scaling.factor"))
@@ -188,10 +201,10 @@ def _read_config(file: Path, reader: Any) -> PretrainedConfig:
 
 
 def _llama3_rope(config: PretrainedConfig, factors: Tensor) -> dict[str, Any]:
-    """The Llama-3 rope whose frequencies are the plain ones divided by `factors` [head_dim / 2], float32.
+    """Return the Llama-3 rope whose frequencies are the plain ones divided by `factors` [head_dim / 2], float32.
 
     Raises:
-        ModelError: no setting gives these factors.
+        ModelError: no Llama-3 rope has these factors.
     """
     theta, head_dim = config.rope_parameters["rope_theta"], 2 * len(factors)
     wavelength = 2 * torch.pi * theta ** (torch.arange(0, head_dim, 2).double() / head_dim)
@@ -218,7 +231,7 @@ def _stored_dtype(reader: Any) -> torch.dtype:
 
 
 def _tensors(reader: Any, config: PretrainedConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The file's weights under their names in transformers, [out, in], in `dtype`."""
+    """Yield the file's weights, [out, in] in `dtype`, with their names in transformers."""
     import gguf
     import numpy as np
 
@@ -231,7 +244,7 @@ def _tensors(reader: Any, config: PretrainedConfig, dtype: torch.dtype) -> Itera
 
 
 def _names(reader: Any, config: PretrainedConfig) -> dict[str, str]:
-    """Tensor name in the file -> parameter name in transformers."""
+    """Return the parameter name in transformers for each tensor name in the file."""
     import gguf
 
     architecture = _field(reader, "general.architecture")
@@ -247,7 +260,7 @@ def _names(reader: Any, config: PretrainedConfig) -> dict[str, str]:
 
 
 def _undo_llama_cpp(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
-    """Undo what llama.cpp's converter changes: rows of q and k for Llama's rope, and 1 added to Gemma's norms.
+    """Undo the changes of llama.cpp's converter: permuted rows of Llama's q and k, and 1 added to Gemma's norms.
 
     Source: convert_hf_to_gguf.py of llama.cpp, `LlamaModel.permute` and `Gemma2Model.modify_tensors`.
     """
@@ -263,3 +276,53 @@ def _undo_llama_cpp(name: str, weight: Tensor, config: PretrainedConfig) -> Tens
 def _field(reader: Any, name: str) -> Any:
     field = reader.get_field(name)
     return None if field is None else field.contents()
+
+
+def read_tokenizer(file: Path, reader: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a GGUF file.
+
+    Args:
+        file: the GGUF.
+        reader: its `gguf.GGUFReader`.
+
+    Raises:
+        ModelError: this version of transformers reads it wrongly, so that every number would be of another model.
+    """
+    wants_bos = _wants_bos(reader)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, add_bos_token=wants_bos
+    )
+    share, adds_bos = share_of_round_trips(tokenizer), _adds_bos(tokenizer)
+    if share < _MIN_ROUND_TRIPS or adds_bos != wants_bos:
+        raise ModelError(
+            f"GGUF {file.name}: transformers {transformers.__version__} reads its tokenizer wrongly ({share:.0%} of its "
+            f"tokens come back whole, a BOS is {'' if adds_bos else 'not '}added); at least {_MIN_ROUND_TRIPS:.0%} and "
+            f"{'a' if wants_bos else 'no'} BOS are needed; upgrade transformers (5.23 is known to work)"
+        )
+    return tokenizer
+
+
+def share_of_round_trips(tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the share of evenly spaced tokens whose text is encoded as that one token."""
+    n_tokens = len(tokenizer)
+    n_probed = n_whole = 0
+    for token_id in range(0, n_tokens, max(1, n_tokens // _N_PROBED_TOKENS)):
+        text = str(tokenizer.decode([token_id], skip_special_tokens=True))
+        if not text or "\N{REPLACEMENT CHARACTER}" in text:  # special, or a part of a character
+            continue
+        n_probed += 1
+        n_whole += tokenizer(text, add_special_tokens=False).input_ids == [token_id]
+    return n_whole / max(n_probed, 1)
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids: list[int] = tokenizer("x").input_ids
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def _wants_bos(reader: Any) -> bool:
+    """Return whether llama.cpp would put a BOS before a text. Source: `llama_vocab::impl::load` of llama.cpp."""
+    adds_bos = _field(reader, "tokenizer.ggml.add_bos_token")
+    if adds_bos is not None:
+        return bool(adds_bos)
+    return _field(reader, "tokenizer.ggml.model") == "llama" or _field(reader, "tokenizer.ggml.pre") in _BOS_BY_DEFAULT

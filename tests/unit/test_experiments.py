@@ -11,7 +11,7 @@ from nmsweep.config.schema import RunConfig, to_plain
 EXPERIMENTS = options("experiment")
 
 PAPER_CELL_S = 81
-"""Seconds of forward passes that docs/clusters.md reckons for a cell of the paper's tasks, with a model of 8B on an H200."""
+"""Seconds of forward passes per cell of the paper's tasks, with an 8B model on an H200 (docs/clusters.md)."""
 
 
 def head(name: str) -> str:
@@ -26,8 +26,8 @@ def test_an_experiment_composes_and_its_head_is_true(name: str) -> None:
     counted = re.search(r"(\d+) cells and (\d+) dense baselines?\.", said)
     assert counted is not None
     assert (len(cells), len(baselines(cells))) == (int(counted[1]), int(counted[2]))
-    assert f"`nmsweep plan experiment={name}` reckons" in said
-    if hours := re.search(r"At least ([\d.]+) hours of one H200 .* (\d+) s a cell", said):
+    assert f"`nmsweep plan experiment={name}` estimates" in said
+    if hours := re.search(r"At least ([\d.]+) hours on one H200 .* (\d+) s per cell", said):
         assert int(hours[2]) == PAPER_CELL_S
         assert hours[1] == f"{(int(counted[1]) + int(counted[2])) * PAPER_CELL_S / 3600:.1f}"
 
@@ -39,4 +39,4 @@ def baselines(cells: list[RunConfig]) -> set[str]:
 
 @pytest.mark.parametrize("name", ["patterns", "criteria", "mitigations", "operands", "families", "paper_table"])
 def test_the_grids_of_the_paper_say_what_they_cost(name: str) -> None:
-    assert "hours of one H200" in head(name)
+    assert "hours on one H200" in head(name)

@@ -23,7 +23,7 @@ from nmsweep.models import (
     model_config,
     skeleton,
 )
-from nmsweep.models.gguf_tokenizer import share_of_whole_tokens
+from nmsweep.models.gguf import share_of_round_trips
 from nmsweep.models.tiny import tiny_config
 
 
@@ -124,12 +124,12 @@ def test_it_is_converted_once_and_the_config_needs_no_conversion(
     assert model_config(spec(llama_file)).num_hidden_layers == 2
     assert sum(1 for _ in skeleton(spec(llama_file)).parameters()) > 0
     said: list[str] = []
-    folder = local_folder(spec(llama_file), log=said.append)
+    folder = local_folder(spec(llama_file), say=said.append)
     assert len(said) == 1
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert not list(folder.parent.glob(".*"))
     monkeypatch.setattr("nmsweep.models.gguf.convert_gguf", lambda *args: pytest.fail("converted again"))
-    assert local_folder(spec(llama_file), log=said.append) == folder
+    assert local_folder(spec(llama_file), say=said.append) == folder
     assert len(said) == 1
 
 
@@ -159,7 +159,7 @@ def test_a_bos_is_added_where_llama_cpp_adds_one(said: dict[str, Any], bos: list
 def test_a_tokenizer_that_transformers_reads_wrongly_is_refused(
     llama_file: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    monkeypatch.setattr("nmsweep.models.gguf_tokenizer.share_of_whole_tokens", lambda tokenizer: 0.34)
+    monkeypatch.setattr("nmsweep.models.gguf.share_of_round_trips", lambda tokenizer: 0.34)
     with pytest.raises(ModelError, match="upgrade transformers"):
         load_model(spec(llama_file), dtype="float32", device="cpu")
     assert list((cache / "models").iterdir()) == []
@@ -171,8 +171,8 @@ def test_the_probe_tells_right_merges_from_wrong_ones() -> None:
     merges = [("a", "b"), ("ab", "c"), ("b", "a"), ("b", "c"), ("c", "ab")]
     right = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab=vocab, merges=merges)))
     wrong = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab=vocab, merges=[])))
-    assert share_of_whole_tokens(right) == 1.0
-    assert share_of_whole_tokens(wrong) == 3 / 8
+    assert share_of_round_trips(right) == 1.0
+    assert share_of_round_trips(wrong) == 3 / 8
 
 
 def test_rope_factors_that_are_not_llamas_are_refused(tmp_path: Path) -> None:

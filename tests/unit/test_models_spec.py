@@ -27,7 +27,7 @@ def test_every_shipped_file_is_a_model_with_its_own_name_and_a_line_that_describ
 
 
 def test_models_of_the_paper_are_measured_on_its_tasks_and_bundled_ones_on_the_shipped_tasks() -> None:
-    tasks = {name: ModelSpec.from_node(node(name)).tasks for name in NAMES}
+    tasks = {name: ModelSpec.from_node(node(name)).default_tasks for name in NAMES}
     assert {name for name in NAMES if tasks[name] == "paper"} == {"llama", "llama2", "qwen", "gemma"}
     assert tasks["smollm2"] == "mini"
 
@@ -37,7 +37,7 @@ def test_a_path_wins_over_whatever_model_was_chosen_and_names_it(name: str, tmp_
     spec = ModelSpec.from_node(node(name, path=str(tmp_path / "my-model")))
     assert (spec.source, spec.name, spec.path) == ("path", "my-model", str(tmp_path / "my-model"))
     assert not spec.wheels
-    assert spec.repo is None
+    assert not spec.repo
 
 
 def test_keep_name_keeps_the_models_name_beside_a_path() -> None:

@@ -3,20 +3,20 @@
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
-from nmsweep.config.schema import AllocationConfig, CalibrationConfig, DataConfig, EvalConfig, RunConfig
+from pydantic import BaseModel
 
-_DEFAULTS: Mapping[str, Any] = {
-    **{name: RunConfig.model_fields[name].default for name in ("scope", "profile", "dtype", "device", "seed")},
-    "plugins": [],
-    "eval": EvalConfig().model_dump(mode="json"),
-    "data": DataConfig().model_dump(mode="json"),
-    "policy": RunConfig.model_fields["policy"].default,
-    "allocation": AllocationConfig().model_dump(mode="json"),
-    "calibration": CalibrationConfig().model_dump(mode="json"),
-}
+from nmsweep.config.defaults import defaults
+from nmsweep.config.schema import AllocationConfig, CalibrationConfig, DataConfig, EvalConfig
 
+_KEYS = (
+    "scope", "profile", "dtype", "device", "seed", "plugins", "eval", "data", "policy", "allocation", "calibration",
+)  # fmt: skip
+_NODES: Mapping[str, type[BaseModel]] = {
+    "eval": EvalConfig, "data": DataConfig, "allocation": AllocationConfig, "calibration": CalibrationConfig,
+}  # fmt: skip
 _MODEL_KEYS = ("path", "revision", "seed", "trust_remote_code")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:%+*@?-]+")
 
@@ -38,8 +38,15 @@ def _words(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("pattern") != "dense":
         yield from _methods(config)
     yield _word("tasks", "+".join(config.get("tasks") or ()))
-    for key, default in _DEFAULTS.items():
+    for key, default in _defaults().items():
         yield from _differing(key, config.get(key, default), default)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Return the values of `conf/` as `RunConfig.dump` writes them."""
+    nodes = {key: node.model_validate({}).model_dump(mode="json") for key, node in _NODES.items()}
+    return {key: nodes[key] if key in nodes else defaults()[key] for key in _KEYS}
 
 
 def _methods(config: Mapping[str, Any]) -> Iterator[str]:
