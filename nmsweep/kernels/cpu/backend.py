@@ -19,7 +19,7 @@ from nmsweep.kernels.cpu.kernel import CALL, CENTRES, POINTERS, kernel
 
 _PATTERNS = {torch.bfloat16: np.uint16, torch.float32: np.uint32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
-_CHUNK = 4096  # elements: the scratch of a chunk stays in the second-level cache
+_CHUNK = 8192  # elements: the scratch of a chunk stays in the second-level cache
 _ALONE = 16384  # elements below which waking a second thread costs more than it saves
 
 
