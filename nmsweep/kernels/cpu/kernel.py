@@ -423,7 +423,7 @@ def _lowest_from(keys, bound):
 @njit
 def _count_from(keys, bound):
     """Count the keys ≥ bound."""
-    kind, total = keys.dtype.type, 0
+    kind, total = keys.dtype.type, np.int64(0)
     for start in range(0, keys.size, 32768):  # a count in as many bits as a key has
         part = keys[start : start + 32768]
         count = kind(0)
