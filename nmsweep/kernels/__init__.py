@@ -1,11 +1,12 @@
-"""The fused primitive *centre, score, keep, rescale*: one call makes the sparse input of a linear layer (the formula in `sparsity/linear.py`).
+"""The fused primitive *centre, score, keep, rescale*: one call makes the sparse input of a linear layer.
 
-`prune` picks the backend by device: Triton on CUDA, numba on CPU, plain torch for the rest. All make the same mask from the same input.
+`prune` picks the backend by device: Triton on CUDA, numba on the CPU, plain torch elsewhere. All make the same mask from the same input.
+`sparsity/formula.py` has the formula, `reference.py` its arithmetic to the bit.
 """
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -18,40 +19,27 @@ from nmsweep.kernels.reference import make
 __all__ = ["BACKENDS", "add_counts", "prune"]
 
 
-@overload
-def prune(
-    x: Tensor,
-    *,
-    n: int | None = None,
-    m: int | None = None,
-    kept: int | None = None,
-    weight: Tensor | None = None,
-    eta: Tensor | Literal["median", "mean"] | None = None,
-    var: bool = False,
-    scale: Tensor | None = None,
-    gain: Tensor | None = None,
-    counts: Tensor | None = None,
-    backend: str | None = None,
-    return_mask: Literal[False] = False,
-) -> Tensor: ...
+class _Options(TypedDict, total=False):
+    """Keyword arguments of `prune` that do not decide what it returns."""
+
+    n: int | None
+    m: int | None
+    kept: int | None
+    weight: Tensor | None
+    eta: Tensor | Literal["median", "mean"] | None
+    var: bool
+    scale: Tensor | None
+    gain: Tensor | None
+    counts: Tensor | None
+    backend: str | None
 
 
 @overload
-def prune(
-    x: Tensor,
-    *,
-    n: int | None = None,
-    m: int | None = None,
-    kept: int | None = None,
-    weight: Tensor | None = None,
-    eta: Tensor | Literal["median", "mean"] | None = None,
-    var: bool = False,
-    scale: Tensor | None = None,
-    gain: Tensor | None = None,
-    counts: Tensor | None = None,
-    backend: str | None = None,
-    return_mask: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+def prune(x: Tensor, *, return_mask: Literal[False] = False, **options: Unpack[_Options]) -> Tensor: ...
+
+
+@overload
+def prune(x: Tensor, *, return_mask: Literal[True], **options: Unpack[_Options]) -> tuple[Tensor, Tensor]: ...
 
 
 def prune(
@@ -69,32 +57,33 @@ def prune(
     backend: str | None = None,
     return_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Prune `x` as one fused operation; `reference.py` states the arithmetic to the bit.
+    """Prune `x` in one fused operation. `x` is never modified.
 
     The gradient is straight-through: mask, ν and a per-token η are constants, so du/dx is ν on kept channels and 0 on pruned ones;
-    an η tensor gets 1 from each pruned channel and 1 − ν from each kept one. `x` is never modified.
+    an η tensor gets 1 from each pruned channel and 1 − ν from each kept one.
 
     Args:
         x: [*, hidden], floating; rows are tokens. Any strides, zero tokens allowed.
-        n, m: exactly n kept of each m consecutive channels; hidden is a multiple of m.
-        kept: instead of n and m: exactly this many channels kept of each token.
+        n, m: keep exactly n of each m consecutive channels; hidden must be a multiple of m.
+        kept: keep exactly this many channels of each token, instead of n of m.
         weight: criterion weight ≥ 0, higher is kept: [hidden], [batch, hidden] for x [batch, tokens, hidden], or the shape of x;
             fp32 (float64 for float64 x). None is 1.
-        eta: centre and fill: None is 0, "median" and "mean" are of each token, a tensor is a scalar or [hidden].
-        var: rescale kept channels by ν, so that the variance of the token is that of its dense self.
-        scale, gain: what is pruned is not x but x · scale · gain, made in the same pass and never written: scale is [*, 1] fp32
-            (float64 for float64 x), gain [hidden] in the dtype of x or in fp32, or in the shape and dtype of x. A gain in the
-            dtype of x multiplies what was rounded to it before, one in fp32 what was not. This is a norm's last step, or silu(gate) · up.
-        counts: int64 [2] on the device of x; kept and total channels are added to it, as counted from the mask, without a sync.
-        backend: one of BACKENDS instead of the choice by device; so does the environment variable NMSWEEP_KERNEL.
+        eta: centre and fill. None is 0; "median" and "mean" are taken over each token; a tensor is a scalar or [hidden].
+        var: rescale kept channels by ν, which restores the variance of the dense token.
+        scale, gain: prune x · scale · gain instead of x; the product is computed in the same pass and never written. scale is
+            [*, 1] fp32 (float64 for float64 x); gain is [hidden] in the dtype of x or in fp32, or has the shape and dtype of x.
+            x · scale is rounded to the dtype of x before a gain in that dtype, and not before one in fp32. This covers the last
+            step of a norm and silu(gate) · up.
+        counts: int64 [2] on the device of x; add the kept and the total channels to it, counted from the mask, without a sync.
+        backend: one of BACKENDS, instead of the choice by device. The environment variable NMSWEEP_KERNEL does the same.
         return_mask: also return the mask, bool, shape of x.
 
     Returns:
         u, shape and dtype of x, contiguous; with `return_mask` also the mask.
 
     Raises:
-        ValueError: shapes or a budget without meaning.
-        InputError: a backend that does not exist, or cannot run this call.
+        ValueError: shapes that do not fit, or a budget that cannot be met.
+        InputError: the backend does not exist or cannot run this call.
     """
     if kept is None:
         if n is None or m is None:
@@ -104,16 +93,17 @@ def prune(
         raise ValueError(f"prune: n={n}, m={m}, kept={kept}; give n and m, or kept, not both")
     elif kept <= 0:
         raise ValueError(f"prune: kept={kept}; at least 1 channel must be kept")
-    stat, centre = ("none", eta) if isinstance(eta, Tensor) else (eta or "none", None)
-    parts = [part for part in (x, scale, gain, centre) if part is not None]
-    learns = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-    if learns or torch.compiler.is_compiling():
+    stat, eta_tensor = ("none", eta) if isinstance(eta, Tensor) else (eta or "none", None)
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, scale, gain, eta_tensor)
+    )
+    if needs_grad or torch.compiler.is_compiling():
         x = make(x, scale, gain)
-        saves = learns or return_mask or counts is not None
-        u, mask, _ = prune_op(x, n or 0, m or 0, kept, weight, stat, centre, var, backend or "", saves)
+        with_mask = needs_grad or return_mask or counts is not None
+        u, mask, _ = prune_op(x, n or 0, m or 0, kept, weight, stat, eta_tensor, var, backend or "", with_mask)
         if counts is not None:
             add_counts(mask, counts)
         return (u, mask) if return_mask else u
-    args = check(x, n or 0, m or 0, kept, weight, stat, centre, var, scale, gain)
-    u, kept_channels, _ = run(args, backend, return_mask, counts)
-    return u if kept_channels is None else (u, kept_channels)
+    args = check(x, n or 0, m or 0, kept, weight, stat, eta_tensor, var, scale, gain)
+    u, returned_mask, _ = run(args, backend, return_mask, counts)
+    return u if returned_mask is None else (u, returned_mask)

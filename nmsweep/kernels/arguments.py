@@ -1,4 +1,4 @@
-"""The checked arguments of one call of the fused primitive, in the form that every backend takes."""
+"""Check the arguments of `prune` and bring them into the form that every backend takes."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ STATS = ("none", "median", "mean")
 
 @dataclass(slots=True)
 class Arguments:
-    """One call, checked. `m == hidden` is the unstructured pattern."""
+    """One checked call. `m == hidden` is the unstructured pattern."""
 
-    x: Tensor  # [*, hidden], floating; with `scale` or `gain` what the tensor to prune is made of
+    x: Tensor  # [*, hidden], floating; with `scale` or `gain`, x · scale · gain is pruned
     n: int  # kept of each m
     m: int  # divides hidden
     weight: Tensor | None  # [hidden], or [k, hidden] where row r of x uses row r // rows_per_weight
     rows_per_weight: int
     stat: str  # one of STATS
-    eta: Tensor | None  # scalar or [hidden]; None where stat says all
-    var: bool  # False where all channels are kept: then ν is 1
+    eta: Tensor | None  # scalar or [hidden]; None for a statistic or 0
+    var: bool  # False if all channels are kept, where ν is 1
     scale: Tensor | None = None  # [*, 1] fp32
     gain: Tensor | None = None  # [hidden] fp32 or in the dtype of x, or in the shape and dtype of x
 
     @property
-    def made(self) -> bool:
-        """Whether the tensor to prune is made of parts in the same pass."""
+    def has_parts(self) -> bool:
+        """Return whether the tensor to prune is a product that is computed in the same pass."""
         return self.scale is not None or self.gain is not None
 
     def expanded_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight in a shape that broadcasts against x."""
+        """Return the weight in a shape that broadcasts against x."""
         assert self.weight is not None
         weight = self.weight.to(device=self.x.device, dtype=dtype)
         if weight.ndim == 1:
@@ -43,10 +43,10 @@ def check(
     x: Tensor, n: int, m: int, kept: int, weight: Tensor | None, stat: str, eta: Tensor | None, var: bool,
     scale: Tensor | None = None, gain: Tensor | None = None,
 ) -> Arguments:  # fmt: skip
-    """Check the shapes of one call.
+    """Check shapes, dtypes and budget of one call.
 
     Raises:
-        ValueError: a shape, dtype or budget that has no meaning; the message names both sides.
+        ValueError: one of them is invalid; the message names both sides.
     """
     if not x.is_floating_point() or x.ndim == 0:
         raise ValueError(f"prune: x is {x.dtype} {list(x.shape)}; it needs a floating dtype and at least one dimension")
@@ -84,7 +84,7 @@ def _check_parts(x: Tensor, scale: Tensor | None, gain: Tensor | None) -> None:
 
 
 def _fold_weight(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
-    """The weight as [hidden] or [k, hidden], with the rows of x that share one of its rows."""
+    """Return the weight as [hidden] or [k, hidden], and how many rows of x share one of its rows."""
     shape, hidden = tuple(weight.shape), x.shape[-1]
     if shape == (hidden,):
         return weight, 1
@@ -99,5 +99,5 @@ def _fold_weight(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which x is centred, scored and rescaled."""
+    """Return the dtype in which x is centred, scored and rescaled."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Which backend runs a call."""
+"""Choose the backend of a call and run it."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from nmsweep.kernels.arguments import Arguments, compute_dtype
 
 BACKENDS = ("reference", "cpu", "triton")
 ENVIRONMENT = "NMSWEEP_KERNEL"
-"""Environment variable that forces a backend, as ``backend=`` of `prune` does."""
+"""Environment variable that selects a backend, like ``backend=`` of `prune`."""
 
 
 class Backend(Protocol):
-    """A module of this package that runs the primitive faster than the reference."""
+    """A module that runs the primitive faster than the reference."""
 
     def supports(self, args: Arguments) -> bool:
-        """Whether it can run the call."""
+        """Return whether this backend can run the call."""
 
     def prune(
         self, args: Arguments, *, mask: Tensor | None = None, nu: Tensor | None = None, counts: Tensor | None = None
     ) -> Tensor:
-        """u; `mask` bool [*, hidden] and `nu` fp32 [*, 1] are filled and `counts` int64 [2] is added to, where given."""
+        """Return u; fill `mask` bool [*, hidden] and `nu` fp32 [*, 1] and add to `counts` int64 [2], where given."""
 
 
 def run(
     args: Arguments, backend: str | None = None, with_mask: bool = False, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run one checked call on the backend that is asked for, or on the fastest that can.
+    """Run one checked call on the requested backend, or on the fastest one that supports it.
 
     Returns:
-        u; with `with_mask` also the mask, bool [*, hidden], and ν [*, 1] in the compute dtype; else None for both.
+        u, the mask as bool [*, hidden], and ν [*, 1] in the compute dtype; mask and ν are None without `with_mask`.
 
     Raises:
-        InputError: the backend asked for does not exist or cannot run this call.
+        InputError: the requested backend does not exist or cannot run this call.
     """
     x = args.x
     fast = choose(args, backend or os.environ.get(ENVIRONMENT, ""))
     if fast is None or x.numel() == 0:
-        u, kept, ratio = reference.prune(args)
+        u, mask, nu = reference.prune(args)
         if counts is not None:
-            add_counts(kept, counts)
-        return (u, kept, ratio) if with_mask else (u, None, None)
+            add_counts(mask, counts)
+        return (u, mask, nu) if with_mask else (u, None, None)
     if not with_mask:
         return fast.prune(args, counts=counts), None, None
     mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
@@ -58,16 +58,16 @@ def run(
 
 
 def add_counts(mask: Tensor, counts: Tensor) -> None:
-    """Add kept and all channels of a mask to int64 [2], without waiting for the device."""
+    """Add the kept and the total channels of a mask to int64 [2], without waiting for the device."""
     counts[0] += mask.sum()
     counts[1] += mask.numel()
 
 
 def choose(args: Arguments, name: str) -> Backend | None:
-    """The backend of a call; None is the reference. An empty name chooses by device.
+    """Return the backend of a call, or None for the reference. An empty name chooses by device.
 
     Raises:
-        InputError: as for `run`.
+        InputError: the named backend does not exist or cannot run this call.
     """
     if not name:
         fast = by_device(args.x.device.type)
@@ -87,7 +87,7 @@ def choose(args: Arguments, name: str) -> Backend | None:
         x = args.x
         raise InputError(
             f"kernel backend: {name} cannot prune {x.dtype} {list(x.shape)} on {x.device} with {args.n} kept of {args.m}; "
-            "take reference, or leave it out for the fastest that can"
+            "choose reference, or leave it out for the fastest that can"
         )
     return fast
 
@@ -96,13 +96,13 @@ _NEEDS = {"cpu": "numba", "triton": "triton"}
 
 
 def by_device(kind: str) -> Backend | None:
-    """The fast backend of a kind of device, where there is one and its package is installed."""
+    """Return the fast backend of a device type, or None if there is none or its package is not installed."""
     return _module("triton") if kind == "cuda" else _module("cpu") if kind == "cpu" else None
 
 
 @cache
 def _module(name: str) -> Backend | None:
-    """A backend's module, where the package that it needs is installed."""
+    """Import the module of a backend; None if the package that it needs is not installed."""
     if importlib.util.find_spec(_NEEDS[name]) is None:
         return None
     module: Backend = importlib.import_module(f"{__package__}.{name}.backend")

@@ -1,4 +1,4 @@
-"""Norms of channels over the tokens of each sequence, in one reading of the input."""
+"""Sums of squares of channels over the tokens of each sequence, in one pass over the input."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from nmsweep.kernels.dispatch import by_device
 from nmsweep.kernels.reference import in_float64
 
-_SLICE_ELEMENTS = 2**22  # float64 squares held at once where there is no kernel
+_SLICE_ELEMENTS = 2**22  # float64 squares held at once without a compiled kernel
 
 
 def channel_squares(z: Tensor, padding: Tensor | None = None) -> Tensor:
-    """Σ_t z_tj² over the tokens of each sequence, float64 [batch, 1, hidden], on the CPU where the device of z has none.
+    """Return Σ_t z_tj² over the tokens of each sequence: float64 [batch, 1, hidden], on the CPU if the device of z has no float64.
 
-    The sum is over exact float64 squares, so its last bits alone depend on where the tokens stand.
+    The squares are exact in float64, so only the last bits of the sum depend on the order of the tokens.
 
     Args:
         z: [batch, tokens, hidden], floating.
-        padding: [batch, tokens] bool, True for tokens that do not count; None for none.
+        padding: [batch, tokens] bool, True for tokens to leave out; None counts all.
     """
     if z.is_cuda and z.dtype != torch.float64 and by_device("cuda") is not None:
         from nmsweep.kernels.triton.norms import channel_squares as compiled

@@ -1,4 +1,4 @@
-"""The fused primitive as an operator of torch: what autograd and torch.compile see of it."""
+"""The fused primitive as a torch operator, for autograd and torch.compile."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def prune_op(
     eta: Tensor | None,
     var: bool,
     backend: str,
-    saves: bool,
+    with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`prune` as one operator: u, and with `saves` the mask and ν (else both are empty)."""
-    u, mask, nu = run(check(x, n, m, kept, weight, stat, eta, var), backend, saves)
+    """Return u, the mask and ν of one call; mask and ν are empty without `with_mask`."""
+    u, mask, nu = run(check(x, n, m, kept, weight, stat, eta, var), backend, with_mask)
     if mask is None or nu is None:
         return u, x.new_empty(0, dtype=torch.bool), x.new_empty(0, dtype=compute_dtype(x))
     return u, mask, nu
@@ -33,9 +33,9 @@ def prune_op(
 
 @prune_op.register_fake
 def _fake(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *checked, _, saves = call  # the arguments of prune_op
+    *checked, _, with_mask = call  # the arguments of prune_op
     check(x, *checked)
-    mask_shape, nu_shape = (x.shape, (*x.shape[:-1], 1)) if saves else ((0,), (0,))
+    mask_shape, nu_shape = (x.shape, (*x.shape[:-1], 1)) if with_mask else ((0,), (0,))
     return (
         x.new_empty(x.shape),
         x.new_empty(mask_shape, dtype=torch.bool),
@@ -52,7 +52,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """Straight-through: mask and ν are constants."""
+    """Differentiate straight-through: mask and ν are constants."""
     mask, nu = ctx.saved_tensors
     kept_grad = grad if nu is None else grad * nu
     x_grad = torch.where(mask, kept_grad, 0.0).to(grad.dtype) if ctx.needs_input_grad[0] else None

@@ -1,8 +1,8 @@
-"""The fused primitive in plain torch: the formula of `sparsity/linear.py` line by line, on any device. The oracle of the other backends.
+"""The fused primitive in plain torch, on any device: the formula line by line, and the oracle of the other backends.
 
 For one token `x` [hidden], computed in fp32 (float64 for float64 `x`); `fl` is one rounding to that type::
 
-    η  = rounded to the dtype of x, so that the fill and the centre are one number; a zero η is +0
+    η  = rounded to the dtype of x, so that fill and centre are the same number; a zero η is +0
     z  = fl(x − η)
     s  = |fl(z · w)|
     k  = the n highest of each m consecutive channels (or the `kept` highest of the token), by (s, then lower channel)
@@ -10,21 +10,21 @@ For one token `x` [hidden], computed in fp32 (float64 for float64 `x`); `fl` is 
     u  = k ? x : η                                      without var: kept channels pass bit for bit
     u  = k ? fl(x + fl(fl(ν−1)·z)) : η                  with var, rounded to the dtype of x; x itself where ν = 1 or z = 0
 
-Where x is handed over in parts, it is made first, by the roundings of the operations that it takes the place of::
+With `scale` or `gain`, x is first multiplied by them, with the roundings of the operations that this replaces::
 
     x ← round(fl(x·scale))                              round: to the dtype of x
     x ← round(fl(x·gain))                               a gain in the dtype of x
     x ← round(fl(fl(x·scale)·gain))                     a gain in fp32: nothing is rounded in between
 
-What every backend must reproduce to the bit, because the mask hangs on it:
+Every backend must reproduce the following to the bit, because the mask depends on it:
 
 * median: the lower of the two middle values, an element of x;
 * mean: each x is rounded to the grid 2⁻³⁶·P, P the power of two above the largest |x| of the token; float64 sums of such numbers
   are exact in any order up to 2¹⁷ channels; then divided by hidden in float64 and rounded to fp32, then to the dtype of x.
   (float64 x: a sum in a fixed tree order.)
-* NaN: a NaN score outranks +inf, NaNs tie with each other, so a NaN of x survives while fewer than n of its group come before it
-  and otherwise another NaN does. A NaN in x makes the median and the mean NaN: every pruned channel of the token becomes NaN.
-* The variances are float64 sums, and only ν is rounded: backends may differ in its last bit.
+* NaN: a NaN score outranks +inf and ties with other NaNs, so a NaN of x survives unless n other NaNs of its group precede it.
+  A NaN in x makes the median and the mean NaN: every pruned channel of the token becomes NaN.
+* The variances are float64 sums and only ν is rounded, so backends may differ in its last bit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EXPONENT_BITS = 0x7FF << 52
 
 
 def prune(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Centre, score, keep, rescale.
+    """Centre, score, keep and rescale.
 
     Returns:
         u [*, hidden] in the dtype of x; the mask k, bool [*, hidden]; ν [*, 1] in the compute dtype (ones without `var`).
@@ -58,7 +58,7 @@ def prune(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def make(x: Tensor, scale: Tensor | None, gain: Tensor | None) -> Tensor:
-    """The tensor to prune, from its parts; x itself without any. Shape and dtype of x."""
+    """Return x · scale · gain in the shape and dtype of x; x itself if both are None."""
     dtype = x.dtype
     if scale is not None:
         x = x.to(scale.dtype) * scale
@@ -68,7 +68,7 @@ def make(x: Tensor, scale: Tensor | None, gain: Tensor | None) -> Tensor:
 
 
 def centre(x: Tensor, stat: str, eta: Tensor | None) -> Tensor | None:
-    """η in the dtype of x: [*, 1] for a statistic of the token, else the scalar or [hidden] tensor given, or None."""
+    """Return η in the dtype of x: [*, 1] for a statistic, else the given scalar or [hidden] tensor; None for no centre."""
     if eta is not None:
         return eta.to(device=x.device, dtype=x.dtype) + 0.0
     if stat == "median":
@@ -79,7 +79,7 @@ def centre(x: Tensor, stat: str, eta: Tensor | None) -> Tensor | None:
 
 
 def token_mean(x: Tensor) -> Tensor:
-    """Mean over channels in the order-free arithmetic described above: [*, 1], dtype of x."""
+    """Return the mean over channels in the order-free arithmetic of the module docstring: [*, 1], dtype of x."""
     hidden = x.shape[-1]
     if x.dtype == torch.float64:
         return tree_sum(x) / hidden + 0.0
@@ -92,36 +92,36 @@ def token_mean(x: Tensor) -> Tensor:
 
 
 def keep(score: Tensor, n: int, m: int) -> Tensor:
-    """Mask of the n highest scores of each m consecutive channels; NaN is highest, ties go to the lower channel."""
+    """Return the mask of the n highest scores of each m consecutive channels; NaN is highest, ties go to the lower channel."""
     grouped = score.unflatten(-1, (-1, m))
     best = grouped.sort(dim=-1, descending=True, stable=True).indices[..., :n]
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True).flatten(-2)
 
 
 def variance_ratio(z: Tensor, mask: Tensor) -> Tensor:
-    """ν = √(Var z / Var k⊙z) over channels, 1 if either variance is 0: [*, 1], dtype of z."""
+    """Return ν = √(Var z / Var k⊙z) over channels, or 1 if either variance is 0: [*, 1], dtype of z."""
     dense, sparse = _variance(z), _variance(torch.where(mask, z, 0.0))
     nu = (dense / sparse).sqrt()
     return torch.where((dense == 0) | (sparse == 0), 1.0, nu).to(z)
 
 
 def _variance(z: Tensor) -> Tensor:
-    """Variance over channels (times hidden), float64 [*, 1]; exactly 0 for a constant row."""
+    """Return the variance over channels times hidden, float64 [*, 1]; exactly 0 for a constant row."""
     z = in_float64(z)
     z = z - z[..., :1]
     return tree_sum((z - tree_sum(z) / z.shape[-1]).square())
 
 
 def in_float64(x: Tensor) -> Tensor:
-    """x in float64; on the CPU where its device has none."""
-    lacks = x.device.type == "mps" or (
+    """Return x in float64, on the CPU if its device has no float64."""
+    lacks_float64 = x.device.type == "mps" or (
         x.device.type == "xpu" and not torch.xpu.get_device_properties(x.device).has_fp64
     )
-    return (x.cpu() if lacks else x).double()
+    return (x.cpu() if lacks_float64 else x).double()
 
 
 def tree_sum(x: Tensor) -> Tensor:
-    """Sum over channels in an order that depends on nothing but their number: [*, 1]."""
+    """Return the sum over channels, in an order that depends only on their number: [*, 1]."""
     while (width := x.shape[-1]) > 1:
         half = (width + 1) // 2
         low, high = x[..., :half], x[..., half:]

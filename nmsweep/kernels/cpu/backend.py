@@ -1,4 +1,4 @@
-"""The CPU backend: hands tensors to the compiled kernel, on the threads that torch already has."""
+"""The CPU backend: hand tensors to the compiled kernel, on the threads of torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from nmsweep.kernels.cpu.kernel import CALL, CENTRES, POINTERS, kernel
 
 _PATTERNS = {torch.bfloat16: np.uint16, torch.float32: np.uint32}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
-_CHUNK = 4096  # elements: the scratch of a chunk stays in the second-level cache
-_ALONE = 16384  # elements below which waking a second thread costs more than it saves
+_CHUNK = 8192  # elements: the scratch of a chunk stays in the second-level cache
+_ALONE = 16384  # elements below which a second thread costs more than it saves
 
 
 def supports(args: Arguments) -> bool:
@@ -33,7 +33,7 @@ def prune(
 ) -> Tensor:
     """Return u of one call; fill `mask` bool [*, hidden] and `nu` fp32 [*, 1] and add to `counts` int64 [2], where given."""
     if args.x.dtype == torch.float16:
-        return prune(_widened(args), mask=mask, nu=nu, counts=counts).half()
+        return prune(_as_float32(args), mask=mask, nu=nu, counts=counts).half()
     x = args.x.contiguous()
     u = torch.empty_like(x)
     hidden, total, dtype = x.shape[-1], x.numel(), x.dtype
@@ -75,14 +75,14 @@ def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
     """Return η in the dtype of x, [hidden] or a number for each token, and how the kernel takes it."""
     if args.eta is None:
         return None, CENTRES.index(args.stat)
-    eta = reference.centre(x, "none", args.eta.detach())
-    if args.eta.ndim == x.ndim and args.eta.shape[-1] < x.shape[-1]:
+    eta = args.eta.detach().to(x.dtype) + 0.0
+    if eta.shape == (*x.shape[:-1], 1):
         return eta.contiguous(), CENTRES.index("tokens")
-    return eta.expand(x.shape[-1]).contiguous(), CENTRES.index("channels")
+    return eta.reshape(-1).expand(x.shape[-1]).contiguous(), CENTRES.index("channels")
 
 
-def _widened(args: Arguments) -> Arguments:
-    """Return a call on float16 as one on float32, which holds the same values; what is rounded to float16 is made before."""
+def _as_float32(args: Arguments) -> Arguments:
+    """Return a call on float16 as one on float32; what has to be rounded to float16 is computed here."""
     x = reference.make(args.x, args.scale, args.gain)
     eta = reference.centre(x, args.stat, args.eta) if args.stat == "mean" or args.eta is not None else None
     stat = "median" if args.stat == "median" else "none"
@@ -90,7 +90,7 @@ def _widened(args: Arguments) -> Arguments:
 
 
 def _run(function: Any, pointers: Any, n_threads: int) -> None:
-    """Call a kernel on n threads, which take chunks of the call until none is left."""
+    """Call a kernel on n threads, which share the chunks of the call."""
     if n_threads <= 1:
         function(pointers)
     else:
@@ -99,10 +99,10 @@ def _run(function: Any, pointers: Any, n_threads: int) -> None:
 
 @cache
 def _team() -> Callable[[Any, int, int], None]:
-    """Return a way to call on many threads: torch's OpenMP team, already awake between two products; else Python threads."""
+    """Return how to call a kernel on many threads: on torch's OpenMP team, which is awake between two products, else on Python threads."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # found among the libraries that it links
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # found in the libraries that it links
     except (OSError, AttributeError):
         pool = ThreadPoolExecutor(torch.get_num_threads())
         return lambda function, pointers, n: list(pool.map(function, [pointers] * n)).clear()

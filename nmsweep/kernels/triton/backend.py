@@ -83,7 +83,7 @@ def prune(
     """u of one call; `mask` bool [*, hidden] and `nu` fp32 [*, 1] are filled and `counts` int64 [2] is added to, where given."""
     x = args.x.contiguous()
     packs = mask is None and _packs(args, x)
-    if args.made and not packs and (args.var or args.stat != "none" or args.m > _LARGEST_M):
+    if args.has_parts and not packs and (args.var or args.stat != "none" or args.m > _LARGEST_M):
         x = _make(args, x)
         args = replace(args, x=x, scale=None, gain=None)
     u = torch.empty_like(x)
@@ -199,7 +199,7 @@ def _launch_packed(x: Tensor, u: Tensor, args: Arguments, counts: Tensor | None)
         packed_row_kernel[(n_groups,)](**common, hidden=args.m, T=words, num_warps=_select_warps(words))
         return
     groups, warps = PACKED_CONFIGS[args.m]
-    per_row = x.shape[-1] // args.m if args.made else 1  # a constant, so that to divide by it is cheap
+    per_row = x.shape[-1] // args.m if args.has_parts else 1  # a constant, so that to divide by it is cheap
     packed_kernel[(triton.cdiv(n_groups, groups),)](
         **common, n_groups=n_groups, M=args.m, ROW=per_row, G=groups, num_warps=warps
     )
