@@ -37,8 +37,11 @@ def interruptible(*numbers: int) -> Iterator[None]:
     report = sys.unraisablehook
 
     def unraisable(lost: "sys.UnraisableHookArgs") -> None:
-        """Hide an interrupt that a `__del__` lost: the next write or the end of the block raises it again."""
-        if not (_pending and isinstance(lost.exc_value, KeyboardInterrupt)):
+        """Hide what an interrupt causes in a `__del__`: it may be lost there, or have left an object half made.
+
+        A lost one is raised again by the next write or the end of the block.
+        """
+        if not _pending:
             report(lost)
 
     sys.unraisablehook = unraisable

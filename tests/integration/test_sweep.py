@@ -218,14 +218,17 @@ def test_retry_in_a_process_of_its_own_takes_a_launcher_of_the_users(nmsweep: Ca
     own = results.parent / "own"
     (own / "hydra" / "launcher").mkdir(parents=True)
     (own / "hydra" / "launcher" / "mine.yaml").write_text("defaults: [joblib, _self_]\n")
+    code, _, err = nmsweep("retry", "--config-dir", str(own / "none"), f"results_dir={results}")
+    assert (code, err.count("\n")) == (2, 2)  # the command, the mistake
+    assert "is no folder" in err
     for words in ((), ("--config-dir", str(own), "hydra/launcher=mine", "cluster.workers=1")):
         fail(cell_folders(results)[0])
         again = run(["retry", *words, f"results_dir={results}"], results.parent / "log")
         assert "3 cells, 2 exist already, 1 to run" in again.said
         assert len(cell_folders(results)) == 3
-    code, _, err = nmsweep("retry", "--config-dir", str(own / "none"), f"results_dir={results}")
-    assert (code, err.count("\n")) == (2, 2)  # the command, the mistake
-    assert "is no folder" in err
+    code, _, err = nmsweep("retry", f"results_dir={results}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--config-dir may run code from outside nmsweep" in err  # whoever wrote the plan chose the folder
 
 
 def test_a_plan_counts_what_would_run(nmsweep: Call, results: Path) -> None:

@@ -24,22 +24,6 @@ IMPORTED = ["nmsweep.sweep.work", "nmsweep.kernels.cpu.backend"]
 """Modules that the server imports for the workers."""
 
 
-class SameProcess(Executor):
-    """`hydra/launcher=basic`: every cell in this process."""
-
-    first_is_here = True
-    has_jobs = False
-
-    def share(self, launch: Launch) -> list[Batch]:
-        return launch.batches([launch.pending])
-
-    def run(self, batches: Sequence[Batch], plan: Plan, display: Display) -> Mapping[int, str]:
-        from nmsweep.sweep.work import run_batch
-
-        run_batch(batches[0], display, plan, patient=True)
-        return {}
-
-
 class WorkerProcesses(Executor):
     """`hydra/launcher=joblib`: this process is the first worker, the others are its children."""
 
@@ -58,6 +42,15 @@ class WorkerProcesses(Executor):
                 end = f"was ended by signal {-code}" if code < 0 else f"ended with code {code} (log: {batch.log_dir})"
                 display.say(f"    worker process {process.pid} {end}; others did its cells")
         return {}
+
+
+class SameProcess(WorkerProcesses):
+    """`hydra/launcher=basic`: every cell in this process."""
+
+    has_jobs = False
+
+    def share(self, launch: Launch) -> list[Batch]:
+        return launch.batches([launch.pending])
 
 
 def n_workers(launch: Launch) -> int:
@@ -86,7 +79,8 @@ def _workers(batches: Sequence[Batch]) -> Iterator[list[BaseProcess]]:
     An exception in the block tells them to stop; they first finish what they are writing.
     """
     processes: list[BaseProcess] = []
-    start_server()
+    if batches:
+        start_server()
     try:
         context: Any = _context_for_gpus() if batches else None
         for batch in batches:
