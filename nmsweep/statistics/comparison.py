@@ -182,10 +182,10 @@ def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: 
 
 def _means(group: ItemGroup, metric: str, values: Floats) -> Floats:
     """Means [cells] of values [cells, items], over items or over subtasks."""
-    if metric not in group.equal_subtasks or group.subtask is None:
-        return values.mean(axis=1)
-    parts = [values[:, np.array(group.subtask) == name].mean(axis=1) for name in dict.fromkeys(group.subtask)]
-    means: Floats = np.mean(parts, axis=0)
+    parts = [values]
+    if metric in group.equal_subtasks and group.subtask is not None:
+        parts = [values[:, np.array(group.subtask) == name] for name in dict.fromkeys(group.subtask)]
+    means: Floats = np.mean([part.mean(axis=1) for part in parts], axis=0)
     return means
 
 
