@@ -85,9 +85,8 @@ def read_samples(file: Path, columns: Collection[str] = STATISTICS) -> pa.Table:
     Raises:
         OSError, ValueError, KeyError: it is missing or damaged.
     """
-    with open(file, "rb") as opened:
-        parquet = pq.ParquetFile(opened)
-        return typed(parquet.read(columns=_wanted(parquet.schema_arrow.names, columns)))
+    parquet = pq.ParquetFile(pa.BufferReader(file.read_bytes()))
+    return typed(parquet.read(columns=_wanted(parquet.schema_arrow.names, columns), use_threads=False))
 
 
 def _wanted(names: Iterable[str], columns: Collection[str]) -> list[str]:

@@ -161,8 +161,7 @@ def _mean_of_slice(group: ItemGroup, name: str, cells: Sequence[str]) -> Floats:
 def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[str]) -> dict[str, Floats]:
     """A metric that is a mean over items."""
     a, b = group.of(metric, dense), group.of(metric, cells)
-    weights = item_weights(group, metric)
-    before, after = (np.average(side, axis=1, weights=weights) for side in (a, b))
+    before, after = (_means(group, metric, side) for side in (a, b))
     columns = {"dense": before, "value": after}
     for name, column in (("drop", "drop"), ("relative", "relative_drop")):
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -179,6 +178,15 @@ def _compare_metric(group: ItemGroup, metric: str, dense: Sequence[str], cells: 
     }  # fmt: skip
     columns |= {name: np.where(right_or_wrong, value, np.nan) for name, value in flips.items()}
     return columns | _moved(group, metric, dense, cells)
+
+
+def _means(group: ItemGroup, metric: str, values: Floats) -> Floats:
+    """Means [cells] of values [cells, items], over items or over subtasks."""
+    parts = [values]
+    if metric in group.equal_subtasks and group.subtask is not None:
+        parts = [values[:, np.array(group.subtask) == name] for name in dict.fromkeys(group.subtask)]
+    means: Floats = np.mean([part.mean(axis=1) for part in parts], axis=0)
+    return means
 
 
 def _moved(group: ItemGroup, metric: str, dense: Sequence[str], cells: Sequence[str]) -> dict[str, Floats]:
