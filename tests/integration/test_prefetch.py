@@ -1,4 +1,4 @@
-"""`nmsweep prefetch`: sizes first, then files that a run reads offline; what is missing, exactly."""
+"""`nmsweep prefetch` prints sizes, then fetches the files that a run reads offline, and lists exactly what is missing."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(autouse=True)
 def wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """WikiText-2 as a folder, which the data library reads as it reads the hub's: other words in each split."""
+    """WikiText-2 as a folder, which `datasets` reads like the hub's, with different words in each split."""
     folder = tmp_path / "wikitext"
     folder.mkdir()
     for split in ("train", "validation", "test"):
@@ -30,7 +30,7 @@ def wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Path:
-    """A task whose data set is a folder, which the data library reads as it reads the hub's; its YAML's folder."""
+    """Return the folder of a task's YAML; its data set is a folder, which `datasets` reads like one of the hub's."""
     rows = (MINI_FOLDER / "science.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("".join(rows[:10]))
@@ -66,7 +66,7 @@ def test_a_filled_mirror_is_what_a_run_reads(nmsweep: Call, hub: Path, tmp_path:
     assert len(cell_folders(results)) == 1
 
 
-def test_what_a_calibrated_run_reads_is_fetched_too(
+def test_calibration_texts_are_fetched_too(
     nmsweep: Call, hub: Path, wikitext: Path, tmp_path: Path, results: Path
 ) -> None:
     given = tuple(f"{word}+wikitext2" if word.startswith("tasks=") else word for word in words(hub, tmp_path))
@@ -87,7 +87,7 @@ def test_a_task_that_takes_no_examples_needs_no_split_for_them(tmp_path: Path) -
     assert {(need.task, need.split) for need in wanted} == {("ifeval", "train"), ("gsm8k", "test"), ("gsm8k", "train")}
 
 
-def test_a_training_text_that_is_there_is_not_fetched_over(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
+def test_an_existing_training_text_is_not_replaced(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
     head = tmp_path / "mirror" / "wikitext2" / "train_head.txt"
     head.parent.mkdir(parents=True)
     head.write_text("A text of one's own.\n")
@@ -98,7 +98,7 @@ def test_a_training_text_that_is_there_is_not_fetched_over(nmsweep: Call, hub: P
     assert nmsweep("prefetch", "model=tiny-llama", "tasks=mini")[0] == 0, "mini tasks have a text of their own"
 
 
-def test_one_bad_data_set_keeps_nothing_else_away(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
+def test_one_bad_data_set_does_not_stop_the_others(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
     (tmp_path / "set" / "train.jsonl").write_text('{"question": \n')
     config = yaml.safe_load((hub / "own.yaml").read_text())
     other = {**config, "task": "own_other", "dataset_path": str(tmp_path / "wikitext"), "num_fewshot": 0}
@@ -114,7 +114,7 @@ def test_one_bad_data_set_keeps_nothing_else_away(nmsweep: Call, hub: Path, tmp_
 
 
 def test_every_file_has_a_digest_of_its_own(hub: Path, tmp_path: Path) -> None:
-    """Processes that fetch at once write nothing together."""
+    """Processes that fetch at the same time write no common file."""
     mirror = tmp_path / "mirror"
     wanted = prefetch.needs(["own_science"], mirror, None, hub)
     for need in wanted:
@@ -125,7 +125,7 @@ def test_every_file_has_a_digest_of_its_own(hub: Path, tmp_path: Path) -> None:
     assert (digest, name) == (file_sha256(mirror / "own_science" / "test.jsonl"), "test.jsonl")
 
 
-def test_it_goes_on_where_it_stopped_and_mends_what_is_damaged(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
+def test_it_resumes_and_replaces_damaged_files(nmsweep: Call, hub: Path, tmp_path: Path) -> None:
     nmsweep("prefetch", *words(hub, tmp_path))
     assert (
         nmsweep("prefetch", *words(hub, tmp_path))[1].count(": there") == 4

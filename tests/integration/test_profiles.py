@@ -1,4 +1,4 @@
-"""Profiles, and what the bias that the paper's code loses does to a Qwen2 model."""
+"""Profiles, and the effect of the paper's lost bias on a Qwen2 model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_every_profile_has_the_papers_shifts() -> None:
 
 
 def qwen_with_trained_like_biases() -> Any:
-    """Trained Qwen2 keys have a few biases that are far larger than the rest."""
+    """Give the keys a few biases far larger than the rest, as in a trained Qwen2."""
     model: Any = load_model(ModelSpec(name="q", source="tiny", shape="tiny-qwen2"), dtype="float32", device="cpu").model
     generator = torch.Generator().manual_seed(0)
     for block in model.model.layers:
@@ -57,7 +57,7 @@ def qwen_with_trained_like_biases() -> Any:
 
 
 def divergence(model: Any, pattern: str, targets: str, profile: str, ids: Tensor) -> float:
-    """Mean KL(dense ‖ sparse) of the next token, in nats."""
+    """Return the mean KL(dense ‖ sparse) of the next token, in nats."""
     cfg = one(f"pattern={pattern}", f"targets={targets}", f"profile={profile}")
     made = build_sparsification(cfg.pattern, cfg.criterion, cfg.mitigations, drops_bias=profile == "paper_code")
     with torch.no_grad():
@@ -68,7 +68,7 @@ def divergence(model: Any, pattern: str, targets: str, profile: str, ids: Tensor
 
 
 def test_leaving_out_q_k_v_repairs_a_lost_bias_not_the_model() -> None:
-    """Without pruning anything the lost bias does more harm than 16:32 with it; with biases kept q/k/v may be pruned."""
+    """Losing the bias without pruning does more harm than 16:32 with it; with the biases kept, q/k/v can be pruned."""
     model = qwen_with_trained_like_biases()
     ids = torch.randint(3, 259, (4, 48), generator=torch.Generator().manual_seed(1))
     kl = {

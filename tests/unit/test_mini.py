@@ -1,4 +1,4 @@
-"""The shipped items have the form of lm-eval's tasks, are balanced, and cannot be guessed from their length."""
+"""The shipped items have the harness's forms, are balanced, and cannot be guessed from their length."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ FORMS: dict[str, Callable[[Item], tuple[list[str], int]]] = {
     "cloze": lambda item: ([item["option1"], item["option2"]], int(item["answer"]) - 1),
     "yesno": lambda item: (["no", "yes"], int(item["label"])),
 }
-"""By file: how to read an item's choices and the index of the right one."""
+"""File -> function that returns an item's choices and the index of the right one."""
 
 
 def items(name: str) -> list[Item]:
@@ -40,7 +40,7 @@ def test_there_are_enough_items_and_no_two_are_alike(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_right_answers_stand_at_every_position_alike(name: str) -> None:
+def test_right_answers_are_balanced_over_positions(name: str) -> None:
     gold = Counter(FORMS[name](item)[1] for item in items(name))
     assert max(gold.values()) - min(gold.values()) <= 1
 
@@ -55,7 +55,7 @@ def test_length_alone_is_no_better_than_chance(name: str, pick: Callable[..., in
     assert hits / len(answered) <= chance + slack
 
 
-def test_length_of_a_passage_tells_no_answer() -> None:
+def test_the_length_of_a_passage_does_not_reveal_the_answer() -> None:
     found = items("yesno")
     for key in ("passage", "question"):
         mean = {gold: sum(len(i[key]) for i in found if int(i["label"]) == gold) / 42 for gold in (0, 1)}

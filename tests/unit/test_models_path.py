@@ -1,4 +1,4 @@
-"""Local checkpoints: checked before they are loaded, named by their content."""
+"""Local checkpoints: checked before loading, fingerprinted by their content."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a model's config node may say."""
+"""The config node of a model."""
 
 from pathlib import Path
 

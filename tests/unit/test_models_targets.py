@@ -1,4 +1,4 @@
-"""Which layers a target names."""
+"""Target layers by preset and glob."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def leaves(model: nn.Module, targets: Any) -> set[str]:
 
 
 def small_multimodal() -> nn.Module:
-    """Gemma 3 as the hub's 4B has it: a text model beside a vision tower, two blocks each."""
+    """A multimodal Gemma 3 like the hub's 4B: a text model and a vision tower of two blocks each."""
     text = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
     vision = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -34,7 +34,7 @@ def small_multimodal() -> nn.Module:
 
 
 @pytest.mark.parametrize("shape", TINY)
-def test_all_is_every_blocks_seven_layers_in_the_order_they_run(shape: str) -> None:
+def test_all_is_every_blocks_seven_layers_in_execution_order(shape: str) -> None:
     model = skeleton(spec(shape))
     names = list(target_linears(model, "all"))
     n_blocks = model.config.num_hidden_layers
@@ -43,7 +43,7 @@ def test_all_is_every_blocks_seven_layers_in_the_order_they_run(shape: str) -> N
 
 
 @pytest.mark.parametrize("shape", TINY)
-def test_the_order_is_the_order_in_which_the_layers_run(shape: str) -> None:
+def test_layers_are_listed_in_execution_order(shape: str) -> None:
     model = load_model(spec(shape), dtype="float32", device="cpu").model
     seen: list[str] = []
     for name, linear in target_linears(model, "all").items():
@@ -139,7 +139,7 @@ def test_a_model_without_a_text_decoder_is_refused() -> None:
         target_linears(nn.Sequential(nn.Linear(2, 2)), "all")
 
 
-def test_what_stands_in_for_a_layer_is_found_in_its_place() -> None:
+def test_a_replaced_layer_is_selected_in_its_place() -> None:
     class StandIn(nn.Module):
         def __init__(self, dense: nn.Linear) -> None:
             super().__init__()

@@ -38,7 +38,7 @@ def test_a_seed_gives_the_same_weights_whatever_was_drawn_before(shape: str) -> 
 
 
 @pytest.mark.parametrize("shape", TINY)
-def test_it_computes_in_bfloat16_what_the_same_model_from_a_folder_does(shape: str, tmp_path: Path) -> None:
+def test_it_equals_the_same_model_loaded_from_a_folder_in_bfloat16(shape: str, tmp_path: Path) -> None:
     built = load_model(spec(shape), dtype="bfloat16", device="cpu")
     built.model.save_pretrained(tmp_path)
     built.tokenizer.save_pretrained(tmp_path)
@@ -76,7 +76,7 @@ def test_qwen2_has_biases_that_matter_and_gemma3_both_kinds_of_attention() -> No
 
 @pytest.mark.parametrize("shape", TINY)
 @pytest.mark.parametrize("text", ["plain", " leading and  double spaces\n\n\tand tabs", "naïve – 数学 🙂"])
-def test_the_tokenizer_is_one_token_a_byte_and_loses_nothing(shape: str, text: str) -> None:
+def test_the_tokenizer_has_one_token_per_byte_and_loses_nothing(shape: str, text: str) -> None:
     tokenizer = load_model(spec(shape), dtype="float32", device="cpu").tokenizer
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert len(ids) == len(text.encode())

@@ -5,7 +5,7 @@ from nmsweep.errors import InputError
 
 
 @pytest.mark.parametrize("text", ["dense", "2:4", "8:16", "16:32", "1:1", "3:4", "50%", "12.5%", "threshold:50%"])
-def test_a_pattern_reads_what_it_writes(text: str) -> None:
+def test_a_pattern_survives_writing_and_reading(text: str) -> None:
     assert str(parse_pattern(text)) == text
     assert parse_pattern(str(parse_pattern(text))) == parse_pattern(text)
 
@@ -14,12 +14,12 @@ def test_a_pattern_reads_what_it_writes(text: str) -> None:
     "text",
     ["0:4", "5:4", "8-16", "150%", "0%", "100%", "-1:4", "2:4:8", "", "none", "dense ly", "4", "60", None, True, 2.5],
 )
-def test_what_is_no_pattern_is_refused_and_says_what_is_allowed(text: object) -> None:
+def test_an_invalid_pattern_is_refused_with_the_allowed_forms(text: object) -> None:
     with pytest.raises(InputError, match="N kept of M"):
         parse_pattern(text)
 
 
-def test_every_base_60_reading_of_an_unquoted_pattern_is_given_back() -> None:
+def test_every_unquoted_pattern_is_recovered_from_its_base_60_integer() -> None:
     for m in range(1, 60):
         for n in range(1, m + 1):
             with pytest.warns(UserWarning, match="quote it"):
