@@ -17,12 +17,10 @@ import triton
 from torch import Tensor
 
 from nmsweep.kernels.arguments import Arguments
-from nmsweep.kernels.triton.centre import centre_kernel, packed_median_kernel
-from nmsweep.kernels.triton.kernels import flat_kernel, row_kernel
+from nmsweep.kernels.triton.kernels import centre_kernel, flat_kernel, packed_median_kernel, row_kernel, scaled_kernel
 from nmsweep.kernels.triton.numbers import EMULATE
 from nmsweep.kernels.triton.packed import packed_kernel, packed_row_kernel
 from nmsweep.kernels.triton.parts import make_kernel
-from nmsweep.kernels.triton.scaled import scaled_kernel
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _PATTERNS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

@@ -1,4 +1,5 @@
-"""The kernels of the Triton backend without ν: groups as one stream, and one token without groups (with ν too).
+"""The kernels of the Triton backend that read one number at a time: groups as one stream, groups of one token with ν, one token
+without groups, and η of each token (which can also be read as words).
 
 ETA says what η is: 0 none, 1 a scalar, 2 [hidden], 3 [token].
 """
@@ -7,10 +8,10 @@ ETA says what η is: 0 none, 1 a scalar, 2 [hidden], 3 [token].
 import triton
 import triton.language as tl
 
-from nmsweep.kernels.triton.network import keep_of_groups, load, sign, store
-from nmsweep.kernels.triton.numbers import from_float, magnitude, ratio_of_sums, score, to_float
+from nmsweep.kernels.triton.network import keep_of_groups, load, sign, store, sum_of_squares
+from nmsweep.kernels.triton.numbers import from_float, magnitude, mean, median, ratio_of_sums, score, to_float
 from nmsweep.kernels.triton.parts import load_patterns
-from nmsweep.kernels.triton.select import next_bits, part_of_keys
+from nmsweep.kernels.triton.select import count_numbers, kth_lowest, next_bits, part_of_keys
 
 
 @triton.jit
@@ -134,6 +135,120 @@ def flat_kernel(
 
 
 @triton.jit
+def _first(x_ptr, eta_ptr, row, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
+    """Return the first z of a token (for η of channels: any value near it), so that a constant token has variance 0."""
+    z = to_float(tl.load(x_ptr + row * hidden), KIND)
+    if ETA == 3:
+        z -= tl.load(eta_ptr + row)
+    elif ETA > 0:
+        z -= tl.load(eta_ptr)
+    return z
+
+
+@triton.jit
+def rescale(
+    u_ptr,
+    eta_ptr,
+    row,
+    nu,
+    hidden,
+    GUARD: tl.constexpr,
+    M: tl.constexpr,
+    KIND: tl.constexpr,
+    ETA: tl.constexpr,
+    PIECE: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Multiply what u is away from η by ν. GUARD where the formula alone would not pass x where z is 0: ν is below 1 or no number."""
+    n_groups = hidden // M
+    for step in range(0, n_groups, G):
+        group = step + tl.arange(0, G)
+        valid = group < n_groups
+        start = group * M
+        base = row * hidden + start
+        x = load(u_ptr, base, valid, 0, M, P, PIECE)
+        eta, fill = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
+        store(u_ptr, base, valid, rescaled(x, eta, fill, nu, KIND, GUARD), M, P, PIECE)
+
+
+@triton.jit
+def scaled_kernel(
+    x_ptr,
+    u_ptr,
+    weight_ptr,
+    eta_ptr,
+    mask_ptr,
+    counts_ptr,
+    nu_ptr,
+    rows_per_weight,
+    hidden,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    KIND: tl.constexpr,
+    ETA: tl.constexpr,
+    PIECE: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+):
+    """One token a program, with ν: G groups at a time are pruned into u, then those of u that η is not are rescaled.
+
+    What the second loop reads, its thread has written in the first. Where z is 0 x passes, so pruned channels need no mask.
+    """
+    # so that a constant token has variance 0; of bfloat16 the sums are exact there, and a median or mean leaves 0
+    SHIFT: tl.constexpr = KIND != 0 or ETA == 1 or ETA == 2
+    row = tl.program_id(0).to(tl.int64)
+    n_groups = hidden // M
+    first = _first(x_ptr, eta_ptr, row, hidden, ETA, KIND)
+    dense, dense_squares = tl.zeros((G,), tl.float64), tl.zeros((G,), tl.float64)
+    sparse, sparse_squares = tl.zeros((G,), tl.float64), tl.zeros((G,), tl.float64)
+    n_kept = tl.zeros((G,), tl.int32)
+    for step in range(0, n_groups, G):
+        group = step + tl.arange(0, G)
+        valid = group < n_groups
+        start = group * M
+        base = row * hidden + start
+        x = load(x_ptr, base, valid, 0, M, P, PIECE)
+        eta, fill = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
+        z = to_float(x, KIND) - eta
+        place = row // rows_per_weight * hidden + start
+        key = keys(x, z, weight_ptr, place, valid, ETA, KIND, M, P, PIECE)
+        kept = keep_of_groups(key, N, M, P)
+        passed = to_rescale(x, eta, KIND) if ETA > 0 else x
+        store(u_ptr, base, valid, chosen(kept, passed, fill), M, P, PIECE)
+        if mask_ptr is not None:
+            store(mask_ptr, base, valid, (kept & 1).to(tl.int8), M, P, PIECE)
+        n_kept += tl.where(valid, -tl.sum(kept, axis=1), 0)
+        z_kept = (z.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True).to(tl.float64)
+        sparse += tl.where(valid, tl.sum(z_kept, axis=1), 0.0)
+        sparse_squares += tl.where(valid, sum_of_squares(z_kept, P), 0.0)
+        shifted = z.to(tl.float64)
+        if SHIFT:
+            shifted -= first.to(tl.float64)
+        if M < P:
+            shifted = tl.where(tl.arange(0, P)[None, :] < M, shifted, 0.0)
+        dense += tl.where(valid, tl.sum(shifted, axis=1), 0.0)
+        dense_squares += tl.where(valid, sum_of_squares(shifted, P), 0.0)
+    nu = ratio_of_sums(
+        tl.sum(dense, axis=0),
+        tl.sum(dense_squares, axis=0),
+        tl.sum(sparse, axis=0),
+        tl.sum(sparse_squares, axis=0),
+        hidden,
+    )
+    if nu_ptr is not None:
+        tl.store(nu_ptr + row, nu)
+    if counts_ptr is not None:
+        tl.atomic_add(counts_ptr, tl.sum(n_kept, axis=0).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")
+    tl.debug_barrier()
+    if (nu > 1.0) & (nu < float("inf")):
+        rescale(u_ptr, eta_ptr, row, nu, hidden, False, M, KIND, ETA, PIECE, P, G)
+    elif nu != 1.0:
+        rescale(u_ptr, eta_ptr, row, nu, hidden, True, M, KIND, ETA, PIECE, P, G)
+
+
+@triton.jit
 def _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
     """Bit patterns, z, keys (−1 beyond the token) and fills of channels [B] of a token."""
     inside = channel < hidden
@@ -227,12 +342,8 @@ def row_kernel(
             found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 0, 8, T)
     room = n - k  # for keys that equal the lowest one kept: those of lower channels
     first = tl.full((), 0.0, tl.float32)
-    if VAR:  # any z, so that a constant token has variance 0
-        first = to_float(tl.load(x_ptr + row * hidden), KIND)
-        if ETA == 3:
-            first -= tl.load(eta_ptr + row)
-        elif ETA > 0:
-            first -= tl.load(eta_ptr)
+    if VAR:
+        first = _first(x_ptr, eta_ptr, row, hidden, ETA, KIND)
     dense, dense_squares = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
     sparse, sparse_squares = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
     n_kept = tl.zeros((B,), tl.int32)
@@ -274,3 +385,29 @@ def row_kernel(
                 eta, fill = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
                 u = rescaled(u, eta, fill, nu, KIND, True)
                 tl.store(u_ptr + row * hidden + channel, u, mask=channel < hidden)
+
+
+@triton.jit
+def centre_kernel(x_ptr, eta_ptr, hidden, KIND: tl.constexpr, STAT: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
+    """One token a program: fp32 [token], a value of the dtype of x. STAT: 1 median, 2 mean."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, G)[:, None] * P + tl.arange(0, P)[None, :]
+    inside = channel < hidden
+    x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
+    if STAT == 1:
+        eta = median(x, inside, hidden, KIND)
+    else:
+        eta = mean(x, inside, hidden, KIND)
+    tl.store(eta_ptr + row, eta)
+
+
+@triton.jit
+def packed_median_kernel(x_ptr, eta_ptr, hidden, KIND: tl.constexpr, T: tl.constexpr):
+    """One token of an even number of 16-bit channels a program, as words: fp32 [token]."""
+    row = tl.program_id(0).to(tl.int64)
+    n_words = hidden // 2
+    word = tl.arange(0, T)
+    x = tl.load(x_ptr + row * n_words + word, mask=word < n_words, other=0x7FFF7FFF)  # NaN is below nothing
+    middle = to_float(kth_lowest(x, (hidden - 1) // 2, True, KIND).to(tl.int16), KIND)
+    has_nan = count_numbers(x, KIND) < hidden
+    tl.store(eta_ptr + row, tl.where(has_nan, float("nan"), middle + 0.0))

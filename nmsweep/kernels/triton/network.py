@@ -35,23 +35,52 @@ def reverse(x, P: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def settle(x, P: tl.constexpr, STEP: tl.constexpr):
-    """Sort every bitonic run of 2·STEP channels."""
+def lower(a, b, PACKED: tl.constexpr):
+    """Return the minimum of two keys; with PACKED, that of each half of two words of two 16-bit keys ≥ 0."""
+    if not PACKED:
+        found = tl.minimum(a, b)
+    elif EMULATE:
+        found = tl.minimum(a & 0xFFFF, b & 0xFFFF) | (tl.minimum(a >> 16, b >> 16) << 16)
+    else:
+        found = tl.inline_asm_elementwise(
+            "min.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def upper(a, b, PACKED: tl.constexpr):
+    """Return the maximum of two keys; with PACKED, that of each half of two words of two 16-bit keys ≥ 0."""
+    if not PACKED:
+        found = tl.maximum(a, b)
+    elif EMULATE:
+        found = tl.maximum(a & 0xFFFF, b & 0xFFFF) | (tl.maximum(a >> 16, b >> 16) << 16)
+    else:
+        found = tl.inline_asm_elementwise(
+            "max.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def settle(x, P: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr):
+    """Sort every bitonic run of 2·STEP channels; with PACKED of words, each half by itself."""
     if STEP > 0:
         a, b = halves(x, P // (2 * STEP), STEP)
-        x = settle(weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * STEP), STEP), P, STEP // 2)
+        x = weave(lower(a, b, PACKED), upper(a, b, PACKED), P // (2 * STEP), STEP)
+        x = settle(x, P, STEP // 2, PACKED)
     return x
 
 
 @triton.jit
-def sort(x, P: tl.constexpr, RUN: tl.constexpr):
-    """Sort [G, P] along channels, ascending, where runs of RUN channels are sorted already."""
+def sort(x, P: tl.constexpr, RUN: tl.constexpr, PACKED: tl.constexpr):
+    """Sort [G, P] along channels, ascending, if runs of RUN channels are sorted already; with PACKED each half of words by itself."""
     if RUN < P:
         G: tl.constexpr = x.shape[0]
         a, b = halves(x, P // (2 * RUN), RUN)
         b = tl.reshape(reverse(tl.reshape(b, (G, P // 2)), P // 2, RUN), (G, P // (2 * RUN), RUN))
-        x = weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * RUN), RUN)
-        x = sort(settle(x, P, RUN // 2), P, RUN * 2)
+        x = weave(lower(a, b, PACKED), upper(a, b, PACKED), P // (2 * RUN), RUN)
+        x = sort(settle(x, P, RUN // 2, PACKED), P, RUN * 2, PACKED)
     return x
 
 
@@ -132,7 +161,7 @@ def keep_of_groups(key, N: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
         key = key.to(tl.int32) * P + (P - 1 - channel)
     if M < P:
         key = tl.where(channel < M, key, -1)
-    threshold = tl.max(tl.where(channel == P - N, sort(key, P, 1), -1), axis=1)[:, None]
+    threshold = tl.max(tl.where(channel == P - N, sort(key, P, 1, False), -1), axis=1)[:, None]
     at_least = ~sign(key - threshold)
     if narrow:
         kept = at_least

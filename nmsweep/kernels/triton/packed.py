@@ -9,64 +9,16 @@ the masks.
 import triton
 import triton.language as tl
 
-from nmsweep.kernels.triton.network import halves, reverse, running_sum, settle, sign, store, weave
+from nmsweep.kernels.triton.network import lower, reverse, running_sum, settle, sign, sort, store
 from nmsweep.kernels.triton.numbers import EMULATE
 from nmsweep.kernels.triton.parts import load_words, make_words
 from nmsweep.kernels.triton.select import count_numbers, kth_lowest
 
 
 @triton.jit
-def _packed_min(a, b):
-    """Signed minimum of each half of two words."""
-    if EMULATE:
-        low = tl.minimum(a & 0xFFFF, b & 0xFFFF)  # keys are not negative
-        found = low | (tl.minimum(a >> 16, b >> 16) << 16)
-    else:
-        found = tl.inline_asm_elementwise(
-            "min.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return found
-
-
-@triton.jit
-def _packed_max(a, b):
-    """Signed maximum of each half of two words."""
-    if EMULATE:
-        low = tl.maximum(a & 0xFFFF, b & 0xFFFF)
-        found = low | (tl.maximum(a >> 16, b >> 16) << 16)
-    else:
-        found = tl.inline_asm_elementwise(
-            "max.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return found
-
-
-@triton.jit
-def _settle(x, W: tl.constexpr, STEP: tl.constexpr):
-    """Sort every bitonic run of 2·STEP words, each half by itself."""
-    if STEP > 0:
-        a, b = halves(x, W // (2 * STEP), STEP)
-        woven = weave(_packed_min(a, b), _packed_max(a, b), W // (2 * STEP), STEP)
-        x = _settle(woven, W, STEP // 2)
-    return x
-
-
-@triton.jit
-def _sort(x, W: tl.constexpr, RUN: tl.constexpr):
-    """Sort [G, W] along words, ascending, each half by itself, where runs of RUN words are sorted already."""
-    if RUN < W:
-        G: tl.constexpr = x.shape[0]
-        a, b = halves(x, W // (2 * RUN), RUN)
-        b = tl.reshape(reverse(tl.reshape(b, (G, W // 2)), W // 2, RUN), (G, W // (2 * RUN), RUN))
-        x = weave(_packed_min(a, b), _packed_max(a, b), W // (2 * RUN), RUN)
-        x = _sort(_settle(x, W, RUN // 2), W, RUN * 2)
-    return x
-
-
-@triton.jit
 def _threshold(key, N: tl.constexpr, W: tl.constexpr):
     """The N-th highest of the 2·W keys of each row of [G, W] words: [G, 1], one key."""
-    ordered = _sort(key, W, 1)
+    ordered = sort(key, W, 1, True)
     even, odd = ordered & 0xFFFF, reverse(ordered >> 16, W, W)
     if N <= W:
         rest = tl.maximum(even, odd)  # the W highest of all, as a bitonic run
@@ -76,7 +28,7 @@ def _threshold(key, N: tl.constexpr, W: tl.constexpr):
         found = tl.min(rest, axis=1)
     else:
         place: tl.constexpr = W - N if N < W else 2 * W - N
-        found = tl.max(tl.where(tl.arange(0, W)[None, :] == place, settle(rest, W, W // 2), -1), axis=1)
+        found = tl.max(tl.where(tl.arange(0, W)[None, :] == place, settle(rest, W, W // 2, False), -1), axis=1)
     return found[:, None]
 
 
@@ -130,7 +82,7 @@ def packed_kernel(
     group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     valid = group < n_groups
     x = load_words(x_ptr, scale_ptr, gain_ptr, group, n_groups, ROW, GAIN, KIND, W)
-    key = _packed_min(x & 0x7FFF7FFF, tl.full(x.shape, NAN, tl.int32))
+    key = lower(x & 0x7FFF7FFF, tl.full(x.shape, NAN, tl.int32), True)
     threshold = _threshold(key, N, W) * 0x10001
     raised = key | TOP
     at_least = raised - threshold
@@ -187,7 +139,7 @@ def packed_row_kernel(
     k = 2 * T - N
     number = kth_lowest(size, k, False, KIND)
     threshold = tl.where(count_numbers(size, KIND) > k, number, NAN & 0xFFFF)
-    at_least = (_packed_min(size, tl.full(x.shape, NAN, tl.int32)) | TOP) - threshold * 0x10001
+    at_least = (lower(size, tl.full(x.shape, NAN, tl.int32), True) | TOP) - threshold * 0x10001
     above = (at_least - 0x10001) & TOP
     equal = (at_least ^ above) & TOP
     n_above = tl.sum(_ones(above), axis=0)
