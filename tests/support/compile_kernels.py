@@ -1,6 +1,6 @@
-"""Compile the kernels of the Triton backend for a GPU that need not be there: `python tests/support/compile_kernels.py 80`.
+"""Compile the Triton kernels for a GPU that need not be present: `python tests/support/compile_kernels.py 80`.
 
-Prints the name of each kernel that compiles. Below compute capability 9.0 those that compute with words are left out, as the backend does.
+Prints the name of each kernel that compiles. Below compute capability 9.0 the kernels that compute with words are skipped, as in the backend.
 """
 
 import sys

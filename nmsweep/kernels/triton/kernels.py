@@ -26,7 +26,7 @@ def filling(
     P: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """η as fp32 and as bit pattern, for groups [G] that begin at channel `start` of token `row` ([] or [G, 1]). ETA: 0 none, 1 scalar, 2 [hidden], 3 [token]."""
+    """Return η as fp32 and as bit pattern, for groups [G] that begin at channel `start` of token `row` ([] or [G, 1])."""
     if ETA == 0:
         eta = 0.0
         fill = tl.full((), 0, tl.int16 if KIND < 2 else tl.int32)
@@ -55,7 +55,7 @@ def keys(
     P: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """What orders the channels of groups [G, P] of bit patterns x and values z, whose weights begin at `place` [G]."""
+    """Return the keys that rank groups [G, P] of bit patterns x and values z, whose weights begin at `place` [G]."""
     if weight_ptr is None and ETA == 0 and KIND < 2:
         key = magnitude(x, KIND)
     else:
@@ -68,21 +68,21 @@ def keys(
 
 @triton.jit
 def chosen(kept, x, fill):
-    """Bit pattern of x where all bits of `kept` are set, of the fill where none is."""
+    """Return the bit pattern of x where all bits of `kept` are set, of the fill where none is."""
     kept = kept.to(x.dtype)
     return (x & kept) | (fill & ~kept)
 
 
 @triton.jit
 def to_rescale(x, eta, KIND: tl.constexpr):
-    """What a kept channel holds until ν is known: x; where η is no finite number NaN, which its rescaled value will be."""
+    """Return what a kept channel holds until ν is known: x, or NaN if η is not finite, because the rescaled value will be NaN."""
     nan: tl.constexpr = 0x7FC0 if KIND == 0 else 0x7E00 if KIND == 1 else 0x7FC00000
     return tl.where(eta - eta == 0.0, x, nan).to(x.dtype)
 
 
 @triton.jit
 def rescaled(u, eta, fill, nu, KIND: tl.constexpr, GUARD: tl.constexpr):
-    """u of channels that `to_rescale` kept, away from η by ν times as much; where z is 0, and the fill, pass if GUARD sees to it."""
+    """Return u of channels that `to_rescale` kept, with their distance from η multiplied by ν; GUARD passes fills and channels where z is 0."""
     value = to_float(u, KIND)
     z = value - eta
     found = from_float(value + (nu - 1.0) * z, KIND)
@@ -113,7 +113,7 @@ def flat_kernel(
     P: tl.constexpr,
     G: tl.constexpr,
 ):
-    """G groups a program, across tokens."""
+    """Prune G groups per program, across tokens."""
     group = tl.program_id(0) * G + tl.arange(0, G)
     valid = group < n_groups
     base = group.to(tl.int64) * M
@@ -160,7 +160,7 @@ def rescale(
     P: tl.constexpr,
     G: tl.constexpr,
 ):
-    """Multiply what u is away from η by ν. GUARD where the formula alone would not pass x where z is 0: ν is below 1 or no number."""
+    """Multiply the distance of u from η by ν. With GUARD x passes where z is 0, which the formula alone ensures only for ν > 1."""
     n_groups = hidden // M
     for step in range(0, n_groups, G):
         group = step + tl.arange(0, G)
@@ -191,11 +191,11 @@ def scaled_kernel(
     P: tl.constexpr,
     G: tl.constexpr,
 ):
-    """One token a program, with ν: G groups at a time are pruned into u, then those of u that η is not are rescaled.
+    """Prune one token per program with ν: prune G groups at a time into u, then rescale what differs from η.
 
-    What the second loop reads, its thread has written in the first. Where z is 0 x passes, so pruned channels need no mask.
+    Each thread rereads only what it wrote itself. x passes where z is 0, so pruned channels need no mask.
     """
-    # so that a constant token has variance 0; of bfloat16 the sums are exact there, and a median or mean leaves 0
+    # gives a constant token variance 0; sums of bfloat16 are exact there anyway, and a median or mean leaves 0
     SHIFT: tl.constexpr = KIND != 0 or ETA == 1 or ETA == 2
     row = tl.program_id(0).to(tl.int64)
     n_groups = hidden // M
@@ -250,7 +250,7 @@ def scaled_kernel(
 
 @triton.jit
 def _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
-    """Bit patterns, z, keys (−1 beyond the token) and fills of channels [B] of a token."""
+    """Return bit patterns, z, keys (−1 beyond the token) and fills of channels [B] of a token."""
     inside = channel < hidden
     x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
     eta, fill = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
@@ -264,7 +264,7 @@ def _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA:
 
 @triton.jit
 def _filling(eta_ptr, row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
-    """η of channels [B] of a token, as fp32 and as bit pattern."""
+    """Return η of channels [B] of a token, as fp32 and as bit pattern."""
     if ETA == 0:
         eta = 0.0
         fill = tl.full((), 0, tl.int16 if KIND < 2 else tl.int32)
@@ -293,9 +293,9 @@ def _more_bits(
     BITS: tl.constexpr,
     T: tl.constexpr,
 ):
-    """`next_bits` of the keys of a token; those of channels i and i + T are the halves of a word."""
+    """Return `next_bits` of the keys of a token; the keys of channels i and i + T are the halves of a word."""
     low = tl.arange(0, T)
-    zero = found >> 31  # which the compiler does not know: it reads again instead of keeping the keys in registers
+    zero = found >> 31  # unknown to the compiler, so it reads again instead of keeping the keys in registers
     _, _, a, _ = _channels(x_ptr, weight_ptr, eta_ptr, row + zero, weight_row + zero, low, hidden, ETA, KIND)
     _, _, b, _ = _channels(x_ptr, weight_ptr, eta_ptr, row + zero, weight_row + zero, low + T, hidden, ETA, KIND)
     words = part_of_keys(a, found, SHIFT, BITS) | (part_of_keys(b, found, SHIFT, BITS) << 16)
@@ -320,10 +320,10 @@ def row_kernel(
     T: tl.constexpr,
     B: tl.constexpr,
 ):
-    """One token a program, without groups: of its channels, at most 2·T, the N highest are kept.
+    """Prune one token of at most 2·T channels per program, without groups: keep the N highest.
 
-    The lowest key that is kept is found in parts, until no key below it begins as it does; then B channels at a time are written.
-    Each of these reads the token again, from the nearest cache.
+    First find the lowest kept key in parts, until no lower key shares them; then write B channels at a time. Each step rereads the
+    token from the nearest cache.
     """
     MAGNITUDES: tl.constexpr = weight_ptr is None and ETA == 0 and KIND == 0  # 15 bits and 16 zeros, but for NaN
     row = tl.program_id(0).to(tl.int64)
@@ -340,7 +340,7 @@ def row_kernel(
             found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 8, 9, T)
         if k > 0:
             found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 0, 8, T)
-    room = n - k  # for keys that equal the lowest one kept: those of lower channels
+    room = n - k  # for keys equal to the lowest one kept, lower channels first
     first = tl.full((), 0.0, tl.float32)
     if VAR:
         first = _first(x_ptr, eta_ptr, row, hidden, ETA, KIND)
@@ -389,7 +389,7 @@ def row_kernel(
 
 @triton.jit
 def centre_kernel(x_ptr, eta_ptr, hidden, KIND: tl.constexpr, STAT: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
-    """One token a program: fp32 [token], a value of the dtype of x. STAT: 1 median, 2 mean."""
+    """Write η of one token per program, fp32 [token] rounded to the dtype of x. STAT: 1 median, 2 mean."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, G)[:, None] * P + tl.arange(0, P)[None, :]
     inside = channel < hidden
@@ -403,7 +403,7 @@ def centre_kernel(x_ptr, eta_ptr, hidden, KIND: tl.constexpr, STAT: tl.constexpr
 
 @triton.jit
 def packed_median_kernel(x_ptr, eta_ptr, hidden, KIND: tl.constexpr, T: tl.constexpr):
-    """One token of an even number of 16-bit channels a program, as words: fp32 [token]."""
+    """Write the median of one token per program, fp32 [token]; x has an even number of 16-bit channels, read as words."""
     row = tl.program_id(0).to(tl.int64)
     n_words = hidden // 2
     word = tl.arange(0, T)

@@ -1,7 +1,7 @@
-"""The selection of the Triton backend: an axis that lies within a thread, and a sorting network along it.
+"""Selection by a sorting network along an axis that lies within a thread.
 
-`halves` and `weave` split and join a tensor along an axis that lies within a thread, so they only rename registers, and a comparator is
-one minimum and one maximum, nothing else; LLVM drops the comparators that do not reach the n-th largest.
+`halves` and `weave` split and join a tensor along such an axis, so they only rename registers and a comparator costs one minimum and
+one maximum. LLVM drops the comparators that do not reach the n-th largest.
 """
 
 # triton's compiler reads no annotations of the future
@@ -13,14 +13,14 @@ from nmsweep.kernels.triton.numbers import EMULATE
 
 @triton.jit
 def halves(x, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """[G, OUTER·2·INNER] -> two [G, OUTER, INNER], apart on the middle axis."""
+    """Split [G, OUTER·2·INNER] along the middle axis into two [G, OUTER, INNER]."""
     G: tl.constexpr = x.shape[0]
     return tl.split(tl.permute(tl.reshape(x, (G, OUTER, 2, INNER)), (0, 1, 3, 2)))
 
 
 @triton.jit
 def weave(a, b, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """Undo halves."""
+    """Undo `halves`."""
     G: tl.constexpr = a.shape[0]
     return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (G, OUTER * 2 * INNER))
 
@@ -86,7 +86,7 @@ def sort(x, P: tl.constexpr, RUN: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def running_sum(x, P: tl.constexpr):
-    """Inclusive sums along the channels of [G, P]."""
+    """Return inclusive sums along the channels of [G, P]."""
     if P > 1:
         G: tl.constexpr = x.shape[0]
         even, odd = halves(x, P // 2, 1)
@@ -97,7 +97,7 @@ def running_sum(x, P: tl.constexpr):
 
 @triton.jit
 def sum_of_squares(x, P: tl.constexpr):
-    """Of each row of [G, P]: [G]."""
+    """Return the sum of squares of each row of [G, P]: [G]."""
     if P > 1:
         a, b = halves(x, 1, P // 2)
         if P > 2:
@@ -114,7 +114,7 @@ def sum_of_squares(x, P: tl.constexpr):
 
 @triton.jit
 def load(ptr, base, valid, other, M: tl.constexpr, P: tl.constexpr, PIECE: tl.constexpr):
-    """[G, P]: the M values from each base [G] on, `other` beyond M and where not valid [G]; in pieces, so that a thread has them all."""
+    """Load [G, P]: M values from each base [G] on, `other` beyond M and where not valid [G]; in pieces that keep a group in one thread."""
     G: tl.constexpr = base.shape[0]
     if P <= PIECE:
         channel = tl.arange(0, P)
@@ -128,7 +128,7 @@ def load(ptr, base, valid, other, M: tl.constexpr, P: tl.constexpr, PIECE: tl.co
 
 @triton.jit
 def store(ptr, base, valid, value, M: tl.constexpr, P: tl.constexpr, PIECE: tl.constexpr):
-    """Undo load."""
+    """Store what `load` loads."""
     G: tl.constexpr = base.shape[0]
     if P <= PIECE:
         channel = tl.arange(0, P)
@@ -141,7 +141,7 @@ def store(ptr, base, valid, value, M: tl.constexpr, P: tl.constexpr, PIECE: tl.c
 
 @triton.jit
 def sign(x):
-    """The top bit in all bits of int32. A shift, which the compiler would make a predicate of."""
+    """Copy the top bit of int32 to all its bits, by an explicit shift that the compiler cannot turn into a predicate."""
     if EMULATE:
         found = x >> 31
     else:
@@ -151,9 +151,9 @@ def sign(x):
 
 @triton.jit
 def keep_of_groups(key, N: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
-    """The N highest of the first M keys of each row of [G, P], lower channels first: int32, all bits of those kept.
+    """Return int32 [G, P] with all bits set for the N highest of the first M keys of each row, lower channels first.
 
-    Masks are integers made of signs, as a thread has registers for them and not for as many predicates. 16-bit keys are made unique by the channel.
+    Masks are integers made of signs, because a thread has more registers than predicates. The channel makes 16-bit keys unique.
     """
     channel = tl.arange(0, P)[None, :]
     narrow: tl.constexpr = key.dtype.primitive_bitwidth == 16

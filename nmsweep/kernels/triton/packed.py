@@ -1,8 +1,8 @@
-"""16-bit values by magnitude alone, two channels to a register: the Triton backend's fastest path.
+"""Prune 16-bit values by magnitude alone, two channels per register: the fastest path of the Triton backend.
 
-A word holds an even channel (low half) and the odd one after it (high half); Hopper's packed minimum and maximum sort both at once, then
-the two sorted halves are merged. As keys leave the top bit of a half free, one subtraction compares both halves, and its top bits are
-the masks.
+A word holds an even channel (low half) and the odd one after it (high half). Hopper's packed minimum and maximum sort both at once,
+then the two sorted halves are merged. Keys leave the top bit of a half free, so one subtraction compares both halves, and the top bits
+of the difference are the masks.
 """
 
 # triton's compiler reads no annotations of the future
@@ -17,7 +17,7 @@ from nmsweep.kernels.triton.select import count_numbers, kth_lowest
 
 @triton.jit
 def _threshold(key, N: tl.constexpr, W: tl.constexpr):
-    """The N-th highest of the 2·W keys of each row of [G, W] words: [G, 1], one key."""
+    """Return the N-th highest of the 2·W keys of each row of [G, W] words: [G, 1]."""
     ordered = sort(key, W, 1, True)
     even, odd = ordered & 0xFFFF, reverse(ordered >> 16, W, W)
     if N <= W:
@@ -34,20 +34,20 @@ def _threshold(key, N: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _ones(top):
-    """The top bit of each half as its lowest one."""
+    """Move the top bit of each half to its lowest place."""
     return (top.to(tl.uint32, bitcast=True) >> 15).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _swapped(x):
-    """The halves of each word, exchanged."""
+    """Exchange the halves of each word."""
     bits = x.to(tl.uint32, bitcast=True)
     return ((bits << 16) | (bits >> 16)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _spread(top):
-    """The top bit of each half in all its bits."""
+    """Copy the top bit of each half to all its bits."""
     if EMULATE:
         found = _ones(top) * 0xFFFF
     else:
@@ -73,9 +73,9 @@ def packed_kernel(
     ROW: tl.constexpr,
     G: tl.constexpr,
 ):
-    """G groups of M channels a program; x and u as words. Keeps the N of largest magnitude, lower channels first, zeros the others.
+    """Keep the N largest magnitudes of each group of M channels, lower channels first, and zero the others. G groups per program.
 
-    NAN: the key of every NaN, in both halves. Each half of a word of `above`, `equal`, … says it with its top bit.
+    x and u are words. NAN is the key of every NaN, in both halves. The top bit of each half of `above`, `equal`, … is the flag.
     """
     W: tl.constexpr = M // 2
     TOP: tl.constexpr = -0x7FFF8000  # the top bits of both halves
@@ -117,13 +117,13 @@ def packed_row_kernel(
     NAN: tl.constexpr,
     T: tl.constexpr,
 ):
-    """One token of an even number of channels a program, as T words or fewer. Keeps the N of largest magnitude, lower channels first."""
+    """Keep the N largest magnitudes of one token per program, lower channels first; its even number of channels makes at most T words."""
     TOP: tl.constexpr = -0x7FFF8000
     row = tl.program_id(0).to(tl.int64)
     n_words = hidden // 2
     word = tl.arange(0, T)
     inside = word < n_words
-    x = tl.load(x_ptr + row * n_words + word, mask=inside, other=0)  # after all others, and never above one
+    x = tl.load(x_ptr + row * n_words + word, mask=inside, other=0)  # ranks after all others
     if scale_ptr is not None or GAIN > 0:
         scale = 1.0
         if scale_ptr is not None:
@@ -134,7 +134,7 @@ def packed_row_kernel(
         elif GAIN == 3:
             gain = tl.load(gain_ptr + row * n_words + word, mask=inside, other=0)
         x = make_words(x, scale, gain, scale_ptr is not None, GAIN, KIND)
-        x = tl.where(inside, x, 0)  # a zero times a scale that is no number is none
+        x = tl.where(inside, x, 0)  # 0 times a NaN scale is NaN
     size = x & 0x7FFF7FFF
     k = 2 * T - N
     number = kth_lowest(size, k, False, KIND)
