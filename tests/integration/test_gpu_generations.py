@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that this machine does not have; what needs Hopper's instructions is left to Hopper."""
+"""The Triton kernels compile for GPUs that this machine does not have; only Hopper gets the kernels that need its instructions."""
 
 import os
 import subprocess

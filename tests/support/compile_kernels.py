@@ -1,6 +1,6 @@
-"""Compile the kernels of the Triton backend for a GPU that need not be there: `python tests/support/compile_kernels.py 80`.
+"""Compile the Triton kernels for a GPU that need not be present: `python tests/support/compile_kernels.py 80`.
 
-Prints the name of each kernel that compiles. Below compute capability 9.0 those that compute with words are left out, as the backend does.
+Prints the name of each kernel that compiles. Below compute capability 9.0 the kernels that compute with words are skipped, as in the backend.
 """
 
 import sys
@@ -11,12 +11,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nmsweep.kernels.triton.backend import FLAT_CONFIGS, PACKED_CONFIGS
-from nmsweep.kernels.triton.centre import centre_kernel, packed_median_kernel
-from nmsweep.kernels.triton.kernels import flat_kernel, row_kernel
+from nmsweep.kernels.triton.kernels import centre_kernel, flat_kernel, packed_median_kernel, row_kernel, scaled_kernel
 from nmsweep.kernels.triton.norms import squares_kernel
 from nmsweep.kernels.triton.packed import packed_kernel, packed_row_kernel
 from nmsweep.kernels.triton.parts import make_kernel
-from nmsweep.kernels.triton.scaled import scaled_kernel
 
 NAN = 0x7F817F81
 NUMBERS = dict.fromkeys(

@@ -1,9 +1,9 @@
-"""The primitive on CUDA, in Triton: which kernel runs a call, and in which tile.
+"""The primitive on CUDA, in Triton: choose the kernel of a call and its tile.
 
-A tensor that comes in parts is made where it is read, if it is read once, else by a kernel before (`triton_parts`). A median or mean
-of the token is a kernel of its own (`triton_centre`). Then `packed_kernel` serves 16-bit values by magnitude alone,
-`scaled_kernel` calls with ν, `row_kernel` those without groups and `flat_kernel` all others. In each a thread holds whole groups in its registers. Bit patterns travel as integers,
-so kept channels pass bit for bit. Runs on CPU tensors under TRITON_INTERPRET=1, for tests.
+x · scale · gain is computed where it is read if it is read once, else by `make_kernel` before. `centre_kernel` or `packed_median_kernel`
+computes the median or mean of the tokens. Then `packed_kernel` and `packed_row_kernel` serve 16-bit values by magnitude alone, `scaled_kernel` calls with ν,
+`row_kernel` those without groups and `flat_kernel` all others. In each, a thread holds whole groups in its registers. Bit patterns are
+passed as integers, so kept channels stay bit for bit. Under TRITON_INTERPRET=1 the kernels run on CPU tensors, for tests.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import triton
 from torch import Tensor
 
 from nmsweep.kernels.arguments import Arguments
-from nmsweep.kernels.triton.centre import centre_kernel, packed_median_kernel
-from nmsweep.kernels.triton.kernels import flat_kernel, row_kernel
+from nmsweep.kernels.triton.kernels import centre_kernel, flat_kernel, packed_median_kernel, row_kernel, scaled_kernel
 from nmsweep.kernels.triton.numbers import EMULATE
 from nmsweep.kernels.triton.packed import packed_kernel, packed_row_kernel
 from nmsweep.kernels.triton.parts import make_kernel
-from nmsweep.kernels.triton.scaled import scaled_kernel
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _PATTERNS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -36,35 +34,35 @@ _CENTRE_GROUP = 8  # consecutive channels of a thread of centre_kernel
 _NAN_KEYS = {torch.bfloat16: 0x7F817F81, torch.float16: 0x7C017C01}
 
 PACKED_CONFIGS = {2: (1024, 4), 4: (1024, 8), 8: (1024, 8), 16: (256, 8), 32: (256, 8), 64: (64, 2)}
-"""(groups of a program, warps) of packed_kernel by M: the fastest on an H200 among those large enough that counting costs little."""
+"""(groups per program, warps) of packed_kernel by M: the fastest on an H200 among those large enough to make counting cheap."""
 
 FLAT_CONFIGS = {1: (2048, 4), 2: (1024, 4), 4: (512, 4), 8: (512, 4), 16: (256, 4), 32: (128, 4), 64: (64, 2)}
-"""(groups of a program, warps) of flat_kernel by the power of two at or above M."""
+"""(groups per program, warps) of flat_kernel by M, rounded up to a power of two."""
 
 SCALED_CONFIG = (2048, 4)
-"""(channels that scaled_kernel holds at once, or more where a thread could not hold a group; warps)."""
+"""(channels that scaled_kernel holds at once, more if a thread could not hold a group; warps)."""
 
 MAKE_BLOCK = 2048
-"""Channels of a token that one program of make_kernel makes."""
+"""Channels of a token per program of make_kernel."""
 
 CENTRE_WARP = 1024
-"""Channels of a token that one warp of centre_kernel holds."""
+"""Channels of a token per warp of centre_kernel."""
 
 ROW_WARPS, ROW_BLOCK = 4, 2048
-"""The fewest warps of row_kernel, and the most channels of a token that it writes at once: the fastest on an H200."""
+"""Minimum of warps of row_kernel and maximum of channels that it writes at once: the fastest on an H200."""
 
 SELECT_WARP = 2048
-"""Words of a token that one warp holds while the k-th lowest is searched."""
+"""Words of a token per warp while the k-th lowest is searched."""
 
 
 @cache
 def _knows_words(device: torch.device) -> bool:
-    """Whether a GPU has the instructions on two 16-bit numbers at once: from compute capability 9.0 on."""
+    """Return whether a GPU has instructions on two 16-bit numbers at once, that is, compute capability 9.0 or higher."""
     return EMULATE.value or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def supports(args: Arguments) -> bool:
-    """Whether this backend can run the call; else the reference does. Some instructions are NVIDIA's own."""
+    """Return whether this backend can run the call; else the reference does. ROCm lacks some of the instructions."""
     if (
         not ((args.x.is_cuda and torch.version.hip is None) or EMULATE.value)
         or args.x.dtype not in _KINDS
@@ -80,7 +78,7 @@ def supports(args: Arguments) -> bool:
 def prune(
     args: Arguments, *, mask: Tensor | None = None, nu: Tensor | None = None, counts: Tensor | None = None
 ) -> Tensor:
-    """u of one call; `mask` bool [*, hidden] and `nu` fp32 [*, 1] are filled and `counts` int64 [2] is added to, where given."""
+    """Return u; fill `mask` bool [*, hidden] and `nu` fp32 [*, 1] and add to `counts` int64 [2], where given."""
     x = args.x.contiguous()
     packs = mask is None and _packs(args, x)
     if args.has_parts and not packs and (args.var or args.stat != "none" or args.m > _LARGEST_M):
@@ -121,7 +119,7 @@ def prune(
 
 
 def _parts(args: Arguments, words: bool = False) -> dict[str, Any]:
-    """What x is made of, as the kernels take it: the gain as bit patterns, of two channels where they read words."""
+    """Return scale and gain as kernel arguments; the gain as bit patterns, of two channels each for kernels that read words."""
     gain, kind = args.gain, 0
     if gain is not None:
         kind = 3 if gain.ndim > 1 else 1 if gain.dtype == args.x.dtype else 2
@@ -135,18 +133,18 @@ def _parts(args: Arguments, words: bool = False) -> dict[str, Any]:
 
 
 def _make(args: Arguments, x: Tensor) -> Tensor:
-    """The tensor to prune, written out."""
-    made, pattern, hidden = torch.empty_like(x), _PATTERNS[x.dtype], x.shape[-1]
+    """Write out x · scale · gain."""
+    product, pattern, hidden = torch.empty_like(x), _PATTERNS[x.dtype], x.shape[-1]
     with torch.cuda.device_of(x):
         make_kernel[(x.numel() // hidden, triton.cdiv(hidden, MAKE_BLOCK))](
-            x.view(pattern), made.view(pattern), hidden=hidden, KIND=_KINDS[x.dtype], B=MAKE_BLOCK,
+            x.view(pattern), product.view(pattern), hidden=hidden, KIND=_KINDS[x.dtype], B=MAKE_BLOCK,
             num_warps=4, enable_fp_fusion=False, **_parts(args),
         )  # fmt: skip
-    return made
+    return product
 
 
 def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
-    """η in fp32, every value one of the dtype of x, and its kind as the kernels' ETA says it."""
+    """Return η in fp32, rounded to the dtype of x, and the kernels' ETA."""
     if args.eta is not None:
         eta = (args.eta.detach().to(device=x.device, dtype=x.dtype) + 0.0).to(torch.float32).contiguous()
         return eta, 2 if eta.numel() > 1 else 1
@@ -175,12 +173,12 @@ def _select_warps(words: int) -> int:
 
 
 def _in_words(x: Tensor) -> bool:
-    """Whether two neighbours of the contiguous x make a word that the GPU can compute with."""
+    """Return whether the GPU can compute with words of two neighbours of the contiguous x."""
     return x.dtype in _NAN_KEYS and x.storage_offset() % 2 == 0 and _knows_words(x.device)
 
 
 def _packs(args: Arguments, x: Tensor) -> bool:
-    """Whether packed_kernel can run a call on the contiguous x."""
+    """Return whether a packed kernel can run a call on the contiguous x."""
     by_magnitude = args.weight is None and args.eta is None and args.stat == "none" and not args.var
     alone = args.m == x.shape[-1] and args.m % 2 == 0
     aligned = args.gain is None or args.gain.storage_offset() % 2 == 0
@@ -199,7 +197,7 @@ def _launch_packed(x: Tensor, u: Tensor, args: Arguments, counts: Tensor | None)
         packed_row_kernel[(n_groups,)](**common, hidden=args.m, T=words, num_warps=_select_warps(words))
         return
     groups, warps = PACKED_CONFIGS[args.m]
-    per_row = x.shape[-1] // args.m if args.has_parts else 1  # a constant, so that to divide by it is cheap
+    per_row = x.shape[-1] // args.m if args.has_parts else 1  # a constant, so that dividing by it is cheap
     packed_kernel[(triton.cdiv(n_groups, groups),)](
         **common, n_groups=n_groups, M=args.m, ROW=per_row, G=groups, num_warps=warps
     )

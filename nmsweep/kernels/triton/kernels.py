@@ -1,4 +1,5 @@
-"""The kernels of the Triton backend without ν: groups as one stream, and one token without groups (with ν too).
+"""The kernels of the Triton backend that read one number at a time: groups as one stream, groups of one token with ν, one token
+without groups, and η of each token (which can also be read as words).
 
 ETA says what η is: 0 none, 1 a scalar, 2 [hidden], 3 [token].
 """
@@ -7,10 +8,10 @@ ETA says what η is: 0 none, 1 a scalar, 2 [hidden], 3 [token].
 import triton
 import triton.language as tl
 
-from nmsweep.kernels.triton.network import keep_of_groups, load, sign, store
-from nmsweep.kernels.triton.numbers import from_float, magnitude, ratio_of_sums, score, to_float
+from nmsweep.kernels.triton.network import keep_of_groups, load, sign, store, sum_of_squares
+from nmsweep.kernels.triton.numbers import from_float, magnitude, mean, median, ratio_of_sums, score, to_float
 from nmsweep.kernels.triton.parts import load_patterns
-from nmsweep.kernels.triton.select import next_bits, part_of_keys
+from nmsweep.kernels.triton.select import count_numbers, kth_lowest, next_bits, part_of_keys
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def filling(
     P: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """η as fp32 and as bit pattern, for groups [G] that begin at channel `start` of token `row` ([] or [G, 1]). ETA: 0 none, 1 scalar, 2 [hidden], 3 [token]."""
+    """Return η as fp32 and as bit pattern, for groups [G] that begin at channel `start` of token `row` ([] or [G, 1])."""
     if ETA == 0:
         eta = 0.0
         fill = tl.full((), 0, tl.int16 if KIND < 2 else tl.int32)
@@ -54,7 +55,7 @@ def keys(
     P: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """What orders the channels of groups [G, P] of bit patterns x and values z, whose weights begin at `place` [G]."""
+    """Return the keys that rank groups [G, P] of bit patterns x and values z, whose weights begin at `place` [G]."""
     if weight_ptr is None and ETA == 0 and KIND < 2:
         key = magnitude(x, KIND)
     else:
@@ -67,21 +68,21 @@ def keys(
 
 @triton.jit
 def chosen(kept, x, fill):
-    """Bit pattern of x where all bits of `kept` are set, of the fill where none is."""
+    """Return the bit pattern of x where all bits of `kept` are set, of the fill where none is."""
     kept = kept.to(x.dtype)
     return (x & kept) | (fill & ~kept)
 
 
 @triton.jit
 def to_rescale(x, eta, KIND: tl.constexpr):
-    """What a kept channel holds until ν is known: x; where η is no finite number NaN, which its rescaled value will be."""
+    """Return what a kept channel holds until ν is known: x, or NaN if η is not finite, because the rescaled value will be NaN."""
     nan: tl.constexpr = 0x7FC0 if KIND == 0 else 0x7E00 if KIND == 1 else 0x7FC00000
     return tl.where(eta - eta == 0.0, x, nan).to(x.dtype)
 
 
 @triton.jit
 def rescaled(u, eta, fill, nu, KIND: tl.constexpr, GUARD: tl.constexpr):
-    """u of channels that `to_rescale` kept, away from η by ν times as much; where z is 0, and the fill, pass if GUARD sees to it."""
+    """Return u of channels that `to_rescale` kept, with their distance from η multiplied by ν; GUARD passes fills and channels where z is 0."""
     value = to_float(u, KIND)
     z = value - eta
     found = from_float(value + (nu - 1.0) * z, KIND)
@@ -112,7 +113,7 @@ def flat_kernel(
     P: tl.constexpr,
     G: tl.constexpr,
 ):
-    """G groups a program, across tokens."""
+    """Prune G groups per program, across tokens."""
     group = tl.program_id(0) * G + tl.arange(0, G)
     valid = group < n_groups
     base = group.to(tl.int64) * M
@@ -134,8 +135,122 @@ def flat_kernel(
 
 
 @triton.jit
+def _first(x_ptr, eta_ptr, row, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
+    """Return the first z of a token (for η of channels: any value near it), so that a constant token has variance 0."""
+    z = to_float(tl.load(x_ptr + row * hidden), KIND)
+    if ETA == 3:
+        z -= tl.load(eta_ptr + row)
+    elif ETA > 0:
+        z -= tl.load(eta_ptr)
+    return z
+
+
+@triton.jit
+def rescale(
+    u_ptr,
+    eta_ptr,
+    row,
+    nu,
+    hidden,
+    GUARD: tl.constexpr,
+    M: tl.constexpr,
+    KIND: tl.constexpr,
+    ETA: tl.constexpr,
+    PIECE: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Multiply the distance of u from η by ν. With GUARD x passes where z is 0, which the formula alone ensures only for ν > 1."""
+    n_groups = hidden // M
+    for step in range(0, n_groups, G):
+        group = step + tl.arange(0, G)
+        valid = group < n_groups
+        start = group * M
+        base = row * hidden + start
+        x = load(u_ptr, base, valid, 0, M, P, PIECE)
+        eta, fill = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
+        store(u_ptr, base, valid, rescaled(x, eta, fill, nu, KIND, GUARD), M, P, PIECE)
+
+
+@triton.jit
+def scaled_kernel(
+    x_ptr,
+    u_ptr,
+    weight_ptr,
+    eta_ptr,
+    mask_ptr,
+    counts_ptr,
+    nu_ptr,
+    rows_per_weight,
+    hidden,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    KIND: tl.constexpr,
+    ETA: tl.constexpr,
+    PIECE: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Prune one token per program with ν: prune G groups at a time into u, then rescale what differs from η.
+
+    Each thread rereads only what it wrote itself. x passes where z is 0, so pruned channels need no mask.
+    """
+    # gives a constant token variance 0; sums of bfloat16 are exact there anyway, and a median or mean leaves 0
+    SHIFT: tl.constexpr = KIND != 0 or ETA == 1 or ETA == 2
+    row = tl.program_id(0).to(tl.int64)
+    n_groups = hidden // M
+    first = _first(x_ptr, eta_ptr, row, hidden, ETA, KIND)
+    dense, dense_squares = tl.zeros((G,), tl.float64), tl.zeros((G,), tl.float64)
+    sparse, sparse_squares = tl.zeros((G,), tl.float64), tl.zeros((G,), tl.float64)
+    n_kept = tl.zeros((G,), tl.int32)
+    for step in range(0, n_groups, G):
+        group = step + tl.arange(0, G)
+        valid = group < n_groups
+        start = group * M
+        base = row * hidden + start
+        x = load(x_ptr, base, valid, 0, M, P, PIECE)
+        eta, fill = filling(eta_ptr, row, start, valid, ETA, KIND, M, P, PIECE)
+        z = to_float(x, KIND) - eta
+        place = row // rows_per_weight * hidden + start
+        key = keys(x, z, weight_ptr, place, valid, ETA, KIND, M, P, PIECE)
+        kept = keep_of_groups(key, N, M, P)
+        passed = to_rescale(x, eta, KIND) if ETA > 0 else x
+        store(u_ptr, base, valid, chosen(kept, passed, fill), M, P, PIECE)
+        if mask_ptr is not None:
+            store(mask_ptr, base, valid, (kept & 1).to(tl.int8), M, P, PIECE)
+        n_kept += tl.where(valid, -tl.sum(kept, axis=1), 0)
+        z_kept = (z.to(tl.int32, bitcast=True) & kept).to(tl.float32, bitcast=True).to(tl.float64)
+        sparse += tl.where(valid, tl.sum(z_kept, axis=1), 0.0)
+        sparse_squares += tl.where(valid, sum_of_squares(z_kept, P), 0.0)
+        shifted = z.to(tl.float64)
+        if SHIFT:
+            shifted -= first.to(tl.float64)
+        if M < P:
+            shifted = tl.where(tl.arange(0, P)[None, :] < M, shifted, 0.0)
+        dense += tl.where(valid, tl.sum(shifted, axis=1), 0.0)
+        dense_squares += tl.where(valid, sum_of_squares(shifted, P), 0.0)
+    nu = ratio_of_sums(
+        tl.sum(dense, axis=0),
+        tl.sum(dense_squares, axis=0),
+        tl.sum(sparse, axis=0),
+        tl.sum(sparse_squares, axis=0),
+        hidden,
+    )
+    if nu_ptr is not None:
+        tl.store(nu_ptr + row, nu)
+    if counts_ptr is not None:
+        tl.atomic_add(counts_ptr, tl.sum(n_kept, axis=0).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 1, hidden.to(tl.int64), sem="relaxed")
+    tl.debug_barrier()
+    if (nu > 1.0) & (nu < float("inf")):
+        rescale(u_ptr, eta_ptr, row, nu, hidden, False, M, KIND, ETA, PIECE, P, G)
+    elif nu != 1.0:
+        rescale(u_ptr, eta_ptr, row, nu, hidden, True, M, KIND, ETA, PIECE, P, G)
+
+
+@triton.jit
 def _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
-    """Bit patterns, z, keys (−1 beyond the token) and fills of channels [B] of a token."""
+    """Return bit patterns, z, keys (−1 beyond the token) and fills of channels [B] of a token."""
     inside = channel < hidden
     x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
     eta, fill = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
@@ -149,7 +264,7 @@ def _channels(x_ptr, weight_ptr, eta_ptr, row, weight_row, channel, hidden, ETA:
 
 @triton.jit
 def _filling(eta_ptr, row, channel, hidden, ETA: tl.constexpr, KIND: tl.constexpr):
-    """η of channels [B] of a token, as fp32 and as bit pattern."""
+    """Return η of channels [B] of a token, as fp32 and as bit pattern."""
     if ETA == 0:
         eta = 0.0
         fill = tl.full((), 0, tl.int16 if KIND < 2 else tl.int32)
@@ -178,9 +293,9 @@ def _more_bits(
     BITS: tl.constexpr,
     T: tl.constexpr,
 ):
-    """`next_bits` of the keys of a token; those of channels i and i + T are the halves of a word."""
+    """Return `next_bits` of the keys of a token; the keys of channels i and i + T are the halves of a word."""
     low = tl.arange(0, T)
-    zero = found >> 31  # which the compiler does not know: it reads again instead of keeping the keys in registers
+    zero = found >> 31  # unknown to the compiler, so it reads again instead of keeping the keys in registers
     _, _, a, _ = _channels(x_ptr, weight_ptr, eta_ptr, row + zero, weight_row + zero, low, hidden, ETA, KIND)
     _, _, b, _ = _channels(x_ptr, weight_ptr, eta_ptr, row + zero, weight_row + zero, low + T, hidden, ETA, KIND)
     words = part_of_keys(a, found, SHIFT, BITS) | (part_of_keys(b, found, SHIFT, BITS) << 16)
@@ -205,10 +320,10 @@ def row_kernel(
     T: tl.constexpr,
     B: tl.constexpr,
 ):
-    """One token a program, without groups: of its channels, at most 2·T, the N highest are kept.
+    """Prune one token of at most 2·T channels per program, without groups: keep the N highest.
 
-    The lowest key that is kept is found in parts, until no key below it begins as it does; then B channels at a time are written.
-    Each of these reads the token again, from the nearest cache.
+    First find the lowest kept key in parts, until no lower key shares them; then write B channels at a time. Each step rereads the
+    token from the nearest cache.
     """
     MAGNITUDES: tl.constexpr = weight_ptr is None and ETA == 0 and KIND == 0  # 15 bits and 16 zeros, but for NaN
     row = tl.program_id(0).to(tl.int64)
@@ -225,14 +340,10 @@ def row_kernel(
             found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 8, 9, T)
         if k > 0:
             found, k, n = _more_bits(x_ptr, weight_ptr, eta_ptr, row, weight_row, hidden, found, k, ETA, KIND, 0, 8, T)
-    room = n - k  # for keys that equal the lowest one kept: those of lower channels
+    room = n - k  # for keys equal to the lowest one kept, lower channels first
     first = tl.full((), 0.0, tl.float32)
-    if VAR:  # any z, so that a constant token has variance 0
-        first = to_float(tl.load(x_ptr + row * hidden), KIND)
-        if ETA == 3:
-            first -= tl.load(eta_ptr + row)
-        elif ETA > 0:
-            first -= tl.load(eta_ptr)
+    if VAR:
+        first = _first(x_ptr, eta_ptr, row, hidden, ETA, KIND)
     dense, dense_squares = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
     sparse, sparse_squares = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
     n_kept = tl.zeros((B,), tl.int32)
@@ -274,3 +385,29 @@ def row_kernel(
                 eta, fill = _filling(eta_ptr, row, channel, hidden, ETA, KIND)
                 u = rescaled(u, eta, fill, nu, KIND, True)
                 tl.store(u_ptr + row * hidden + channel, u, mask=channel < hidden)
+
+
+@triton.jit
+def centre_kernel(x_ptr, eta_ptr, hidden, KIND: tl.constexpr, STAT: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
+    """Write η of one token per program, fp32 [token] rounded to the dtype of x. STAT: 1 median, 2 mean."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, G)[:, None] * P + tl.arange(0, P)[None, :]
+    inside = channel < hidden
+    x = tl.load(x_ptr + row * hidden + channel, mask=inside, other=0)
+    if STAT == 1:
+        eta = median(x, inside, hidden, KIND)
+    else:
+        eta = mean(x, inside, hidden, KIND)
+    tl.store(eta_ptr + row, eta)
+
+
+@triton.jit
+def packed_median_kernel(x_ptr, eta_ptr, hidden, KIND: tl.constexpr, T: tl.constexpr):
+    """Write the median of one token per program, fp32 [token]; x has an even number of 16-bit channels, read as words."""
+    row = tl.program_id(0).to(tl.int64)
+    n_words = hidden // 2
+    word = tl.arange(0, T)
+    x = tl.load(x_ptr + row * n_words + word, mask=word < n_words, other=0x7FFF7FFF)  # NaN is below nothing
+    middle = to_float(kth_lowest(x, (hidden - 1) // 2, True, KIND).to(tl.int16), KIND)
+    has_nan = count_numbers(x, KIND) < hidden
+    tl.store(eta_ptr + row, tl.where(has_nan, float("nan"), middle + 0.0))

@@ -1,7 +1,7 @@
-"""The selection of the Triton backend: an axis that lies within a thread, and a sorting network along it.
+"""Selection by a sorting network along an axis that lies within a thread.
 
-`halves` and `weave` split and join a tensor along an axis that lies within a thread, so they only rename registers, and a comparator is
-one minimum and one maximum, nothing else; LLVM drops the comparators that do not reach the n-th largest.
+`halves` and `weave` split and join a tensor along such an axis, so they only rename registers and a comparator costs one minimum and
+one maximum. LLVM drops the comparators that do not reach the n-th largest.
 """
 
 # triton's compiler reads no annotations of the future
@@ -13,14 +13,14 @@ from nmsweep.kernels.triton.numbers import EMULATE
 
 @triton.jit
 def halves(x, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """[G, OUTER·2·INNER] -> two [G, OUTER, INNER], apart on the middle axis."""
+    """Split [G, OUTER·2·INNER] along the middle axis into two [G, OUTER, INNER]."""
     G: tl.constexpr = x.shape[0]
     return tl.split(tl.permute(tl.reshape(x, (G, OUTER, 2, INNER)), (0, 1, 3, 2)))
 
 
 @triton.jit
 def weave(a, b, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """Undo halves."""
+    """Undo `halves`."""
     G: tl.constexpr = a.shape[0]
     return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (G, OUTER * 2 * INNER))
 
@@ -35,29 +35,58 @@ def reverse(x, P: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def settle(x, P: tl.constexpr, STEP: tl.constexpr):
-    """Sort every bitonic run of 2·STEP channels."""
+def lower(a, b, PACKED: tl.constexpr):
+    """Return the minimum of two keys; with PACKED, that of each half of two words of two 16-bit keys ≥ 0."""
+    if not PACKED:
+        found = tl.minimum(a, b)
+    elif EMULATE:
+        found = tl.minimum(a & 0xFFFF, b & 0xFFFF) | (tl.minimum(a >> 16, b >> 16) << 16)
+    else:
+        found = tl.inline_asm_elementwise(
+            "min.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def upper(a, b, PACKED: tl.constexpr):
+    """Return the maximum of two keys; with PACKED, that of each half of two words of two 16-bit keys ≥ 0."""
+    if not PACKED:
+        found = tl.maximum(a, b)
+    elif EMULATE:
+        found = tl.maximum(a & 0xFFFF, b & 0xFFFF) | (tl.maximum(a >> 16, b >> 16) << 16)
+    else:
+        found = tl.inline_asm_elementwise(
+            "max.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
+def settle(x, P: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr):
+    """Sort every bitonic run of 2·STEP channels; with PACKED of words, each half by itself."""
     if STEP > 0:
         a, b = halves(x, P // (2 * STEP), STEP)
-        x = settle(weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * STEP), STEP), P, STEP // 2)
+        x = weave(lower(a, b, PACKED), upper(a, b, PACKED), P // (2 * STEP), STEP)
+        x = settle(x, P, STEP // 2, PACKED)
     return x
 
 
 @triton.jit
-def sort(x, P: tl.constexpr, RUN: tl.constexpr):
-    """Sort [G, P] along channels, ascending, where runs of RUN channels are sorted already."""
+def sort(x, P: tl.constexpr, RUN: tl.constexpr, PACKED: tl.constexpr):
+    """Sort [G, P] along channels, ascending, if runs of RUN channels are sorted already; with PACKED each half of words by itself."""
     if RUN < P:
         G: tl.constexpr = x.shape[0]
         a, b = halves(x, P // (2 * RUN), RUN)
         b = tl.reshape(reverse(tl.reshape(b, (G, P // 2)), P // 2, RUN), (G, P // (2 * RUN), RUN))
-        x = weave(tl.minimum(a, b), tl.maximum(a, b), P // (2 * RUN), RUN)
-        x = sort(settle(x, P, RUN // 2), P, RUN * 2)
+        x = weave(lower(a, b, PACKED), upper(a, b, PACKED), P // (2 * RUN), RUN)
+        x = sort(settle(x, P, RUN // 2, PACKED), P, RUN * 2, PACKED)
     return x
 
 
 @triton.jit
 def running_sum(x, P: tl.constexpr):
-    """Inclusive sums along the channels of [G, P]."""
+    """Return inclusive sums along the channels of [G, P]."""
     if P > 1:
         G: tl.constexpr = x.shape[0]
         even, odd = halves(x, P // 2, 1)
@@ -68,7 +97,7 @@ def running_sum(x, P: tl.constexpr):
 
 @triton.jit
 def sum_of_squares(x, P: tl.constexpr):
-    """Of each row of [G, P]: [G]."""
+    """Return the sum of squares of each row of [G, P]: [G]."""
     if P > 1:
         a, b = halves(x, 1, P // 2)
         if P > 2:
@@ -85,7 +114,7 @@ def sum_of_squares(x, P: tl.constexpr):
 
 @triton.jit
 def load(ptr, base, valid, other, M: tl.constexpr, P: tl.constexpr, PIECE: tl.constexpr):
-    """[G, P]: the M values from each base [G] on, `other` beyond M and where not valid [G]; in pieces, so that a thread has them all."""
+    """Load [G, P]: M values from each base [G] on, `other` beyond M and where not valid [G]; in pieces that keep a group in one thread."""
     G: tl.constexpr = base.shape[0]
     if P <= PIECE:
         channel = tl.arange(0, P)
@@ -99,7 +128,7 @@ def load(ptr, base, valid, other, M: tl.constexpr, P: tl.constexpr, PIECE: tl.co
 
 @triton.jit
 def store(ptr, base, valid, value, M: tl.constexpr, P: tl.constexpr, PIECE: tl.constexpr):
-    """Undo load."""
+    """Store what `load` loads."""
     G: tl.constexpr = base.shape[0]
     if P <= PIECE:
         channel = tl.arange(0, P)
@@ -112,7 +141,7 @@ def store(ptr, base, valid, value, M: tl.constexpr, P: tl.constexpr, PIECE: tl.c
 
 @triton.jit
 def sign(x):
-    """The top bit in all bits of int32. A shift, which the compiler would make a predicate of."""
+    """Copy the top bit of int32 to all its bits, by an explicit shift that the compiler cannot turn into a predicate."""
     if EMULATE:
         found = x >> 31
     else:
@@ -122,9 +151,9 @@ def sign(x):
 
 @triton.jit
 def keep_of_groups(key, N: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
-    """The N highest of the first M keys of each row of [G, P], lower channels first: int32, all bits of those kept.
+    """Return int32 [G, P] with all bits set for the N highest of the first M keys of each row, lower channels first.
 
-    Masks are integers made of signs, as a thread has registers for them and not for as many predicates. 16-bit keys are made unique by the channel.
+    Masks are integers made of signs, because a thread has more registers than predicates. The channel makes 16-bit keys unique.
     """
     channel = tl.arange(0, P)[None, :]
     narrow: tl.constexpr = key.dtype.primitive_bitwidth == 16
@@ -132,7 +161,7 @@ def keep_of_groups(key, N: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
         key = key.to(tl.int32) * P + (P - 1 - channel)
     if M < P:
         key = tl.where(channel < M, key, -1)
-    threshold = tl.max(tl.where(channel == P - N, sort(key, P, 1), -1), axis=1)[:, None]
+    threshold = tl.max(tl.where(channel == P - N, sort(key, P, 1, False), -1), axis=1)[:, None]
     at_least = ~sign(key - threshold)
     if narrow:
         kept = at_least

@@ -1,4 +1,4 @@
-"""Sums of squares of channels over tokens, on CUDA: one reading of the input, partial sums a slice of tokens, added in a fixed order."""
+"""Sums of squares of channels over tokens on CUDA: one pass over the input, one partial sum per slice of tokens, added in a fixed order."""
 
 # triton's compiler reads no annotations of the future
 import torch
@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TOKENS, _CHANNELS, _STEP = 256, 128, 16  # tokens of a slice; channels of a program; tokens that it reads at once
+_TOKENS, _CHANNELS, _STEP = 256, 128, 16  # tokens per slice; channels per program; tokens read at once
 
 
 def channel_squares(z: Tensor, padding: Tensor | None) -> Tensor:
-    """Σ_t z_tj² over the tokens of each sequence: float64 [batch, 1, hidden] of z [batch, tokens, hidden]."""
+    """Return Σ_t z_tj² over the tokens of each sequence: float64 [batch, 1, hidden] for z [batch, tokens, hidden]."""
     z = z.contiguous()
     batch, tokens, hidden = z.shape
     slices = triton.cdiv(tokens, _TOKENS)
@@ -34,7 +34,7 @@ def squares_kernel(
     CHANNELS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One slice of tokens and channels of one sequence."""
+    """Sum one slice of tokens and channels of one sequence."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     sequence = tl.program_id(2).to(tl.int64)
     start = tl.program_id(1) * TOKENS

@@ -1,4 +1,4 @@
-"""Numbers of the Triton backend: bit patterns as floats, keys, and the statistics of one token."""
+"""Bit patterns as floats, keys, and the statistics of one token, for the Triton kernels."""
 
 # triton's compiler reads no annotations of the future
 import os
@@ -7,18 +7,18 @@ import triton
 import triton.language as tl
 
 EMULATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""Whether the interpreter runs the kernels: it knows no instruction of a GPU, and cuts bfloat16 off instead of rounding."""
+"""Whether the interpreter runs the kernels: it has no inline assembly, and truncates to bfloat16 instead of rounding."""
 
 
 @triton.jit
 def total(x):
-    """Sum of a tile."""
+    """Return the sum of a tile."""
     return tl.sum(tl.sum(x, axis=1), axis=0)
 
 
 @triton.jit
 def to_float(pattern, KIND: tl.constexpr):
-    """fp32 value of a bit pattern: exact."""
+    """Return the fp32 value of a bit pattern, which is exact."""
     if KIND == 0:
         value = (pattern.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif KIND == 1:
@@ -30,7 +30,7 @@ def to_float(pattern, KIND: tl.constexpr):
 
 @triton.jit
 def from_float(value, KIND: tl.constexpr):
-    """Bit pattern of an fp32 value, rounded to nearest even; NaN stays NaN."""
+    """Return the bit pattern of an fp32 value, rounded to nearest even; NaN stays NaN."""
     if KIND == 0 and EMULATE:
         bits = value.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -46,14 +46,14 @@ def from_float(value, KIND: tl.constexpr):
 
 @triton.jit
 def magnitude(pattern, KIND: tl.constexpr):
-    """Key of |x| for 16-bit patterns: int16, every NaN the same."""
+    """Return the key of |x| for 16-bit patterns: int16; all NaNs are equal."""
     nan: tl.constexpr = 0x7F81 if KIND == 0 else 0x7C01
     return tl.minimum(pattern & 0x7FFF, nan).to(tl.int16)
 
 
 @triton.jit
 def score(z, weight, RAW: tl.constexpr):
-    """Key of |fl(z·w)|: int32, every NaN the same, as all are that a GPU computes; those of RAW values are not."""
+    """Return the key of |fl(z·w)|: int32; all NaNs are equal. A GPU computes a single NaN, so only RAW values need a limit."""
     key = (z * weight).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if RAW or EMULATE:
         key = tl.minimum(key, 0x7F800001)
@@ -62,7 +62,7 @@ def score(z, weight, RAW: tl.constexpr):
 
 @triton.jit
 def median(pattern, inside, size, KIND: tl.constexpr):
-    """fp32 value of the lower of the two middle values; NaN if one is in the row; never −0."""
+    """Return the fp32 value of the lower of the two middle values; NaN if the row has one; never −0."""
     BITS: tl.constexpr = 32 if KIND == 2 else 16
     SIGN: tl.constexpr = 1 << (BITS - 1)
     bits = pattern.to(tl.uint32, bitcast=True) if KIND == 2 else pattern.to(tl.uint16, bitcast=True).to(tl.uint32)
@@ -85,7 +85,7 @@ def median(pattern, inside, size, KIND: tl.constexpr):
 
 @triton.jit
 def mean(pattern, inside, size, KIND: tl.constexpr):
-    """fp32 value of the mean, rounded to the kind, in the order-free arithmetic of reference.token_mean; never −0."""
+    """Return the mean as fp32, rounded to the kind, in the order-free arithmetic of `reference.token_mean`; never −0."""
     value = tl.where(inside, to_float(pattern, KIND), 0.0)
     # as bits: a maximum of floats would drop NaN
     peak_bits = tl.max(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
@@ -100,7 +100,7 @@ def mean(pattern, inside, size, KIND: tl.constexpr):
 
 @triton.jit
 def ratio_of_sums(dense, dense_squares, sparse, sparse_squares, size):
-    """ν from sums over one token. A pruned channel puts a 0 among the sparse ones, so their variance is 0 only if all are."""
+    """Return ν from sums over one token. A pruned channel adds a 0 to the sparse ones, so their variance is 0 only if all are 0."""
     n = size.to(tl.float64)
     dense_variance = dense_squares - dense * dense / n
     sparse_variance = sparse_squares - sparse * sparse / n

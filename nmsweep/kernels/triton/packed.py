@@ -1,72 +1,24 @@
-"""16-bit values by magnitude alone, two channels to a register: the Triton backend's fastest path.
+"""Prune 16-bit values by magnitude alone, two channels per register: the fastest path of the Triton backend.
 
-A word holds an even channel (low half) and the odd one after it (high half); Hopper's packed minimum and maximum sort both at once, then
-the two sorted halves are merged. As keys leave the top bit of a half free, one subtraction compares both halves, and its top bits are
-the masks.
+A word holds an even channel (low half) and the odd one after it (high half). Hopper's packed minimum and maximum sort both at once,
+then the two sorted halves are merged. Keys leave the top bit of a half free, so one subtraction compares both halves, and the top bits
+of the difference are the masks.
 """
 
 # triton's compiler reads no annotations of the future
 import triton
 import triton.language as tl
 
-from nmsweep.kernels.triton.network import halves, reverse, running_sum, settle, sign, store, weave
+from nmsweep.kernels.triton.network import lower, reverse, running_sum, settle, sign, sort, store
 from nmsweep.kernels.triton.numbers import EMULATE
 from nmsweep.kernels.triton.parts import load_words, make_words
 from nmsweep.kernels.triton.select import count_numbers, kth_lowest
 
 
 @triton.jit
-def _packed_min(a, b):
-    """Signed minimum of each half of two words."""
-    if EMULATE:
-        low = tl.minimum(a & 0xFFFF, b & 0xFFFF)  # keys are not negative
-        found = low | (tl.minimum(a >> 16, b >> 16) << 16)
-    else:
-        found = tl.inline_asm_elementwise(
-            "min.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return found
-
-
-@triton.jit
-def _packed_max(a, b):
-    """Signed maximum of each half of two words."""
-    if EMULATE:
-        low = tl.maximum(a & 0xFFFF, b & 0xFFFF)
-        found = low | (tl.maximum(a >> 16, b >> 16) << 16)
-    else:
-        found = tl.inline_asm_elementwise(
-            "max.s16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return found
-
-
-@triton.jit
-def _settle(x, W: tl.constexpr, STEP: tl.constexpr):
-    """Sort every bitonic run of 2·STEP words, each half by itself."""
-    if STEP > 0:
-        a, b = halves(x, W // (2 * STEP), STEP)
-        woven = weave(_packed_min(a, b), _packed_max(a, b), W // (2 * STEP), STEP)
-        x = _settle(woven, W, STEP // 2)
-    return x
-
-
-@triton.jit
-def _sort(x, W: tl.constexpr, RUN: tl.constexpr):
-    """Sort [G, W] along words, ascending, each half by itself, where runs of RUN words are sorted already."""
-    if RUN < W:
-        G: tl.constexpr = x.shape[0]
-        a, b = halves(x, W // (2 * RUN), RUN)
-        b = tl.reshape(reverse(tl.reshape(b, (G, W // 2)), W // 2, RUN), (G, W // (2 * RUN), RUN))
-        x = weave(_packed_min(a, b), _packed_max(a, b), W // (2 * RUN), RUN)
-        x = _sort(_settle(x, W, RUN // 2), W, RUN * 2)
-    return x
-
-
-@triton.jit
 def _threshold(key, N: tl.constexpr, W: tl.constexpr):
-    """The N-th highest of the 2·W keys of each row of [G, W] words: [G, 1], one key."""
-    ordered = _sort(key, W, 1)
+    """Return the N-th highest of the 2·W keys of each row of [G, W] words: [G, 1]."""
+    ordered = sort(key, W, 1, True)
     even, odd = ordered & 0xFFFF, reverse(ordered >> 16, W, W)
     if N <= W:
         rest = tl.maximum(even, odd)  # the W highest of all, as a bitonic run
@@ -76,26 +28,26 @@ def _threshold(key, N: tl.constexpr, W: tl.constexpr):
         found = tl.min(rest, axis=1)
     else:
         place: tl.constexpr = W - N if N < W else 2 * W - N
-        found = tl.max(tl.where(tl.arange(0, W)[None, :] == place, settle(rest, W, W // 2), -1), axis=1)
+        found = tl.max(tl.where(tl.arange(0, W)[None, :] == place, settle(rest, W, W // 2, False), -1), axis=1)
     return found[:, None]
 
 
 @triton.jit
 def _ones(top):
-    """The top bit of each half as its lowest one."""
+    """Move the top bit of each half to its lowest place."""
     return (top.to(tl.uint32, bitcast=True) >> 15).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _swapped(x):
-    """The halves of each word, exchanged."""
+    """Exchange the halves of each word."""
     bits = x.to(tl.uint32, bitcast=True)
     return ((bits << 16) | (bits >> 16)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _spread(top):
-    """The top bit of each half in all its bits."""
+    """Copy the top bit of each half to all its bits."""
     if EMULATE:
         found = _ones(top) * 0xFFFF
     else:
@@ -121,16 +73,16 @@ def packed_kernel(
     ROW: tl.constexpr,
     G: tl.constexpr,
 ):
-    """G groups of M channels a program; x and u as words. Keeps the N of largest magnitude, lower channels first, zeros the others.
+    """Keep the N largest magnitudes of each group of M channels, lower channels first, and zero the others. G groups per program.
 
-    NAN: the key of every NaN, in both halves. Each half of a word of `above`, `equal`, … says it with its top bit.
+    x and u are words. NAN is the key of every NaN, in both halves. The top bit of each half of `above`, `equal`, … is the flag.
     """
     W: tl.constexpr = M // 2
     TOP: tl.constexpr = -0x7FFF8000  # the top bits of both halves
     group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     valid = group < n_groups
     x = load_words(x_ptr, scale_ptr, gain_ptr, group, n_groups, ROW, GAIN, KIND, W)
-    key = _packed_min(x & 0x7FFF7FFF, tl.full(x.shape, NAN, tl.int32))
+    key = lower(x & 0x7FFF7FFF, tl.full(x.shape, NAN, tl.int32), True)
     threshold = _threshold(key, N, W) * 0x10001
     raised = key | TOP
     at_least = raised - threshold
@@ -165,13 +117,13 @@ def packed_row_kernel(
     NAN: tl.constexpr,
     T: tl.constexpr,
 ):
-    """One token of an even number of channels a program, as T words or fewer. Keeps the N of largest magnitude, lower channels first."""
+    """Keep the N largest magnitudes of one token per program, lower channels first; its even number of channels makes at most T words."""
     TOP: tl.constexpr = -0x7FFF8000
     row = tl.program_id(0).to(tl.int64)
     n_words = hidden // 2
     word = tl.arange(0, T)
     inside = word < n_words
-    x = tl.load(x_ptr + row * n_words + word, mask=inside, other=0)  # after all others, and never above one
+    x = tl.load(x_ptr + row * n_words + word, mask=inside, other=0)  # ranks after all others
     if scale_ptr is not None or GAIN > 0:
         scale = 1.0
         if scale_ptr is not None:
@@ -182,12 +134,12 @@ def packed_row_kernel(
         elif GAIN == 3:
             gain = tl.load(gain_ptr + row * n_words + word, mask=inside, other=0)
         x = make_words(x, scale, gain, scale_ptr is not None, GAIN, KIND)
-        x = tl.where(inside, x, 0)  # a zero times a scale that is no number is none
+        x = tl.where(inside, x, 0)  # 0 times a NaN scale is NaN
     size = x & 0x7FFF7FFF
     k = 2 * T - N
     number = kth_lowest(size, k, False, KIND)
     threshold = tl.where(count_numbers(size, KIND) > k, number, NAN & 0xFFFF)
-    at_least = (_packed_min(size, tl.full(x.shape, NAN, tl.int32)) | TOP) - threshold * 0x10001
+    at_least = (lower(size, tl.full(x.shape, NAN, tl.int32), True) | TOP) - threshold * 0x10001
     above = (at_least - 0x10001) & TOP
     equal = (at_least ^ above) & TOP
     n_above = tl.sum(_ones(above), axis=0)

@@ -1,6 +1,6 @@
-"""The tensor to prune, made of its parts on CUDA: x · scale · gain, with the roundings of `reference.make`.
+"""x · scale · gain on CUDA, with the roundings of `reference.make`.
 
-GAIN says what the gain is: 0 none, 1 [hidden] as x, 2 [hidden] fp32, 3 in the shape of x.
+GAIN: 0 none, 1 [hidden] in the dtype of x, 2 [hidden] fp32, 3 in the shape and dtype of x.
 """
 
 # triton's compiler reads no annotations of the future
@@ -14,7 +14,7 @@ from nmsweep.kernels.triton.select import half_floats
 
 @triton.jit
 def _pack(low, high, KIND: tl.constexpr):
-    """Two fp32 values, rounded, as the halves of a word."""
+    """Round two fp32 values to the halves of a word."""
     if EMULATE:
         word = (from_float(low, KIND).to(tl.int32) & 0xFFFF) | (from_float(high, KIND).to(tl.int32) << 16)
     elif KIND == 0:
@@ -30,7 +30,7 @@ def _pack(low, high, KIND: tl.constexpr):
 
 @triton.jit
 def make_words(x, scale, gain, SCALED: tl.constexpr, GAIN: tl.constexpr, KIND: tl.constexpr):
-    """Words of x made of words x; a gain of kind 2 is two fp32 values in an int64."""
+    """Multiply words of x; for GAIN 2 the gain is two fp32 values in an int64."""
     low, high = half_floats(x, KIND)
     if SCALED:
         low, high = low * scale, high * scale
@@ -47,7 +47,7 @@ def make_words(x, scale, gain, SCALED: tl.constexpr, GAIN: tl.constexpr, KIND: t
 
 @triton.jit
 def make_patterns(x, scale, gain, SCALED: tl.constexpr, GAIN: tl.constexpr, KIND: tl.constexpr):
-    """Bit patterns of x made of bit patterns x; a gain of kind 2 is fp32, others are bit patterns."""
+    """Multiply bit patterns of x; for GAIN 2 the gain is fp32, else bit patterns."""
     value = to_float(x, KIND)
     if SCALED:
         value = value * scale
@@ -72,11 +72,11 @@ def load_words(
     KIND: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Words [G, W] of the tensor to prune, of groups [G] of one stream over all tokens, ROW to a token."""
+    """Load the product as words [G, W], for groups [G] of one stream over all tokens, ROW groups per token."""
     valid = group < n_groups
     x = load(x_ptr, group * W, valid, 0, W, W, 4)
     if scale_ptr is not None or GAIN > 0:
-        number = tl.minimum(group, n_groups - 1).to(tl.int32)  # a division of 64 bits would cost more than the rest
+        number = tl.minimum(group, n_groups - 1).to(tl.int32)  # a 64-bit division would cost more than the rest
         row = number // ROW
         start = (number - row * ROW) * W
         scale = 1.0
@@ -108,7 +108,7 @@ def load_patterns(
     P: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Bit patterns [G, P] of the tensor to prune, of groups [G] that begin at `base`, channel `start` of token `row`."""
+    """Load the product as bit patterns [G, P], for groups [G] that begin at `base`, channel `start` of token `row`."""
     x = load(x_ptr, base, valid, 0, M, P, PIECE)
     if scale_ptr is not None or GAIN > 0:
         scale = 1.0
@@ -125,7 +125,7 @@ def load_patterns(
 
 @triton.jit
 def make_kernel(x_ptr, u_ptr, scale_ptr, gain_ptr, hidden, GAIN: tl.constexpr, KIND: tl.constexpr, B: tl.constexpr):
-    """The tensor to prune, written out, B channels of one token a program: for the kernels that read it more than once."""
+    """Write out the product, B channels of one token per program, for kernels that read it more than once."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * B + tl.arange(0, B)
     inside = channel < hidden
