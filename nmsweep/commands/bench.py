@@ -1,7 +1,6 @@
 """Run `nmsweep bench`: read the options of a benchmark, run it, and write its table."""
 
 import inspect
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -29,10 +28,8 @@ def main(words: Sequence[str]) -> int:
         raise InputError(*(f"bench: {word!r} is not understood; write key=value" for word in malformed))
     typed = {key: value for key, _, value in (word.partition("=") for word in words)}
     known = {key for name in names for key in BENCHMARKS[name]}
-    others = [key for key in typed if key not in known]
-    if others and OVERRIDES not in known:
-        raise InputError(*(f"bench {' '.join(names)}: {key}= is not known; {nearest(key, known)}" for key in others))
-    typed[OVERRIDES] = shlex.join(f"{key}={typed[key]}" for key in others)
+    if unknown := [key for key in typed if key not in known]:
+        raise InputError(*(f"bench {' '.join(names)}: {key}= is not known; {nearest(key, known)}" for key in unknown))
     texts = {name: {key: typed.get(key, default) for key, (default, _) in BENCHMARKS[name].items()} for name in names}
     for name, values in {name: _values(name, texts[name]) for name in names}.items():
         run = import_module(f"nmsweep.bench.{name}").run
@@ -89,12 +86,6 @@ def _patterns(key: str, text: str) -> list[str]:
     return names
 
 
-def _methods(key: str, text: str) -> list[tuple[str, str]]:
-    """Read criteria and mitigations: ``act,none|amber,shift``."""
-    pairs = [pair.partition(",") for pair in text.split("|") if pair]
-    return [(criterion, mitigation or "none") for criterion, _, mitigation in pairs]
-
-
 def _dtype(key: str, text: str) -> str:
     if text not in (known := ("bfloat16", "float16", "float32")):
         raise InputError(f"bench: {key}={text}; {nearest(text, known)}")
@@ -118,26 +109,16 @@ def _device(key: str, text: str) -> str:
     return device
 
 
-def _only(key: str, text: str) -> bool:
-    if text not in ("", "only"):
-        raise InputError(f"{key}: {text!r}; only is allowed; leave the word out for every dtype")
-    return text == "only"
-
-
-def _words(key: str, text: str) -> list[str]:
-    return shlex.split(text)
-
-
 def _write(name: str, rows: Sequence[Mapping[str, Any]], texts: Mapping[str, str], device: str) -> None:
     """Print a benchmark's table, and write it as CSV and Markdown."""
     from nmsweep.bench.timing import machine
 
     table = pd.DataFrame(rows).assign(machine=machine(device), measured=time.strftime("%Y-%m-%d", time.gmtime()))
-    words = [value if key == OVERRIDES else f"{key}={value}" for key, value in texts.items() if value and key != "out"]
+    words = [f"{key}={value}" for key, value in texts.items() if value and key != "out"]
     shown = table.drop(columns=["machine", "measured"]).dropna(axis=1, how="all")
     text = (
         f"# bench {name}\n\n`{' '.join(['nmsweep bench', name, *words])}`\n\n"
-        f"{machine(device)}{'; ratios are medians of interleaved rounds' if 'rounds' in texts else ''}.\n\n"
+        f"{machine(device)}; ratios are medians of interleaved rounds.\n\n"
         f"{shown.to_markdown(index=False, floatfmt='.3f')}\n"
     )
     folder = Path(texts["out"])
@@ -156,12 +137,6 @@ def _write(name: str, rows: Sequence[Mapping[str, Any]], texts: Mapping[str, str
 Options = Mapping[str, tuple[str, Callable[[str, str], Any]]]
 """The default of each key, and what reads its value."""
 
-OVERRIDES = "overrides"
-"""Stands for every key that is not the benchmark's own: overrides of a run."""
-
-_OF_A_RUN: Options = {
-    "device": ("auto", _device), "out": ("results/bench", _text), "label": ("", _text), OVERRIDES: ("", _words),
-}  # fmt: skip
 _TIMED: Options = {
     "device": ("auto", _device), "dtype": ("bfloat16", _dtype), "rounds": ("7", _number),
     "out": ("results/bench", _text), "label": ("", _text),
@@ -184,10 +159,5 @@ BENCHMARKS: Mapping[str, Options] = {
     },
     "semistructured": {**_TIMED, "tokens": ("8192", _number)},
     "sweep": {**_TIMED, "records": ("5000", _number)},
-    "agreement": {
-        **_OF_A_RUN, "rounded": ("", _only),
-        "methods": ("act,none|act,shift+var|amber,none|clact_causal,none|clact,none", _methods),
-    },
-    "cells": _OF_A_RUN,
 }  # fmt: skip
 """The keys of each benchmark."""

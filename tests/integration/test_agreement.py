@@ -3,10 +3,10 @@
 import random
 from pathlib import Path
 
+import agreement
 import pytest
 import torch
 
-from nmsweep.bench import agreement
 from nmsweep.bench.scoring import task_requests
 from nmsweep.cell.identity import model_spec
 from nmsweep.config.compose import cells_of

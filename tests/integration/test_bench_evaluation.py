@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from agreement import main as measure_agreement
+from cells import run as time_cells
 
 from nmsweep.bench import scoring
 from nmsweep.data.tasks import MINI_FOLDER, find_task
@@ -17,13 +19,13 @@ TINY = ("model=tiny-llama", "tasks=mini_science", "eval.limit=6", "device=cpu")
 
 
 @pytest.fixture
-def agreement(nmsweep: Call, tmp_path: Path) -> Callable[..., pd.DataFrame]:
-    """Run `nmsweep bench agreement`; return its table."""
+def agreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., pd.DataFrame]:
+    """Run docs/measure/agreement.py; return its table."""
 
     def run(*words: str) -> pd.DataFrame:
-        code, _, err = nmsweep("bench", "agreement", *words, f"out={tmp_path / 'out'}")
-        assert code == 0, err
-        return pd.read_csv(tmp_path / "out" / "agreement_cpu.csv", keep_default_na=False, na_values=[""])
+        monkeypatch.chdir(tmp_path)
+        measure_agreement(words)
+        return pd.read_csv(tmp_path / "agreement.csv", keep_default_na=False, na_values=[""])
 
     return run
 
@@ -48,24 +50,9 @@ def test_agreement_says_what_the_batch_does_in_bf16(agreement: Callable[..., pd.
     assert table["budget_mean"].notna().all()
 
 
-@pytest.mark.parametrize("name", ["agreement", "cells"])
-def test_a_mistake_is_one_message(name: str, nmsweep: Call) -> None:
-    code, _, err = nmsweep("bench", name, "model=no-such")
-    assert code == 2
-    assert "model: 'no-such' is not known" in err
-
-
-def test_rounded_has_one_value(nmsweep: Call) -> None:
-    code, _, err = nmsweep("bench", "agreement", *TINY, "rounded=all")
-    assert code == 2
-    assert "rounded: 'all'; only is allowed" in err
-
-
 @pytest.mark.slow
-def test_whole_cells_are_timed_with_and_without_packing(nmsweep: Call, tmp_path: Path) -> None:
-    code, _, err = nmsweep("bench", "cells", *TINY, "dtype=float32", f"out={tmp_path}")
-    assert code == 0, err
-    table = pd.read_csv(tmp_path / "cells_cpu.csv")
+def test_whole_cells_are_timed_with_and_without_packing() -> None:
+    table = pd.DataFrame(time_cells([*TINY, "dtype=float32"]))
     assert len(table) == 4
     assert (table["mini_science"] > 0).all()
     assert (table["mini_science"] <= table["total"]).all()

@@ -10,10 +10,10 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from replay import Masks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nmsweep.bench.replay import Masks
 from nmsweep.calibration.fit import fit
 from nmsweep.config.catalogue import find_method, options
 from nmsweep.config.schema import CalibrationConfig

@@ -1,5 +1,11 @@
-"""Time whole cells, one after the other in one process, and the dense cell on lm-eval's own path."""
+"""Time whole cells, one after the other in one process, and the dense cell on lm-eval's own path.
 
+    python docs/measure/cells.py model=smollm2 tasks=arc_easy data.mirror=DIR device=cuda
+
+Prints one row a cell. docs/evaluation.md has the numbers.
+"""
+
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,17 +25,16 @@ CELLS = (
 """The first cell also loads the model and builds the requests; the others are what most of a sweep consists of."""
 
 
-def run(*, overrides: Sequence[str], device: str) -> Iterator[dict[str, Any]]:
+def run(overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Run cells, each into a results folder of its own.
 
     Args:
         overrides: of a run.
-        device: where it runs.
 
     Yields:
         One row a cell: seconds of each task, and of everything (``total``).
     """
-    configs = [cells_of([*overrides, f"device={device}", *c], multirun=False, config_dir=None)[0] for c in CELLS]
+    configs = [cells_of([*overrides, *c], multirun=False, config_dir=None)[0] for c in CELLS]
     session = Session()
     with tempfile.TemporaryDirectory() as folder, session.display:
         for at, (cell, cfg) in enumerate(zip(CELLS, configs, strict=True)):
@@ -40,3 +45,8 @@ def run(*, overrides: Sequence[str], device: str) -> Iterator[dict[str, Any]]:
             total = time.perf_counter() - started
             tasks = {task: float(entry["time_s"]) for task, entry in record.provenance["tasks"].items()}
             yield {"cell": " ".join(cell), **tasks, "total": total}
+
+
+if __name__ == "__main__":
+    for row in run(sys.argv[1:]):
+        print(row, flush=True)

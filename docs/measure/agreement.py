@@ -4,19 +4,25 @@ Columns: ``packed`` packed against lm-eval's path; ``stock`` lm-eval's path agai
 batch, ``single`` with one request a batch; ``packed_exact``, ``stock_exact`` each against packed float64; ``replayed`` packed
 against lm-eval's path, both with the masks that the latter had; ``budget`` the furthest of packed with an eighth, with all
 and with eight times the tokens. docs/evaluation.md has the numbers.
+
+    python docs/measure/agreement.py model=smollm2 tasks=arc_easy data.mirror=DIR eval.limit=40
+
+Writes agreement.csv here. `methods=act,none|amber,shift` chooses the methods; `rounded=only` scores in bf16 only.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from replay import Masks
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nmsweep.bench.replay import Masks
 from nmsweep.bench.scoring import task_requests
 from nmsweep.cell.identity import identify, model_spec
 from nmsweep.config.compose import cells_of
@@ -38,25 +44,27 @@ FLOAT64_ITEMS = 20
 """Items of each task that are scored in float64."""
 
 
+METHODS = "act,none|act,shift+var|amber,none|clact_causal,none|clact,none"
+
+
 def run(
-    *, overrides: Sequence[str], device: str, methods: Sequence[tuple[str, str]], rounded: bool
+    overrides: Sequence[str], methods: Sequence[tuple[str, str]], *, rounded: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Compare the paths on every task of a run, for the dense model and each method.
 
     Args:
-        overrides: of a run; its tasks, limit and budget count.
-        device: where it runs.
+        overrides: of a run; its tasks, device, limit and budget count.
         methods: criteria and mitigations at 8:16.
         rounded: whether to score in bf16 only.
 
     Yields:
         One row a task, method and dtype, printed as it comes; in bf16 only for the dense model and `act`.
     """
-    words = ["pattern=dense", *overrides, f"device={device}"]
+    words = ["pattern=dense", *overrides]
     (cfg,) = cells_of(words, multirun=False, config_dir=None)
     sources = [source for source in identify(cfg).sources if source.kind == "harness"]
     dtypes = ("bfloat16",) if rounded else ("float64", "float32", "bfloat16")
-    models = {dtype: load_model(model_spec(cfg), dtype=dtype, device=device) for dtype in dtypes}
+    models = {dtype: load_model(model_spec(cfg), dtype=dtype, device=cfg.device) for dtype in dtypes}
     if not rounded:
         keep_float64(models["float64"].model)
     for source in sources:
@@ -194,3 +202,17 @@ def _in_float64(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return forward(*args, **kwargs)
 
     return wrapped
+
+
+def main(words: Sequence[str]) -> None:
+    """Measure what the words say and write the table."""
+    options = dict(word.split("=", 1) for word in words if word.startswith(("methods=", "rounded=")))
+    pairs = [pair.partition(",") for pair in options.get("methods", METHODS).split("|")]
+    methods = [(criterion, mitigation or "none") for criterion, _, mitigation in pairs]
+    overrides = [word for word in words if word.partition("=")[0] not in options]
+    rows = run(overrides, methods, rounded=options.get("rounded") == "only")
+    pd.DataFrame(rows).to_csv("agreement.csv", index=False, float_format="%.5g")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
