@@ -1,4 +1,4 @@
-"""The data of the page's script: columns of numbers, and each word and config block once."""
+"""The data of the page's script: columns of numbers, and each word once."""
 
 import math
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
         scores: their numbers.
         rerun: the command that runs a cell again, by cell id.
     """
-    words, blocks = _Words(), _Words()
+    words = _Words()
     cells = list(map(str, results.cells.index))
     place = {cell: number for number, cell in enumerate(cells)}
     rows = _rows(results, scores)
@@ -55,8 +55,7 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
         "rerun": [rerun[cell] for cell in cells],
         "errors": results.cells["error"].tolist(),
         "provenance": _provenance(results, cells, words),
-        "configs": [[blocks(block) for block in results.blocks.get(cell, ())] for cell in cells],
-        "blocks": blocks.texts, "order": _order(fields, words), "words": words.texts,
+        "order": _order(fields, words), "words": words.texts,
     }  # fmt: skip
 
 

@@ -116,7 +116,6 @@
     });
     return make("div", { className: "command" }, make("pre", {}, text), copy);
   };
-  const config = (cell) => data.configs[cell].map((block) => data.blocks[block]).join("");
   const list = (pairs) => {
     const node = make("dl");
     for (const [name, value] of pairs) if (known(value) && value !== "") node.append(make("dt", {}, name), make("dd", {}, String(value)));
@@ -146,7 +145,6 @@
     if (data.tasks[row].length) parts.push(make("h3", {}, "By task"), taskTable(row));
     if (data.tasks[row].length && word("pattern", row) !== "dense") parts.push(make("p", { className: "hint" }, `nmsweep inspect ${data.ids[row]} shows the items that changed between right and wrong.`));
     parts.push(make("h3", {}, "Run this cell again"), command(data.rerun[cell]), make("h3", {}, "Provenance"), list(made));
-    parts.push(make("details", {}, make("summary", {}, "config.yaml"), make("pre", {}, config(cell))));
     $("detail-body").replaceChildren(...parts);
     $("detail").showModal();
   };
