@@ -388,9 +388,9 @@ def test_a_comparison_tells_change_from_noise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["row=pattern"], "did you mean rows="), (["rows=patern"], "did you mean pattern"), (["metric=dropp"], "did you mean drop"),
-        (["rows=pattern", "cols=pattern"], "name it once"), (["--compare", "a"], "name two"), (["compare=a"], "allowed: compare=A,B"),
-        (["check=perhaps"], "allowed: true, false"), (["rows="], "nothing is named"),
+        (["row=pattern"], "allowed: results_dir=…, rows=…"), (["rows=patern"], "did you mean pattern"), (["metric=dropp"], "did you mean drop"),
+        (["rows=pattern", "cols=pattern"], "name it once"), (["--compare", "a"], "expected 2 arguments; allowed: --check, --compare A B"),
+        (["--check=perhaps"], "allowed: --check"), (["rows="], "nothing is named"),
     ],
 )  # fmt: skip
 def test_bad_words_are_one_line(words: list[str], expected: str) -> None:
@@ -400,10 +400,15 @@ def test_bad_words_are_one_line(words: list[str], expected: str) -> None:
 
 
 def test_words_may_carry_the_groups_name() -> None:
-    asked = parse_words(["report.rows=criterion+mitigation", "report.cols=pattern", "results_dir=x"])
-    assert asked.table == TableSpec("custom", "Criterion, mitigation and pattern", ("criterion", "mitigation"), ("pattern",))  # fmt: skip
-    assert parse_words(["--compare", "a", "b"]).compare == (Path("a"), Path("b"))
-    assert parse_words(["report.check=true"]).check
+    options, results_dir, table = parse_words(
+        ["report.rows=criterion+mitigation", "--check", "report.cols=pattern", "results_dir=x"]
+    )
+    assert options.check
+    assert results_dir == Path("x")
+    assert table == TableSpec("custom", "Criterion, mitigation and pattern", ("criterion", "mitigation"), ("pattern",))  # fmt: skip
+    options, _, table = parse_words(["--compare", "a", "b"])
+    assert options.compare == [Path("a"), Path("b")]
+    assert table is None
 
 
 def test_a_report_writes_every_file_and_each_number_leads_to_its_cell(source: Path, tmp_path: Path) -> None:
