@@ -16,7 +16,6 @@ from nmsweep.report.numbers.scores import Scores, by_cell
 from nmsweep.report.show.formats import plain
 from nmsweep.report.show.spec import kind_of, order
 from nmsweep.report.show.style import legend_below, legend_room, look, panels
-from nmsweep.results.layout import LAYERS
 from nmsweep.results.read import Results
 
 MOST_SERIES = 6
@@ -199,46 +198,6 @@ def _heat_map(cells: pd.DataFrame, place: Path) -> _Drawn:
     return files, "; ".join(filter(None, [f"pattern {pattern}", quantity.title, note]))
 
 
-def _perplexity_density(cells: pd.DataFrame, place: Path) -> _Drawn:
-    known = _with_number(cells, "perplexity", "no sparse cell has a perplexity")
-    if known["sparsity"].nunique() < 2:
-        raise NothingToDraw("all sparse cells have one sparsity")
-
-    def panel(axis: Axes, of_model: pd.DataFrame) -> str:
-        lines, rest = _series(of_model, "perplexity")
-        for number, (name, line) in enumerate(lines):
-            axis.plot(line["density"], line["perplexity"], label=name, **look(number) | {"linestyle": "none"})
-        dense = cells[(cells["model"] == of_model["model"].iloc[0]) & (cells["pattern"] == "dense")]
-        axis.plot(dense["density"], dense["perplexity"], "*", color="0.3", markersize=6, linestyle="none", label="dense")  # fmt: skip
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.grid(True, which="minor", axis="y")
-        _finish(axis, "density of target layers' inputs", "perplexity")
-        return rest
-
-    return _by_model(known, place, panel, legend_room(MOST_SERIES + 1))
-
-
-def _metadata_bits(cells: pd.DataFrame, place: Path) -> _Drawn:
-    known = _with_number(cells[cells["bits"].notna()], "drop", "no cell with an N:M pattern has a drop")
-
-    def panel(axis: Axes, of_model: pd.DataFrame) -> str:
-        lines, rest = _series(of_model, "drop")
-        for number, (name, line) in enumerate(lines):
-            style = look(number) | {"linestyle": "none"}
-            _error_bars(axis, line["bits"] + 0.004 * number, line, QUANTITIES["drop"], name, **style)
-        tops = of_model[["drop", "drop_high"]].max(axis=1) * 100
-        for bits, same in of_model.groupby("bits"):
-            names = sorted(set(same["pattern"]), key=lambda pattern: order("pattern", pattern))
-            axis.annotate("\n".join(names), (float(str(bits)), tops[same.index].max()), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=5)  # fmt: skip
-        axis.set_ylim(top=tops.max() * 1.2)
-        _finish(axis, "metadata (theory), bits per element", QUANTITIES["drop"].title)
-        return rest
-
-    return _by_model(known, place, panel, legend_room(MOST_SERIES + 1))
-
-
 def _pareto(cells: pd.DataFrame, place: Path) -> _Drawn:
     known = _with_number(cells, "accuracy", "no sparse cell has an accuracy")
     if known["flops_density"].nunique() < 2:
@@ -268,30 +227,6 @@ def pareto_front(cells: pd.DataFrame) -> Iterator[dict[str, object]]:
             yield {str(key): value for key, value in cell.items()}
 
 
-def _layer_profile(cells: pd.DataFrame, place: Path) -> _Drawn:
-    """Realised sparsity by depth, of the cells whose layers differ from one another."""
-    known = _with_number(cells, "sparsity", "there is no sparse cell")
-    varied = known[known["kind"].isin(["threshold", "policy"])]
-    lines = [(cell, _layers(cell["place"])) for cell in varied.head(MOST_SERIES).to_dict("records")]
-    lines = [(cell, table) for cell, table in lines if table["sparsity"].nunique() > 1]
-    if not lines:
-        raise NothingToDraw("the realised sparsity of every target layer is that of its pattern")
-    with panels([""], place, legend_room(MOST_SERIES)) as (files, (axis,)):
-        for number, (cell, table) in enumerate(lines):
-            words = [str(cell[name]) for name in ("model", "pattern", "criterion")]
-            style = look(number) | {"marker": "", "linewidth": 0.8}
-            axis.plot(range(len(table)), table["sparsity"], label=plain(" ".join(words)), **style)
-        _finish(axis, "target layer, in the order they run", "realised sparsity")
-    return files, ""
-
-
-def _layers(place: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(place / LAYERS)
-    except (OSError, ValueError):
-        return pd.DataFrame({"sparsity": []})
-
-
 def _layer_errors(sensitivities: Sequence[Sensitivity], place: Path) -> Figure:
     """Draw the error of each projection by depth; a panel for each of the first tables."""
     shown = sensitivities[:MOST_MODELS]
@@ -311,9 +246,6 @@ _DRAWINGS: Mapping[str, tuple[str, Callable[[pd.DataFrame, Path], _Drawn]]] = {
     "drop_pattern": ("Drop against pattern", _against_pattern(QUANTITIES["drop"])),
     "ratio_pattern": ("Perplexity ratio against pattern", _against_pattern(QUANTITIES["ratio"])),
     "criterion_mitigation": ("Criteria and mitigations", _heat_map),
-    "perplexity_density": ("Perplexity against density", _perplexity_density),
-    "drop_bits": ("Drop against metadata bits", _metadata_bits),
     "pareto": ("Quality against linear FLOPs", _pareto),
-    "layers": ("Sparsity by layer", _layer_profile),
 }
 """Title and drawing by name. A drawing gets the cells of one kind of data, and the files' path without suffix."""
