@@ -24,7 +24,6 @@ from nmsweep.report.numbers.scores import Scores, make_scores
 from nmsweep.report.show import formats
 from nmsweep.report.show.spec import PRESETS, TableSpec, parse_spec
 from nmsweep.report.show.tables import make_tables, preset_tables
-from nmsweep.results.layout import items_file
 from nmsweep.results.read import Results, read_results
 from nmsweep.results.record import METRIC_COLUMNS
 from nmsweep.results.samples import ItemGroup, read_groups
@@ -389,9 +388,9 @@ def test_a_comparison_tells_change_from_noise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["row=pattern"], "did you mean rows="), (["rows=patern"], "did you mean pattern"), (["metric=dropp"], "did you mean drop"),
-        (["rows=pattern", "cols=pattern"], "name it once"), (["--compare", "a"], "name two"), (["compare=a"], "allowed: compare=A,B"),
-        (["check=perhaps"], "allowed: true, false"), (["rows="], "nothing is named"),
+        (["row=pattern"], "allowed: results_dir=…, rows=…"), (["rows=patern"], "did you mean pattern"), (["metric=dropp"], "did you mean drop"),
+        (["rows=pattern", "cols=pattern"], "name it once"), (["--compare", "a"], "expected 2 arguments; allowed: --check, --compare A B"),
+        (["--check=perhaps"], "allowed: --check"), (["rows="], "nothing is named"),
     ],
 )  # fmt: skip
 def test_bad_words_are_one_line(words: list[str], expected: str) -> None:
@@ -401,10 +400,15 @@ def test_bad_words_are_one_line(words: list[str], expected: str) -> None:
 
 
 def test_words_may_carry_the_groups_name() -> None:
-    asked = parse_words(["report.rows=criterion+mitigation", "report.cols=pattern", "results_dir=x"])
-    assert asked.table == TableSpec("custom", "Criterion, mitigation and pattern", ("criterion", "mitigation"), ("pattern",))  # fmt: skip
-    assert parse_words(["--compare", "a", "b"]).compare == (Path("a"), Path("b"))
-    assert parse_words(["report.check=true"]).check
+    options, results_dir, table = parse_words(
+        ["report.rows=criterion+mitigation", "--check", "report.cols=pattern", "results_dir=x"]
+    )
+    assert options.check
+    assert results_dir == Path("x")
+    assert table == TableSpec("custom", "Criterion, mitigation and pattern", ("criterion", "mitigation"), ("pattern",))  # fmt: skip
+    options, _, table = parse_words(["--compare", "a", "b"])
+    assert options.compare == [Path("a"), Path("b")]
+    assert table is None
 
 
 def test_a_report_writes_every_file_and_each_number_leads_to_its_cell(source: Path, tmp_path: Path) -> None:
@@ -435,25 +439,6 @@ def test_bit_identical_cells_of_different_methods_are_a_warning(tmp_path: Path, 
     assert "identity watch: mini_yesno has bit-identical scores" in said
     for file in ("summary.md", "index.html"):
         assert "bit-identical" in (tmp_path / "report" / file).read_text()
-
-
-def test_texts_of_flipped_items_are_in_the_page_once(source: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "results"
-    shutil.copytree(source, folder)
-    known = read_results(folder)
-    data = next(
-        record["tasks"]["mini_yesno"]["data"] for record in known.provenance.values() if "mini_yesno" in record["tasks"]
-    )
-    rows = [{"item": n, "text": f"</script>question {n}", "choices": ["no", "yes"], "gold": "1"} for n in range(32)]
-    items_file(folder, "mini_yesno", data).parent.mkdir()
-    pd.DataFrame(rows).to_parquet(items_file(folder, "mini_yesno", data), index=False)
-    assert report([f"results_dir={folder}"]) == 0
-    page = (folder / "report" / "index.html").read_text()
-    flipped = {item for (_, task), sides in make_scores(known, []).flips.items() if task == "mini_yesno" for side in sides for item in side}  # fmt: skip
-    assert flipped
-    for item in flipped:
-        assert page.count(f'question {item}"') == 1
-    assert "</script>question" not in page
 
 
 def test_the_guide_names_every_column_and_quantity() -> None:
