@@ -13,7 +13,6 @@ from nmsweep.config.recipe import read_recipe
 from nmsweep.config.schema import CELL_SCHEMA, Method, RunConfig, short_hash
 from nmsweep.data.tasks import TaskSource, find_task, task_names
 from nmsweep.errors import DataError, InputError
-from nmsweep.evaluate.base import as_multiturn
 from nmsweep.methods.sparsification import Sparsification, build_sparsification
 from nmsweep.models import ModelSpec, fingerprint, skeleton
 from nmsweep.results.record import cell_folder
@@ -119,7 +118,7 @@ def _identity_without_tasks(
         "seed": cfg.seed,
         "eval": {
             **cfg.eval.model_dump(exclude=_EVAL_NOT_HASHED),
-            "fewshot_as_multiturn": as_multiturn(cfg.eval.fewshot_as_multiturn, cfg.eval.apply_chat_template),
+            "fewshot_as_multiturn": cfg.eval.multiturn,
         },
     }
     if sparsification is None:

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from nmsweep.commands.inspect import task_lines
+from nmsweep.config.schema import EvalConfig
 from nmsweep.data.tasks import find_task
 from nmsweep.evaluate import items, perplexity
-from nmsweep.evaluate.base import Prompting
 from nmsweep.evaluate.perplexity import windows
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.results.layout import items_file
@@ -205,7 +205,7 @@ def test_fewer_items_never_take_the_place_of_more(tmp_path: Path, monkeypatch: p
     place = items_file(tmp_path, source.task, "data")
 
     def keep(limit: int) -> None:
-        items.keep_items(tmp_path, source, "data", Prompting(limit=limit))
+        items.keep_items(tmp_path, source, "data", EvalConfig(limit=limit))
 
     def meanwhile(place: Path, members: object, n_items: list[int]) -> None:
         """While one process writes its items, another comes with more."""
