@@ -22,10 +22,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from nmsweep.errors import ModelError
 from nmsweep.models.cache import built_once, cache_dir, kept_sha256, known_sha256
-from nmsweep.models.folder import no_progress_bar
 
 CONVERSION = 1
 """Version of the conversion, raised if the same GGUF file would give other numbers. Part of the fingerprint."""
@@ -145,8 +145,8 @@ def convert_gguf(file: Path, out: Path) -> None:
             f"GGUF {file.name}: {len(missing)} weights of the architecture are missing ({', '.join(missing[:3])}) and "
             f"{len(result.unexpected_keys)} are unknown ({', '.join(result.unexpected_keys[:3])}); {_WAYS_OUT}"
         )
-    with no_progress_bar():
-        model.save_pretrained(out)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
