@@ -158,6 +158,5 @@ BENCHMARKS: Mapping[str, Options] = {
         "mirror": ("", _text), "shots": ("0", _count),
     },
     "semistructured": {**_TIMED, "tokens": ("8192", _number)},
-    "sweep": {**_TIMED, "records": ("5000", _number)},
 }  # fmt: skip
 """The keys of each benchmark."""
