@@ -17,7 +17,7 @@ from nmsweep.cell.session import Session
 from nmsweep.config.schema import RunConfig
 from nmsweep.data.tasks import TaskSource
 from nmsweep.evaluate import harness, perplexity
-from nmsweep.evaluate.base import Prompting, TaskResult
+from nmsweep.evaluate.base import TaskResult
 from nmsweep.evaluate.items import keep_items
 from nmsweep.evaluate.recovery import naming_the_layer, within_memory
 from nmsweep.models import LoadedModel
@@ -145,11 +145,7 @@ def _evaluate(
             )  # fmt: skip
 
         return within_memory(windows, cfg.eval.batch_tokens, cfg.eval.seqlen)
-    return harness.measure(
-        model, tokenizer, source,
-        prompting=_prompting(cell, source), batch_tokens=cfg.eval.batch_tokens, advance=advance,
-        scoring=cfg.eval.scoring, across_tokens=cell.across_tokens,
-    )  # fmt: skip
+    return harness.measure(model, tokenizer, source, cfg.eval, advance, cell.across_tokens)
 
 
 def _keep_items(cell: Cell, source: TaskSource, data: str, session: Session) -> None:
@@ -158,18 +154,7 @@ def _keep_items(cell: Cell, source: TaskSource, data: str, session: Session) -> 
     file = items_file(results_dir, source.task, data)
     if what := table_damage(file):
         put_aside(file, results_dir, what, session.display.say)
-    keep_items(results_dir, source, data, _prompting(cell, source))
-
-
-def _prompting(cell: Cell, source: TaskSource) -> Prompting:
-    settings = cell.cfg.eval
-    return Prompting(
-        limit=settings.limit,
-        num_fewshot=source.num_fewshot(settings.num_fewshot),
-        apply_chat_template=settings.apply_chat_template,
-        fewshot_as_multiturn=settings.fewshot_as_multiturn,
-        system_instruction=settings.system_instruction,
-    )
+    keep_items(results_dir, source, data, cell.cfg.eval)
 
 
 def write(

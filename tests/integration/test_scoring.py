@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nmsweep.calibration.fit import fit
+from nmsweep.calibration.text import cut
 from nmsweep.config.catalogue import find_method, options
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.data.tasks import MINI_FOLDER, find_task
@@ -149,7 +150,7 @@ def test_perplexity_is_of_the_models_own_logits(kind: str) -> None:
         model, tiny_tokenizer("tiny-llama"), source, seqlen=64, limit=2, batch_tokens=128, bos=False,
         advance=lambda n: None,
     ).samples["nll"]  # fmt: skip
-    ids = perplexity.windows(source.files["test"].read_text(), tiny_tokenizer("tiny-llama"), 64, bos=False)[:2]
+    ids = cut(source.files["test"].read_text(), tiny_tokenizer("tiny-llama"), 64, bos=False)[:2]
     with torch.no_grad():
         logits = model(input_ids=ids).logits[:, :-1]
     by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
