@@ -91,7 +91,7 @@ class _Recorder(NMSweepLM):
     """Records the requests instead of answering them."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        super().__init__(model, tokenizer, 1, lambda n_tokens: None)
+        super().__init__(model, tokenizer, 1)
         self.requests: list[Request] = []
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -115,7 +115,7 @@ def compare(
     memory: dict[str, int] = {}
 
     def answer(scoring: Scoring, requests: Sequence[Request]) -> None:
-        lm = NMSweepLM(model, tokenizer, batch_tokens, lambda n_tokens: None, scoring)
+        lm = NMSweepLM(model, tokenizer, batch_tokens, scoring)
         with quiet(), peak_memory(device) as peak:
             answers[scoring] = lm._loglikelihood_tokens(requests)
         n_tokens[scoring], memory[scoring] = lm.n_tokens, peak()
