@@ -150,7 +150,7 @@ def answers(
     loaded: LoadedModel, requests: Sequence[Request], scoring: Scoring, batch_tokens: int, across_tokens: bool = False
 ) -> Answers:
     """Score requests on one path."""
-    lm = NMSweepLM(loaded.model, loaded.tokenizer, batch_tokens, lambda n_tokens: None, scoring, across_tokens)
+    lm = NMSweepLM(loaded.model, loaded.tokenizer, batch_tokens, scoring, across_tokens)
     with quiet():
         return lm._loglikelihood_tokens(requests)
 

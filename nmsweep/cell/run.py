@@ -114,7 +114,7 @@ def measure(
     if layers:
         layers.reset_counts()
     started = time.perf_counter()
-    result = naming_the_layer(loaded.model, lambda: _evaluate(cell, source, loaded, layers, session))
+    result = naming_the_layer(loaded.model, lambda: _evaluate(cell, source, loaded, layers))
     provenance = {
         "time_s": round(time.perf_counter() - started, 3),
         "tokens": result.n_tokens,
@@ -129,23 +129,21 @@ def measure(
     return part
 
 
-def _evaluate(
-    cell: Cell, source: TaskSource, loaded: LoadedModel, layers: SparseModel | None, session: Session
-) -> TaskResult:
+def _evaluate(cell: Cell, source: TaskSource, loaded: LoadedModel, layers: SparseModel | None) -> TaskResult:
     cfg = cell.cfg
-    model, tokenizer, advance = loaded.model, loaded.tokenizer, session.display.tokens
+    model, tokenizer = loaded.model, loaded.tokenizer
     if source.kind == "text":
         bos = False if cfg.profile != "strict" else None
 
         def windows(batch_tokens: int) -> TaskResult:
             return perplexity.perplexity(
                 model, tokenizer, source,
-                seqlen=cfg.eval.seqlen, limit=cfg.eval.limit, batch_tokens=batch_tokens, bos=bos, advance=advance,
+                seqlen=cfg.eval.seqlen, limit=cfg.eval.limit, batch_tokens=batch_tokens, bos=bos,
                 as_dense=layers.as_dense if layers else None,
             )  # fmt: skip
 
         return within_memory(windows, cfg.eval.batch_tokens, cfg.eval.seqlen)
-    return harness.measure(model, tokenizer, source, cfg.eval, advance, cell.across_tokens)
+    return harness.measure(model, tokenizer, source, cfg.eval, cell.across_tokens)
 
 
 def _keep_items(cell: Cell, source: TaskSource, data: str, session: Session) -> None:

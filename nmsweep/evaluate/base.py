@@ -1,14 +1,11 @@
 """The result of measuring a task."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from nmsweep.results.record import Metric
-
-Advance = Callable[[int], None]
-"""Called with the number of tokens just computed, for the progress display."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from nmsweep.config.schema import EvalConfig
 from nmsweep.data.requirements import fewshot_split, needs_split
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import NonFiniteError
-from nmsweep.evaluate.base import Advance, TaskResult
+from nmsweep.evaluate.base import TaskResult
 from nmsweep.evaluate.groups import pooled
 from nmsweep.evaluate.lm import NMSweepLM
 from nmsweep.evaluate.running import running_lm_eval
@@ -31,7 +31,6 @@ def measure(
     tokenizer: Any,
     source: TaskSource,
     settings: EvalConfig,
-    advance: Advance,
     across_tokens: bool = False,
 ) -> TaskResult:
     """Measure one task, or a group of tasks that is reported as one.
@@ -41,7 +40,6 @@ def measure(
         tokenizer: its tokenizer.
         source: the task and its data.
         settings: how its items become prompts, and how requests are answered.
-        advance: progress.
         across_tokens: as for `NMSweepLM`.
 
     Raises:
@@ -49,12 +47,12 @@ def measure(
         NonFiniteError: the model returns NaN or infinity.
     """
     if source.members:
-        members = [measure(model, tokenizer, leaf, settings, advance, across_tokens) for leaf in source.members]
+        members = [measure(model, tokenizer, leaf, settings, across_tokens) for leaf in source.members]
         return pooled(source, members)
     shots = source.shots(settings.num_fewshot)
     task = harness_task(source, shots)
     prepared = task.prepared(settings, tokenizer)
-    lm = NMSweepLM(model, tokenizer, settings.batch_tokens, advance, settings.scoring, across_tokens, prepared)
+    lm = NMSweepLM(model, tokenizer, settings.batch_tokens, settings.scoring, across_tokens, prepared)
     with running_lm_eval(), task.evaluated(prepared) as outcomes:
         scores = harness_evaluate(
             lm,

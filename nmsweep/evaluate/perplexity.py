@@ -17,7 +17,7 @@ from torch import Tensor
 from nmsweep.calibration.text import cut
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.errors import DataError, NonFiniteError
-from nmsweep.evaluate.base import Advance, TaskResult
+from nmsweep.evaluate.base import TaskResult
 from nmsweep.evaluate.logits import decoder, divergence, target_logprobs
 from nmsweep.models import adds_bos
 from nmsweep.results.record import Metric
@@ -39,7 +39,6 @@ def perplexity(
     limit: int | None,
     batch_tokens: int,
     bos: bool | None,
-    advance: Advance,
     as_dense: AsDense | None = None,
 ) -> TaskResult:
     """Compute exp(Σ nll / n) over the seqlen − 1 predicted tokens of each window.
@@ -52,7 +51,6 @@ def perplexity(
         limit: number of windows; None for all.
         batch_tokens: tokens computed at once, at least one window.
         bos: whether windows begin with BOS; None for what the tokenizer does.
-        advance: progress.
         as_dense: for a sparse model; the dense model then runs the first `COMPARED_TOKENS` tokens too, for the metrics
             ``kl_to_dense`` (mean KL of the next-token distributions, nats) and ``top1_agreement`` (0 to 1).
 
@@ -69,7 +67,6 @@ def perplexity(
         on_device = batch.to(model.device)
         hidden = _hidden(model, on_device)
         losses.append(_window_nll(model, hidden, batch).cpu())
-        advance(batch.numel())
         if as_dense and n_left >= 2:
             comparisons += _compared(model, hidden, on_device, n_left, as_dense)
             n_left -= batch.numel()

@@ -62,7 +62,7 @@ def test_divergence_from_dense_is_that_of_the_full_distributions(method: str, mo
     with sparsify(model, pattern="2:4", criterion=method) as layers:
         sparse = logits()
         measured = perplexity.perplexity(
-            model, tokenizer, source, seqlen=64, limit=4, batch_tokens=128, bos=False, advance=lambda n: None,
+            model, tokenizer, source, seqlen=64, limit=4, batch_tokens=128, bos=False,
             as_dense=layers.as_dense,
         )  # fmt: skip
         with layers.as_dense():
@@ -96,7 +96,7 @@ def test_the_dense_side_of_the_comparison_is_computed_once_for_all_cells() -> No
                 return layers.as_dense()
 
             result = perplexity.perplexity(
-                model, tokenizer, source, seqlen=64, limit=4, batch_tokens=128, bos=False, advance=lambda n: None,
+                model, tokenizer, source, seqlen=64, limit=4, batch_tokens=128, bos=False,
                 as_dense=as_dense,
             )  # fmt: skip
         return len(passes), result.samples

@@ -46,7 +46,7 @@ def run(seed: int = 0, source: TaskSource | None = None, tokenizer: Any = TOKENI
     model = tiny_model("tiny-llama", seed, torch.float64, torch.device("cpu"))
     return measure(
         model, tokenizer, source or find_task("mini_science", None),
-        EvalConfig(**{"limit": 6, "batch_tokens": 512, **prompting}), lambda n: None,
+        EvalConfig(**{"limit": 6, "batch_tokens": 512, **prompting}),
     ).samples  # fmt: skip
 
 

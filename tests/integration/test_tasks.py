@@ -117,7 +117,7 @@ def test_an_answer_that_is_right_counts(mirror_of_sums: Path, monkeypatch: pytes
     answers = iter([sums(3, 50)[0]["answer"], "It must be 104", "no idea"])
     monkeypatch.setattr(harness.NMSweepLM, "generate_until", lambda self, requests: [next(answers) for _ in requests])
     source = find_task("gsm8k", mirror_of_sums)
-    result = harness.measure(model, tokenizer, source, EvalConfig(num_fewshot=5, batch_tokens=512), lambda n: None)
+    result = harness.measure(model, tokenizer, source, EvalConfig(num_fewshot=5, batch_tokens=512))
     values = {metric.metric: metric.value for metric in result.metrics}
     assert values == pytest.approx({"exact_match:flexible-extract": 2 / 3, "exact_match:strict-match": 1 / 3})
     assert result.samples["response"].tolist()[1] == "It must be 104"
@@ -204,7 +204,7 @@ def test_prompts_and_numbers_are_the_harnesss(how: dict[str, Any], science: Path
         fewshot_as_multiturn=how.get("fewshot_as_multiturn", how.get("apply_chat_template", False)),  # as its command line
     )  # fmt: skip
     ours = harness.measure(
-        model, tokenizer, find_task("own_science", None, science), EvalConfig(**how, batch_tokens=512), lambda n: None
+        model, tokenizer, find_task("own_science", None, science), EvalConfig(**how, batch_tokens=512)
     )
     (metric,) = ours.metrics
     assert (metric.metric, metric.n_items) == ("acc", 19)
@@ -226,9 +226,7 @@ def test_a_yaml_that_says_no_examples_is_not_overruled(science: Path) -> None:
         task_manager=TaskManager(include_path=str(science), include_defaults=False), bootstrap_iters=0,
     )  # fmt: skip
     source = find_task("own_science", None, science)
-    ours = harness.measure(
-        model, tokenizer, source, EvalConfig(limit=4, num_fewshot=3, batch_tokens=512), lambda n: None
-    ).samples
+    ours = harness.measure(model, tokenizer, source, EvalConfig(limit=4, num_fewshot=3, batch_tokens=512)).samples
     for task, samples in theirs["samples"].items():
         own = ours[ours["subtask"] == task]["loglikelihoods"]
         for a, b in zip(own, samples, strict=True):
