@@ -175,14 +175,14 @@ def test_mini_and_real_are_never_in_one_table(results: Results, scores: Scores) 
     assert {table.data for table in tables} == {"mini", "real"}
     kind = results.cells["tasks"].str.contains("mini_")
     for table in tables:
-        cells = {one for entry in table.entries() for one in entry.cells}
+        cells = {one for entry in table.frame.to_numpy().ravel() for one in entry.cells}
         assert kind[list(cells)].eq(table.data == "mini").all(), table.name
 
 
 def test_failed_and_missing_cells_are_shown_as_such(results: Results, scores: Scores) -> None:
     spec = parse_spec("mitigation", "pattern", "drop")
     (table,) = [t for t in make_tables(spec, results, scores) if t.data == "mini"]
-    status = [entry.status for entry in table.entries()]
+    status = [entry.status for entry in table.frame.to_numpy().ravel()]
     assert (status.count("failed"), status.count("missing")) == (2, 1)
     text = formats.to_markdown(table)
     assert text.count("| failed |".replace("| ", " ").strip()) >= 2
@@ -198,7 +198,13 @@ def test_the_best_is_bold_and_what_is_not_worse_is_marked(results: Results, scor
             if len(done) > 1:
                 assert [entry.best for entry in done] == [entry.value == min(e.value for e in done) for entry in done]
                 assert not any(entry.tied for entry in done), "windows of one text differ clearly"
-    tied = [e for t in preset_tables(results, scores) if t.quantity.name == "drop" for e in t.entries() if e.tied]
+    tied = [
+        e
+        for t in preset_tables(results, scores)
+        if t.quantity.name == "drop"
+        for e in t.frame.to_numpy().ravel()
+        if e.tied
+    ]
     assert tied, "32 items cannot tell everything apart"
 
 
@@ -207,7 +213,7 @@ def test_two_cells_of_one_score_are_both_best_and_one_equal_to_the_best_is_not_w
     results = read_results(tmp_path)
     scores = make_scores(results, [])
     (table,) = make_tables(parse_spec("pattern", "model", "drop"), results, scores)
-    (entry,) = table.entries()
+    (entry,) = table.frame.to_numpy().ravel()
     assert len(entry.cells) == 2, "seeds are averaged"
     values = scores.per_cell.set_index(["cell_id", "is_text"])["drop"]
     assert entry.value == pytest.approx(np.mean([values[one, False] for one in entry.cells]))
@@ -222,7 +228,7 @@ def test_cells_that_differ_by_a_setting_are_not_mixed(tmp_path: Path) -> None:
     assert set(results.done["variant"]) == {"eval.limit=32", "eval.limit=20"}
     (table,) = make_tables(parse_spec("pattern", "model", "drop"), results, make_scores(results, []))
     assert table.front == ("variant",)
-    assert all(len(entry.cells) <= 1 for entry in table.entries())
+    assert all(len(entry.cells) <= 1 for entry in table.frame.to_numpy().ravel())
 
 
 def test_a_long_table_is_cut_where_people_read_it_and_whole_as_csv(
