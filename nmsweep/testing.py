@@ -179,8 +179,8 @@ class _Contract:
             for count in sparse.counts():
                 if 4 * count.kept != count.channels:
                     return f"{count.layer} keeps {count.kept} of {count.channels} with 1:4"
-            for linear, _ in sparse.dense_weights:
-                if ((linear.weight != 0).unflatten(1, (-1, 4)).sum(-1) > 1).any():
+            for name in sparse.kept_weights:
+                if ((sparse.linears[name].weight != 0).unflatten(1, (-1, 4)).sum(-1) > 1).any():
                     return "a row of a pruned weight keeps more than 1 of 4 entries"
         for name, width, mask in self.masks("1:4"):
             x = (_normal(2, 5, width) * 2).round()
