@@ -14,6 +14,7 @@ from nmsweep.results.tidy import data_kind
 
 _FIELDS = ("data", *FIELDS, "tasks", "variant", "status")
 _NUMBERS = ("accuracy", "drop", "relative", "flips", "perplexity", "ratio", "kl", "agreement")
+_PROVENANCE = ("time_s", "tokens", "peak_memory_bytes", "finished", "device", "git", "command")
 _DENSITIES = {"density": "density", "flops_density": "linear FLOPs kept", "bits": "metadata bits"}
 
 
@@ -47,6 +48,9 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
     kinds = _kinds()
     columns = [kind[key] for kind in kinds for key in ("name", "low", "high") if key in kind]
     values = {name: [_number(value) for value in rows[name].tolist()] for name in columns}
+    for name in _FIELDS:  # the script sorts words by their numbers
+        for value in sorted(set(map(str, rows[name])), key=lambda value: order(name, value)):
+            words(value)
     fields = {name: [words(value) for value in rows[name].tolist()] for name in _FIELDS}
     return {
         "n": len(rows), "ids": rows["cell_id"].tolist(), "cell": [place[cell] for cell in rows["cell_id"]],
@@ -54,8 +58,7 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
         "tasks": _tasks(rows, scores, words),
         "rerun": [rerun[cell] for cell in cells],
         "errors": results.cells["error"].tolist(),
-        "provenance": _provenance(results, cells, words),
-        "order": _order(fields, words), "words": words.texts,
+        "provenance": _provenance(results, cells, words), "words": words.texts,
     }  # fmt: skip
 
 
@@ -105,25 +108,14 @@ def _tasks(rows: pd.DataFrame, scores: Scores, words: _Words) -> list[list[list[
     return [by_cell.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
 
 
-def _provenance(results: Results, cells: list[str], words: _Words) -> dict[str, Any]:
-    """Columns by name: numbers, or words."""
+def _provenance(results: Results, cells: list[str], words: _Words) -> dict[str, list[int]]:
+    """Columns of words, by name."""
     known = [results.provenance.get(cell, {}) for cell in cells]
-    columns: dict[str, Any] = {}
-    for name in ("time_s", "tokens", "peak_memory_bytes"):
-        columns[name] = {"numbers": [record.get(name) for record in known]}
-    for name in ("finished", "device", "git", "command"):
-        columns[name] = {"words": [words(record.get(name) or "") for record in known]}
-    columns["versions"] = {"words": [words(", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items() if v)) for record in known]}  # fmt: skip
-    models = [record.get("model") or {} for record in known]
-    columns["model fingerprint"] = {"words": [words(model.get("fingerprint", "")) for model in models]}
-    columns["folder"] = {"words": [words(place.name) for place in results.cells["place"]]}
-    return columns
-
-
-def _order(fields: Mapping[str, list[int]], words: _Words) -> list[int]:
-    """Rank of each word among the words of its field."""
-    ranks = [0] * len(words.texts)
-    for name, column in fields.items():
-        for rank, word in enumerate(sorted(set(column), key=lambda word: order(name, words.texts[word]))):
-            ranks[word] = max(ranks[word], rank)
-    return ranks
+    versions = [record.get("versions") or {} for record in known]
+    columns = {name: [record.get(name) or "" for record in known] for name in _PROVENANCE}
+    columns["versions"] = [
+        ", ".join(f"{package} {version}" for package, version in packages.items() if version) for packages in versions
+    ]
+    columns["model fingerprint"] = [(record.get("model") or {}).get("fingerprint", "") for record in known]
+    columns["folder"] = [place.name for place in results.cells["place"]]
+    return {name: list(map(words, values)) for name, values in columns.items()}

@@ -106,17 +106,10 @@ def summary_blocks(results: Results, scores: Scores) -> list[dict[str, Any]]:
 
 
 def hardware_html(view: pd.DataFrame) -> str:
-    """Return the hardware view as a table element, with separate headings for theory and measured columns."""
+    """Return the hardware view as a table element; the measured columns are the last ones."""
     if not len(view):
         return "<p>No cell with pruned activations.</p>"
-    fields = ["model", "targets", "dtype", "pattern"]
-    heads = [("", name) for name in fields] + [
-        ("theory" if name in COLUMNS else "measured", COLUMNS.get(name, name))
-        for name in view.columns
-        if name not in fields
-    ]
-    table = view.astype(object).map(_shown)
-    table.columns = pd.MultiIndex.from_tuples([(a, html_text(b)) for a, b in heads])
+    table = view.astype(object).map(_shown).rename(columns=lambda name: html_text(COLUMNS.get(name, name)))
     return table.to_html(index=False, escape=False, border=0, classes="numbers")
 
 

@@ -31,7 +31,7 @@
   const filters = { text: make("input", { type: "search", placeholder: "any word", id: "filter-text" }) };
   $("filters").append(make("label", { for: "filter-text" }, "Search", filters.text));
   for (const field of words) {
-    const choices = [...new Set(data.fields[field])].sort((a, b) => data.order[a] - data.order[b]);
+    const choices = [...new Set(data.fields[field])].sort((a, b) => a - b);
     if (choices.length < 2) continue;
     const select = make("select", { id: `filter-${field}` });
     if (field !== "data") select.append(make("option", { value: "" }, "all")); // mini and real numbers are never mixed
@@ -50,7 +50,7 @@
   const sorted = (found) => {
     if (state.sort === null) return found;
     const values = data.values[state.sort];
-    const key = values ? (row) => values[row] : (row) => (state.sort === "cell" ? data.ids[row] : data.order[data.fields[state.sort][row]]);
+    const key = values ? (row) => values[row] : (row) => (state.sort === "cell" ? data.ids[row] : data.fields[state.sort][row]);
     const sign = state.down ? -1 : 1;
     return found.slice().sort((a, b) => {
       const x = key(a), y = key(b);
@@ -139,7 +139,7 @@
     const cell = data.cell[row];
     $("detail-title").textContent = `${word("model", row)} ${word("pattern", row)} ${word("criterion", row)} ${word("mitigation", row)}`;
     const fields = [["cell", data.ids[row]], ...Object.keys(data.fields).map((field) => [field, word(field, row)])];
-    const made = Object.entries(data.provenance).map(([name, column]) => [name, column.words ? data.words[column.words[cell]] : column.numbers[cell]]);
+    const made = Object.entries(data.provenance).map(([name, column]) => [name, data.words[column[cell]]]);
     const parts = [list(fields)];
     if (data.errors[cell]) parts.push(make("p", { className: "bad" }, data.errors[cell]));
     if (data.tasks[row].length) parts.push(make("h3", {}, "By task"), taskTable(row));
@@ -204,10 +204,10 @@
     $("point").textContent = ""; $("legend").replaceChildren(); $("plot").replaceChildren();
     if (!y) return;
     const x = kindOf(axisX.value);
-    const patterns = [...new Set(state.shown.map((row) => data.fields.pattern[row]))].sort((a, b) => data.order[a] - data.order[b]);
+    const patterns = [...new Set(state.shown.map((row) => data.fields.pattern[row]))].sort((a, b) => a - b);
     const found = state.shown.filter((row) => known(data.values[y.name][row]) && (!x || known(data.values[x.name][row])));
     if (!found.length) { $("plot").append(make("p", { className: "hint" }, "No cell above has these numbers.")); return; }
-    const marks = [...new Set(found.map((row) => data.fields[colour.value][row]))].sort((a, b) => data.order[a] - data.order[b]);
+    const marks = [...new Set(found.map((row) => data.fields[colour.value][row]))].sort((a, b) => a - b);
     const used = x ? [] : patterns.filter((pattern) => found.some((row) => data.fields.pattern[row] === pattern));
     const valueX = x ? (row) => data.values[x.name][row] * x.scale : (row) => used.indexOf(data.fields.pattern[row]) + (marks.length > 1 ? (0.5 * marks.indexOf(data.fields[colour.value][row])) / (marks.length - 1) - 0.25 : 0);
     const valueY = (row) => data.values[y.name][row] * y.scale;
