@@ -191,19 +191,21 @@ def _known(loader: ConfigLoaderImpl, search: list[str], overrides: list[Override
         if not bad:
             good.append(override)
     base = _compose(loader, search, [o for o in good if not o.is_sweep_override()])
+    known = list(_all_keys(OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"])))
     for override in keys:
         key = override.key_or_group
         if key.startswith("hydra"):
-            if key.startswith("hydra/") or any(f"{key}.".startswith(f"hydra.{known}.") for known in HYDRA_KEYS):
+            if key.startswith("hydra/") or any(f"{key}.".startswith(f"hydra.{allowed}.") for allowed in HYDRA_KEYS):
                 good.append(override)
             else:
                 errors.append(
                     f"{key}: has no effect, as Hydra only composes; allowed: hydra.{', hydra.'.join(HYDRA_KEYS)}"
                 )
-        elif override.is_add() or override.is_force_add() or _exists(base, key):
+        elif override.is_add() or override.is_force_add() or key in known:
             good.append(override)
         else:
-            errors.append(f"{key}: is no key of the config; {nearest(key, _all_keys(base, loader))}")
+            similar = (name for name in known if not name.startswith("task_presets."))
+            errors.append(f"{key}: is no key of the config; {nearest(key, [*loader.list_groups(''), *similar])}")
     return [o for o in overrides if o in good], errors
 
 
@@ -212,30 +214,13 @@ def _options(loader: ConfigLoaderImpl, search: list[str], group: str) -> list[st
     return [] if group.startswith("hydra.") else loader.get_group_options(group, config_name="config", overrides=search)
 
 
-def _exists(cfg: DictConfig, key: str) -> bool:
-    node: Any = cfg
-    for part in key.split("."):
-        if not OmegaConf.is_dict(node) or part not in node:
-            return False
-        node = node._get_node(part)
-    return True
-
-
-def _all_keys(cfg: DictConfig, loader: ConfigLoaderImpl) -> list[str]:
-    keys: list[str] = list(loader.list_groups(""))
-
-    def walk(node: Any, prefix: str) -> None:
-        for key in node:
-            if prefix == "" and key == "hydra":
-                continue
-            name = f"{prefix}{key}"
-            keys.append(name)
-            child = node._get_node(key)
-            if OmegaConf.is_dict(child) and not child._is_none() and not child._is_interpolation():
-                walk(child, name + ".")
-
-    walk(cfg, "")
-    return [key for key in keys if not key.startswith("task_presets.")]
+def _all_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a config."""
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if OmegaConf.is_dict(child) and not child._is_none() and not child._is_interpolation():
+            yield from _all_keys(child, f"{prefix}{key}.")
 
 
 def _compose(loader: ConfigLoaderImpl, search: list[str], overrides: Sequence[Override | str]) -> DictConfig:

@@ -279,9 +279,7 @@ class RunConfig(_Node):
         return "+".join(method.name for method in self.mitigations) or "none"
 
     def dense(self) -> "RunConfig":
-        """Return the dense baseline of this cell; the cell itself if it is dense."""
-        if self.pattern.is_dense:
-            return self
+        """Return the dense baseline of this cell."""
         null = {"pattern": Pattern("dense"), "policy": "none", "criterion": None, "mitigations": (), "targets": ()}
         return self.model_copy(update={**null, "scope": "all"})
 
@@ -401,7 +399,7 @@ def expand_tasks(value: Any, presets: Mapping[str, Iterable[str]]) -> tuple[str,
 def _normalised(cfg: RunConfig) -> RunConfig:
     """Drop the methods of a dense cell; write a policy's name into the pattern."""
     if cfg.pattern.is_dense:
-        return cfg.dense().model_copy(update={"criterion": None, "mitigations": (), "targets": (), "scope": "all"})
+        return cfg.dense()
     policy = "greedy" if cfg.pattern.policy else cfg.policy
     if policy == "none":
         return cfg

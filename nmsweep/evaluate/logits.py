@@ -1,5 +1,6 @@
 """Read log-probabilities of given tokens without holding `[tokens, vocab]` for more than a slice of the tokens."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -121,20 +122,12 @@ def _capped(cap: float, logits: Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap)
 
 
-def _divided(by: float, logits: Tensor) -> Tensor:
-    return logits / by
-
-
-def _multiplied(by: float, logits: Tensor) -> Tensor:
-    return logits * by
-
-
 _HEADS: Mapping[str, Sequence[Callable[[float, Tensor], Tensor]]] = {
     "final_logit_softcapping": [_capped],  # Gemma
     "logits_soft_cap": [_capped],  # RecurrentGemma
-    "logits_scaling": [_divided, _multiplied],  # Granite divides, HyperCLOVA X multiplies
-    "logit_scale": [_multiplied],  # Cohere
-    "lm_head_multiplier": [_multiplied],  # Falcon-H1
+    "logits_scaling": [lambda by, logits: logits / by, operator.mul],  # Granite divides, HyperCLOVA X multiplies
+    "logit_scale": [operator.mul],  # Cohere
+    "lm_head_multiplier": [operator.mul],  # Falcon-H1
 }
 """What a key of a config may mean for the logits."""
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -33,14 +33,6 @@ _SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _tiny_llama() -> PretrainedConfig:
-    return LlamaConfig(num_hidden_layers=2, tie_word_embeddings=False, **_SMALL)
-
-
-def _tiny_qwen2() -> PretrainedConfig:
-    return Qwen2Config(num_hidden_layers=2, tie_word_embeddings=False, **_SMALL)
-
-
 def _tiny_gemma3() -> PretrainedConfig:
     kinds = ["sliding_attention", "full_attention"] * 2
     return Gemma3TextConfig(
@@ -61,8 +53,8 @@ def _llama_8b() -> PretrainedConfig:
 
 
 SHAPES: Mapping[str, Callable[[], PretrainedConfig]] = {
-    "tiny-llama": _tiny_llama,
-    "tiny-qwen2": _tiny_qwen2,
+    "tiny-llama": partial(LlamaConfig, num_hidden_layers=2, tie_word_embeddings=False, **_SMALL),
+    "tiny-qwen2": partial(Qwen2Config, num_hidden_layers=2, tie_word_embeddings=False, **_SMALL),
     "tiny-gemma3": _tiny_gemma3,
     "llama-8b": _llama_8b,
 }

