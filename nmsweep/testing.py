@@ -8,8 +8,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from nmsweep.config.pattern import parse_pattern
 from nmsweep.errors import NmsweepError
 from nmsweep.methods.base import SLOT_ORDER, Criterion, Layer, Mitigation, Slots, State, Tokens, as_tensor
 from nmsweep.methods.criteria.act import Act
+from nmsweep.methods.mitigations.larosa import Larosa
 from nmsweep.methods.sparsification import Sparsification, build_sparsification
 from nmsweep.models.tiny import tiny_model
 from nmsweep.sparsity.formula import pruned, rotated
@@ -51,8 +51,9 @@ def check_method(method: Any, *others: Any, shape: str = "tiny-qwen2") -> None:
     Raises:
         ContractError: the first rule that is broken, what was seen, and what to do.
     """
-    contract = _Contract([_instance(each) for each in (method, *others)], shape)
+    methods = [_instance(each) for each in (method, *others)]
     with _kept_random_state():
+        contract = _Contract(methods, shape)
         for rule in contract.rules():
             if seen := rule():
                 statement, _, advice = inspect.cleandoc(rule.__doc__ or rule.__name__).partition("\n\n")
@@ -73,12 +74,14 @@ class _Contract:
 
     Args:
         methods: at most one criterion, and mitigations.
-        shape: of the model.
+        shape: of the tiny models, one in float64 (`wide`) and one in bfloat16 (`narrow`).
     """
 
     def __init__(self, methods: list[Criterion | Mitigation], shape: str) -> None:
         self.name = "+".join(type(method).__name__ for method in methods)
-        self.methods, self.shape = methods, shape
+        self.methods = methods
+        cpu = torch.device("cpu")
+        self.wide, self.narrow = (tiny_model(shape, 0, dtype, cpu) for dtype in (torch.float64, torch.bfloat16))
         self.criterion = next((method for method in methods if isinstance(method, Criterion)), Act())
         self.mitigations = [method for method in methods if isinstance(method, Mitigation)]
 
@@ -179,8 +182,8 @@ class _Contract:
             for count in sparse.counts():
                 if 4 * count.kept != count.channels:
                     return f"{count.layer} keeps {count.kept} of {count.channels} with 1:4"
-            for linear, _ in sparse.dense_weights:
-                if ((linear.weight != 0).unflatten(1, (-1, 4)).sum(-1) > 1).any():
+            for name in sparse.kept_weights:
+                if ((sparse.linears[name].weight != 0).unflatten(1, (-1, 4)).sum(-1) > 1).any():
                     return "a row of a pruned weight keeps more than 1 of 4 entries"
         for name, width, mask in self.masks("1:4"):
             x = (_normal(2, 5, width) * 2).round()
@@ -226,13 +229,12 @@ class _Contract:
         if self.criterion.operand == "weights" or any(method.slot == "rotation" for method in self.methods):
             return ""
         weight, x = _normal(12, 16), _normal(1, 40, 16, seed=1)
-        Q = _rotation(weight)
-        pair = (
-            _filled(self.method("2:4", _Rotation()), _linear(weight), x),
-            _filled(self.method("2:4"), _linear(weight @ Q), x @ Q),
-        )
+        rotated_slots = _filled(self.method("2:4", Larosa()), _linear(weight), x)
+        Q = rotated_slots.rotation
+        assert Q is not None
+        plain_slots = _filled(self.method("2:4"), _linear(weight @ Q), x @ Q)
         for slot in ("eta", "weight", "priority", "gamma", "beta", "residual"):
-            a, b = (getattr(slots, slot) for slots in pair)
+            a, b = getattr(rotated_slots, slot), getattr(plain_slots, slot)
             parts = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)] if isinstance(a, Tensor) else []
             if any(_difference(*part) > 1e-6 for part in parts):
                 return f"they differ in {slot}"
@@ -243,11 +245,15 @@ class _Contract:
 
         Write to no tensor of layer.linear.
         """
+
+        def stop() -> None:
+            raise ContractError("an error inside a block")
+
         modules, weights = dict(self.wide.named_modules()), {k: v.clone() for k, v in self.wide.state_dict().items()}
-        with suppress(_Stop), self.sparse(self.wide, "2:4"):
-            _stop()
-        with suppress(_Stop):
-            fit(self.wide, _ids(2, 12), self.method("2:4"), step=_stop)
+        with suppress(ContractError), self.sparse(self.wide, "2:4"):
+            stop()
+        with suppress(ContractError):
+            fit(self.wide, _ids(2, 12), self.method("2:4"), step=stop)
         same = all(torch.equal(value, weights[name]) for name, value in self.wide.state_dict().items())
         return "" if same and dict(self.wide.named_modules()) == modules else "modules or weights have changed"
 
@@ -266,16 +272,6 @@ class _Contract:
             with install(self.wide, method, ["all"], each):
                 logits.append(_logits(self.wide, _ids(2, 9)))
         return "" if torch.equal(*logits) else f"logits differ by {_difference(*logits):.2g}"
-
-    @cached_property
-    def wide(self) -> nn.Module:
-        """The model in float64."""
-        return tiny_model(self.shape, 0, torch.float64, torch.device("cpu"))
-
-    @cached_property
-    def narrow(self) -> nn.Module:
-        """The model in bfloat16."""
-        return tiny_model(self.shape, 0, torch.bfloat16, torch.device("cpu"))
 
     def method(self, pattern: str, *more: Mitigation) -> Sparsification:
         return build_sparsification(parse_pattern(pattern), self.criterion, [*self.mitigations, *more])
@@ -297,31 +293,6 @@ class _Contract:
                 return pruned(rotated(x, slots), slots, slots.pattern, Tokens(), {})[1]
 
             yield name, layer.in_features, mask
-
-
-class _Stop(Exception):  # noqa: N818 - raised and caught by `restored`
-    """An error inside a block."""
-
-
-def _stop() -> None:
-    raise _Stop
-
-
-@dataclass(frozen=True)
-class _Rotation(Mitigation):
-    """A fixed random rotation."""
-
-    slot = "rotation"
-
-    def fill(self, slots: Slots, layer: Layer, state: State) -> Slots:
-        Q = _rotation(layer.weight)
-        return replace(slots, rotation=Q, folded=layer.weight @ Q)
-
-
-def _rotation(weight: Tensor) -> Tensor:
-    """Return a random orthogonal matrix [in, in], float64."""
-    Q: Tensor = torch.linalg.qr(_normal(weight.shape[1], weight.shape[1])).Q
-    return Q
 
 
 def _filled(method: Sparsification, linear: nn.Linear, x: Tensor) -> Slots:

@@ -1,7 +1,7 @@
 """Run the decoder blocks of a model one at a time, and catch the inputs and gradients of layers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nmsweep.methods.base import as_tensor
 from nmsweep.models.targets import decoder_linears
 
 
@@ -52,12 +53,10 @@ class Blocks:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             of_block.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
 
-        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self._modules]
-        try:
+        with ExitStack() as hooks:
+            for module in self._modules:
+                hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
             self._decoder(input_ids=self._ids[:1], use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return of_block
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
@@ -79,14 +78,11 @@ def _caught_input(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
         caught.append(args[0] if args else kwargs["hidden_states"])
         raise _Reached
 
-    hook = module.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
+    with suppress(_Reached), module.register_forward_pre_hook(catch, with_kwargs=True):
         forward()
-    except _Reached:
-        return caught[0]
-    finally:
-        hook.remove()
-    raise RuntimeError("a decoder block never called the layer whose input was requested")
+    if not caught:
+        raise RuntimeError("a decoder block never called the layer whose input was requested")
+    return caught[0]
 
 
 @contextmanager
@@ -126,16 +122,10 @@ def gradients(model: Any, window: Tensor, groups: Sequence[Sequence[str]]) -> Ma
 
         return before
 
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(mark(index))
-        for index, group in enumerate(groups)
-        for name in group
-    ]
-    try:
+    with ExitStack() as hooks:
+        for index, group in enumerate(groups):
+            for name in group:
+                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(mark(index)))
         logits = model(input_ids=window, use_cache=False).logits[0, :-1]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        F.cross_entropy(wide, window[0, 1:], reduction="sum").backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
+        F.cross_entropy(as_tensor(logits, logits), window[0, 1:], reduction="sum").backward()
     return {group: x.grad for group, x in inputs.items() if x.grad is not None}

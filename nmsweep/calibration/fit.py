@@ -16,7 +16,7 @@ from nmsweep.methods.base import SLOT_ORDER, Fitter, Layer, Pruning, Slot, Slots
 from nmsweep.methods.sparsification import Sparsification
 from nmsweep.models.targets import input_groups
 from nmsweep.sparsity.formula import centred, pruned, rotated, score
-from nmsweep.sparsity.install import Surgery, dense_targets
+from nmsweep.sparsity.install import SparseModel, dense_targets
 from nmsweep.sparsity.scope import Scope
 
 
@@ -53,15 +53,15 @@ def fit(
     if errors := learning_errors(sparsification, settings):
         raise InputError(*errors)
     linears = dense_targets(model, sparsification, targets)
-    surgery = Surgery(model, sparsification, linears, "all" if scope in ("prefill", "decode") else scope)
+    sparse = SparseModel(model, sparsification, linears, "all" if scope in ("prefill", "decode") else scope)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), frozen(model):
-            walk = _Walk(model, windows, sparsification, surgery, settings, seed, step)
+            walk = _Walk(model, windows, sparsification, sparse, settings, seed, step)
             losses = walk.all_stages()
     finally:
-        surgery.restore()
+        sparse.restore()
         model.train(was_training)
     return Calibrated(walk.state, losses)
 
@@ -134,14 +134,14 @@ class _Walk:
     """One calibration: the state so far, and the model with the layers that are known so far."""
 
     def __init__(
-        self, model: Any, windows: Tensor, sparsification: Sparsification, surgery: Surgery,
+        self, model: Any, windows: Tensor, sparsification: Sparsification, sparse: SparseModel,
         settings: CalibrationConfig, seed: int, step: Callable[[], None],
     ) -> None:  # fmt: skip
-        self.model, self.windows, self.surgery = model, windows.to(model.device), surgery
+        self.model, self.windows, self.sparse = model, windows.to(model.device), sparse
         self.sparsification, self.settings, self.step = sparsification, settings, step
-        self.training = Training(settings, seed, surgery.view, sparsification.pattern)
-        self.state: dict[str, dict[str, Tensor]] = {name: {} for name in surgery.linears}
-        self.groups = input_groups(model, list(surgery.linears))
+        self.training = Training(settings, seed, sparse.view, sparsification.pattern)
+        self.state: dict[str, dict[str, Tensor]] = {name: {} for name in sparse.linears}
+        self.groups = input_groups(model, list(sparse.linears))
         self.blocks = Blocks(model, windows)
         self.fitted = [stage for stage in sparsification.stages if stage.calibration in ("weights", "text")]
         self.learned = [stage for stage in sparsification.stages if stage.calibration == "learned"]
@@ -158,7 +158,7 @@ class _Walk:
         losses = self._all_blocks(self.fitted, parameter_names)
         if self.learned and self.settings.objective == "kl":
             for group in self.groups:
-                self.surgery.put(group, self.state)
+                self.sparse.put(group, self.state)
             parameters = self._parameters(self.groups, parameter_names)
             losses = [train_end_to_end(self.model, self.windows, parameters, self.training)]
             self._freeze(self.groups)
@@ -196,11 +196,11 @@ class _Walk:
 
     def _put_prefix(self, group: Sequence[str]) -> None:
         if self.settings.prefix == "sparse":
-            self.surgery.put(group, self.state)
+            self.sparse.put(group, self.state)
 
     def _advance(self, index: int, hidden: list[Tensor], dense: bool) -> None:
         """Replace the hidden states of each window by the output of a block."""
-        with self.surgery.view.as_dense(dense):
+        with self.sparse.view.as_dense(dense):
             for window, before in enumerate(hidden):
                 hidden[window] = self.blocks.run(index, before)
 
@@ -211,7 +211,7 @@ class _Walk:
         if not any(stage.calibration == "text" for stage in stages):
             return []
         layer = self.model.get_submodule(group[0])
-        with self.surgery.view.as_dense(self.settings.prefix == "dense"):
+        with self.sparse.view.as_dense(self.settings.prefix == "dense"):
             return [self.blocks.input_of(index, layer, hidden) for hidden in inputs]
 
     def _fit_group(self, group: Sequence[str], stages: Sequence[Stage], inputs: Sequence[Tensor]) -> None:
@@ -221,12 +221,12 @@ class _Walk:
                 fitter = self._fitter(stage, names[0], slots)
                 if fitter.sees != "gradient":
                     seen = inputs if fitter.sees == "slot" else ()
-                    self._keep(names, fitter.fit(SlotWindows(stage.slot, slots, seen, self.surgery.view.scope)))
+                    self._keep(names, fitter.fit(SlotWindows(stage.slot, slots, seen, self.sparse.view.scope)))
                 elif self.sparsification.fills("rotation"):
                     self._fit_gradients([group])
 
     def _layer(self, name: str, slots: Slots | None = None) -> Layer:
-        return Layer(name, self.surgery.linears[name], slots.folded if slots else None)
+        return Layer(name, self.sparse.linears[name], slots.folded if slots else None)
 
     def _fitter(self, stage: Stage, name: str, slots: Slots) -> Fitter:
         fitter = stage.fitter(self._layer(name, slots), slots)
@@ -256,8 +256,8 @@ class _Walk:
                     fitters.append((index, slots, fitter))
         if not fitters:
             return
-        scope = self.surgery.view.scope
-        with self.surgery.view.as_dense():
+        scope = self.sparse.view.scope
+        with self.sparse.view.as_dense():
             for window in self.windows.split(1):
                 of_group = gradients(self.model, window, groups)
                 for index, slots, fitter in fitters:
@@ -286,7 +286,7 @@ class _Walk:
                     old = self.state[layer][entry]
                     leaves.setdefault(id(old), old.detach().clone().requires_grad_())
                     self.state[layer][entry] = leaves[id(old)]
-            self.surgery.put(group, self.state)
+            self.sparse.put(group, self.state)
         return list(leaves.values())
 
     def _freeze(self, groups: Sequence[Sequence[str]]) -> None:
@@ -295,7 +295,7 @@ class _Walk:
             for layer in group:
                 for entry, value in self.state[layer].items():
                     self.state[layer][entry] = frozen_of.setdefault(id(value), value.detach())
-            self.surgery.put(group, self.state)
+            self.sparse.put(group, self.state)
 
     def _train_block(
         self, index: int, groups: Sequence[Sequence[str]], names: set[str], inputs: list[Tensor],

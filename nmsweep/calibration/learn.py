@@ -12,6 +12,7 @@ from torch import Tensor
 from nmsweep.config.pattern import Pattern
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.errors import NonFiniteError
+from nmsweep.methods.base import as_tensor
 from nmsweep.sparsity.shared_input import TokenView
 
 BETAS = (0.9, 0.95)
@@ -74,7 +75,7 @@ def train(
         out = run(inputs[index])
         if last and advance:
             inputs[index] = out
-        return F.mse_loss(_wide(out), _wide(targets[index]))
+        return F.mse_loss(as_tensor(out, out), as_tensor(targets[index], out))
 
     return _descend(name, loss_of, len(inputs), parameters, training)
 
@@ -88,18 +89,18 @@ def train_end_to_end(model: Any, windows: Tensor, parameters: Sequence[Tensor], 
         parameters, training: as for `train`.
     """
 
+    def logits_of(ids: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        return as_tensor(logits, logits)
+
     def loss_of(index: int, last: bool) -> Tensor:
         ids = windows[index : index + 1]
         with torch.no_grad(), training.view.as_dense():
-            dense = _wide(model(input_ids=ids, use_cache=False).logits[0]).log_softmax(-1)
-        sparse = _wide(model(input_ids=ids, use_cache=False).logits[0]).log_softmax(-1)
+            dense = logits_of(ids).log_softmax(-1)
+        sparse = logits_of(ids).log_softmax(-1)
         return F.kl_div(sparse, dense, log_target=True, reduction="batchmean")
 
     return _descend("model", loss_of, len(windows), parameters, training)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _descend(

@@ -1,6 +1,7 @@
 """Measure how much pruning each layer alone changes its output, on a calibration text."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,15 +59,12 @@ def output_errors(
         for pattern in patterns
         for meter in _meters(model, windows, sparsification.fitted_only(pattern), targets, scope, settings, seed)
     ]
-    hooks = [model.get_submodule(meter.name).register_forward_hook(meter) for meter in meters]
-    try:
-        with torch.no_grad():
-            for window in windows.to(model.device).split(1):
-                model(input_ids=window, use_cache=False)
-                step()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for meter in meters:
+            hooks.enter_context(model.get_submodule(meter.name).register_forward_hook(meter))
+        for window in windows.to(model.device).split(1):
+            model(input_ids=window, use_cache=False)
+            step()
     errors: dict[str, dict[Pattern, float]] = {}
     for meter in meters:
         errors.setdefault(meter.name, {})[meter.pattern] = meter.error

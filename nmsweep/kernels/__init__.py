@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nmsweep.kernels.arguments import check
 from nmsweep.kernels.dispatch import BACKENDS, add_counts, run
-from nmsweep.kernels.operator import prune_op
+from nmsweep.kernels.operator import Prune
 from nmsweep.kernels.reference import make
 
 __all__ = ["BACKENDS", "add_counts", "prune"]
@@ -97,10 +97,9 @@ def prune(
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, scale, gain, eta_tensor)
     )
-    if needs_grad or torch.compiler.is_compiling():
-        x = make(x, scale, gain)
-        with_mask = needs_grad or return_mask or counts is not None
-        u, mask, _ = prune_op(x, n or 0, m or 0, kept, weight, stat, eta_tensor, var, backend or "", with_mask)
+    if needs_grad:
+        args = check(make(x, scale, gain), n or 0, m or 0, kept, weight, stat, eta_tensor, var)
+        u, mask = Prune.apply(args.x, eta_tensor, args, backend)  # type: ignore[no-untyped-call]
         if counts is not None:
             add_counts(mask, counts)
         return (u, mask) if return_mask else u

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -23,45 +22,87 @@ from nmsweep.sparsity.scope import Scope
 from nmsweep.sparsity.shared_input import SharedInput, TokenView
 
 
-@dataclass(repr=False, eq=False)
 class SparseModel:
-    """A model that was made sparse in place; a context manager that makes it dense again.
+    """A model whose layers become sparse in place, the layers of one input at a time; a context manager that makes it dense again.
+
+    Args:
+        model: a causal language model of transformers.
+        sparsification: pattern, criterion and mitigations.
+        linears: the target layers by module path.
+        scope: which tokens are pruned.
 
     Attributes:
-        model: the model itself.
-        sparsification: pattern, criterion and mitigations.
-        layers: its sparse layers by module path, in the order they run; empty where weights are pruned.
-        flops_share: the share of each target layer in the model's linear FLOPs, by module path.
+        layers: the sparse layers by module path; empty where weights are pruned.
+        kept_weights: the entries kept of each pruned weight, by module path; empty where activations are pruned.
         view: the state that the sparse layers share.
-        weights: entries and kept entries of every pruned weight; empty where activations are pruned.
-        dense_weights: the layers with pruned weights, and their dense weights; empty where activations are pruned.
         joined: norms and MLPs that are fused with the prune, and the forward that they run.
     """
 
-    model: nn.Module
-    sparsification: Sparsification
-    layers: Mapping[str, SparseLinear]
-    flops_share: Mapping[str, float]
-    view: TokenView
-    weights: Sequence[LayerCount]
-    dense_weights: Sequence[tuple[nn.Linear, torch.Tensor]]
-    joined: Mapping[nn.Module, Forward]
-    _undo: ExitStack | None
+    def __init__(
+        self, model: nn.Module, sparsification: Sparsification, linears: Mapping[str, nn.Linear], scope: str = "all"
+    ) -> None:
+        self.model = model
+        self.sparsification = sparsification
+        self.linears = linears
+        self.view = TokenView(Scope.parse(scope))
+        self.view.needs_past |= sparsification.criterion.dynamic
+        self.layers: dict[str, SparseLinear] = {}
+        self.kept_weights: dict[str, int] = {}
+        self.joined: Mapping[nn.Module, Forward] = {}
+        self.restored = False
+        self._flops = linear_flops(model)
+        self._weights = {name: linear.weight for name, linear in linears.items()}
+        self._undo = ExitStack()
+        self._undo.callback(self._put_back)
+        # partial, because a hook must be copied with the model, but not this object
+        before, after = partial(_watch_tokens, self.view), partial(_forget_pass, self.view, self.layers)
+        for module in dict.fromkeys((model, model.get_decoder())):  # type: ignore[operator]
+            self._undo.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._undo.enter_context(module.register_forward_hook(after, always_call=True))
 
     def __repr__(self) -> str:
         method = self.sparsification
         pattern = f"{method.pattern}{' on average' if method.patterns else ''}"
-        word = "restored" if self._undo is None else "sparse"
-        return f"<{word} {type(self.model).__name__}: {pattern} {method.label}, {len(self.flops_share)} layers>"
+        word = "restored" if self.restored else "sparse"
+        return f"<{word} {type(self.model).__name__}: {pattern} {method.label}, {len(self.linears)} layers>"
+
+    def put(self, group: Sequence[str], state: Mapping[str, State]) -> None:
+        """Make the layers of one input sparse.
+
+        Args:
+            group: module paths of layers that read one tensor.
+            state: calibrated state of each layer by module path.
+        """
+        criterion = self.sparsification.criterion
+        if isinstance(criterion, WeightCriterion):
+            for name in group:
+                layer = Layer(name, self.linears[name])
+                pattern = self.sparsification.pattern_of(name)
+                weight, self.kept_weights[name] = criterion.pruned(layer, pattern, state.get(name, {}))
+                self.linears[name].weight = nn.Parameter(weight, requires_grad=False)
+            return
+        layers = sparse_layers(self.sparsification, {name: self.linears[name] for name in group}, state, self.view)
+        self.layers.update(layers)
+        for name, sparse in layers.items():
+            self.model.set_submodule(name, sparse)
+
+    def join(self) -> None:
+        """Fuse norms and MLPs with the prune, once all layers are sparse."""
+        self.joined = joined(self.model, self.layers)
+        self._undo.enter_context(replaced(self.joined))
 
     def restore(self) -> None:
         """Make the model dense again; does nothing the second time."""
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo.close()
+        self.restored = True
+        self._undo.close()
+
+    def _put_back(self) -> None:
+        for name, linear in self.linears.items():
+            linear.weight = self._weights[name]
+            self.model.set_submodule(name, linear)
 
     def __enter__(self) -> "SparseModel":
-        if self._undo is None:
+        if self.restored:
             raise InputError(f"sparsify: {self!r} is dense again; call sparsify once more")
         return self
 
@@ -73,26 +114,29 @@ class SparseModel:
     @contextmanager
     def as_dense(self) -> Iterator[None]:
         """Make the model compute as the dense one inside the block; nothing is counted."""
-        pruned: list[torch.Tensor] = [linear.weight for linear, _ in self.dense_weights]
+        pruned = {name: self.linears[name].weight for name in self.kept_weights}
         try:
-            for linear, weight in self.dense_weights:
-                linear.weight = weight
+            for name in pruned:
+                self.linears[name].weight = self._weights[name]
             with self.view.as_dense():
                 yield
         finally:
-            for (linear, _), weight in zip(self.dense_weights, pruned, strict=True):
-                linear.weight = weight
+            for name, weight in pruned.items():
+                self.linears[name].weight = weight
 
     def counts(self) -> list[LayerCount]:
         """Return the channels seen and kept by each layer since `reset_counts`, from the masks. Waits for the device.
 
         Where weights are pruned these are the entries of the weight.
         """
-        return list(self.weights) or [
-            LayerCount(name, layer.in_features, layer.out_features, total, kept, self.flops_share[name])
-            for name, layer in self.layers.items()
-            for kept, total in [layer.shared.counted()]
-        ]
+        flops, counts = sum(self._flops.values()), []
+        for name, linear in self.linears.items():
+            kept, total = self.kept_weights.get(name, 0), linear.weight.numel()
+            if layer := self.layers.get(name):
+                kept, total = layer.shared.counted()
+            share = self._flops[name] / flops
+            counts.append(LayerCount(name, linear.in_features, linear.out_features, total, kept, share))
+        return counts
 
     def reset_counts(self) -> None:
         for layer in self.layers.values():
@@ -119,26 +163,15 @@ def install(
         InputError: a target that matches nothing, an input width that M does not divide, a missing state, or a model that
             is sparse already.
     """
-    linears = dense_targets(model, sparsification, targets)
-    flops = linear_flops(model)
-    total = sum(flops.values())
-    share = {name: flops[name] / total for name in linears}
-    with ExitStack() as undo:
-        surgery = Surgery(model, sparsification, linears, scope)
-        undo.callback(surgery.restore)
-        for group in input_groups(model, list(linears)):
-            surgery.put(group, state or {})
-        layers = {name: surgery.layers[name] for name in linears if name in surgery.layers}
-        weights = [
-            LayerCount(name, linear.in_features, linear.out_features, linear.weight.numel(), kept, share[name])
-            for name, linear in linears.items()
-            if (kept := surgery.kept_weights.get(name)) is not None
-        ]
-        dense_weights = [(linears[name], surgery.dense_weight(name)) for name in surgery.kept_weights]
-        forwards = joined(model, layers)
-        undo.enter_context(replaced(forwards))
-        keep = undo.pop_all()
-    return SparseModel(model, sparsification, layers, share, surgery.view, weights, dense_weights, forwards, keep)
+    sparse = SparseModel(model, sparsification, dense_targets(model, sparsification, targets), scope)
+    try:
+        for group in input_groups(model, list(sparse.linears)):
+            sparse.put(group, state or {})
+        sparse.join()
+    except BaseException:
+        sparse.restore()
+        raise
+    return sparse
 
 
 def dense_targets(model: nn.Module, sparsification: Sparsification, targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -193,65 +226,6 @@ def check_divisible(linears: Mapping[str, nn.Linear], pattern: Pattern) -> list[
     return [f"{where}; choose M from {divisors}, or drop these targets"] if bad else []
 
 
-class Surgery:
-    """Replaces dense layers of a model by sparse ones, the layers of one input at a time, and puts the dense ones back.
-
-    Args:
-        model: a causal language model of transformers.
-        sparsification: pattern, criterion and mitigations.
-        linears: the target layers by module path.
-        scope: which tokens are pruned.
-    """
-
-    def __init__(
-        self, model: nn.Module, sparsification: Sparsification, linears: Mapping[str, nn.Linear], scope: str = "all"
-    ) -> None:
-        self.model = model
-        self.sparsification = sparsification
-        self.linears = linears
-        self.view = TokenView(Scope.parse(scope))
-        self.view.needs_past |= sparsification.criterion.dynamic
-        self.layers: dict[str, SparseLinear] = {}
-        self.kept_weights: dict[str, int] = {}
-        self._weights = {name: linear.weight for name, linear in linears.items()}
-        watched = dict.fromkeys((model, model.get_decoder()))  # type: ignore[operator]
-        before, after = partial(_watch_tokens, self.view), partial(_forget_pass, self.view, self.layers)
-        self._hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in watched]
-        self._hooks += [module.register_forward_hook(after, always_call=True) for module in watched]
-
-    def put(self, group: Sequence[str], state: Mapping[str, State]) -> None:
-        """Make the layers of one input sparse.
-
-        Args:
-            group: module paths of layers that read one tensor.
-            state: calibrated state of each layer by module path.
-        """
-        criterion = self.sparsification.criterion
-        if isinstance(criterion, WeightCriterion):
-            for name in group:
-                layer = Layer(name, self.linears[name])
-                pattern = self.sparsification.pattern_of(name)
-                weight, self.kept_weights[name] = criterion.pruned(layer, pattern, state.get(name, {}))
-                self.linears[name].weight = nn.Parameter(weight, requires_grad=False)
-            return
-        layers = sparse_layers(self.sparsification, {name: self.linears[name] for name in group}, state, self.view)
-        self.layers.update(layers)
-        for name, sparse in layers.items():
-            self.model.set_submodule(name, sparse)
-
-    def dense_weight(self, name: str) -> torch.Tensor:
-        """Return the dense weight of a target layer."""
-        return self._weights[name]
-
-    def restore(self) -> None:
-        """Put all dense layers and weights back."""
-        for hook in self._hooks:
-            hook.remove()
-        for name, linear in self.linears.items():
-            linear.weight = self._weights[name]
-            self.model.set_submodule(name, linear)
-
-
 def sparse_layers(
     sparsification: Sparsification, group: Mapping[str, nn.Linear], state: Mapping[str, State], view: TokenView
 ) -> dict[str, SparseLinear]:
@@ -264,7 +238,7 @@ def sparse_layers(
         shared.compile(first.in_features, first.weight.dtype)
         for name in members:
             layers[name] = SparseLinear(group[name], shared, slots[name], sparsification.drops_bias)
-    return layers
+    return {name: layers[name] for name in group}
 
 
 def _equal_inputs(slots: Mapping[str, Slots]) -> list[list[str]]:

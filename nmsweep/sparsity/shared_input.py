@@ -85,6 +85,7 @@ class SharedInput:
         self._pruned: Pruned | None = None
         self._reads = 0
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile breaks its graph here
     def __call__(self, x: Tensor) -> Pruned:
         """Prune x [batch, seq, in], or return the result of the layer that read it first."""
         if self._x is not x or self._version != _version(x) or self._pruned is None:

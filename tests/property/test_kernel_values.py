@@ -33,7 +33,7 @@ PAIRS = [
     (64, 64),
     (33, 66),
 ]
-"""A network is compiled for each N and power of two above M: a second or less, once."""
+"""N and M, with M a power of two and not, up to and above the largest group that a network ranks."""
 
 
 @st.composite

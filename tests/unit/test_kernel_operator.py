@@ -36,12 +36,6 @@ def test_gradients_are_those_of_the_formula_with_constant_mask(shape: tuple[int,
     torch.testing.assert_close(eta.grad, eta2.grad, rtol=1e-6, atol=1e-6)
 
 
-def test_the_operator_keeps_torchs_contract() -> None:
-    x, weight = draw(2, 16, dtype=torch.float32).requires_grad_(), torch.rand(16)
-    torch.library.opcheck(torch.ops.nmsweep.prune.default, (x, 2, 4, 0, weight, "none", None, False, "", True))
-    torch.library.opcheck(torch.ops.nmsweep.prune.default, (x.detach(), 0, 0, 5, None, "median", None, True, "", False))
-
-
 def test_inference_mode_and_training_give_the_same() -> None:
     x = draw(2, 7, 64, dtype=torch.bfloat16)
     trained = prune(x.clone().requires_grad_(), n=8, m=16, eta="median", var=True)
