@@ -7,6 +7,7 @@ from typing import Any
 
 from nmsweep.cell.identity import device_kind, model_spec
 from nmsweep.config.schema import RunConfig, short_hash
+from nmsweep.errors import InputError
 from nmsweep.models import LoadedModel, load_model
 from nmsweep.progress import Display
 
@@ -48,19 +49,26 @@ class Session:
     n_loads: int = 0
     _key: str = ""
     _loaded: LoadedModel | None = None
+    _unusable: dict[str, InputError] = field(default_factory=dict)
 
     def model(self, cfg: RunConfig) -> LoadedModel:
         """Return the cell's model; load it unless it is loaded.
 
         Raises:
-            InputError: it cannot be loaded.
+            InputError: it cannot be loaded; tried only once, for the first of its cells.
         """
         key = short_hash(model_key(cfg))
+        if key in self._unusable:
+            raise self._unusable[key]
         if self._loaded is None or key != self._key:
             self._loaded = None  # two models may not fit
             self.display.stage("loading the model")
             device = place_of(cfg)
-            self._loaded = load_model(model_spec(cfg), dtype=cfg.dtype, device=device)
+            try:
+                self._loaded = load_model(model_spec(cfg), dtype=cfg.dtype, device=device)
+            except InputError as error:
+                self._unusable[key] = error
+                raise
             self._key = key
             if device.startswith("cuda"):
                 import torch

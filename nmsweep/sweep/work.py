@@ -52,6 +52,7 @@ def _logging_to(batch: Batch) -> Iterator[None]:
         batch.log_dir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(batch.log_dir / LOG, delay=True)
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    logging.raiseExceptions = False  # where the disk takes no log it takes no record either, and that is reported
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
