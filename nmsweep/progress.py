@@ -45,7 +45,6 @@ class Display:
             console=self._console, transient=True, disable=not self._live, speed_estimate_period=SPEED_PERIOD_S,
         )  # fmt: skip
         self._n_cells = n_cells
-        self._n_done = 0
         self._shown: set[str] = set()
         self._cells = self._bar.add_task("cells", total=n_cells)
         self._stage = self._bar.add_task("", total=None, visible=False)
@@ -60,11 +59,6 @@ class Display:
     ) -> None:
         self._bar.stop()
 
-    def expect(self, n_cells: int) -> None:
-        """Set the number of cells that will run."""
-        self._n_cells = n_cells
-        self._bar.update(self._cells, total=n_cells)
-
     def cell(self, name: str) -> None:
         """Show that a cell begins."""
         self._cell = name
@@ -74,7 +68,8 @@ class Display:
         """Return the number of a cell among all, in the order they are shown."""
         self._shown.add(name)
         if len(self._shown) > self._n_cells:
-            self.expect(len(self._shown))
+            self._n_cells = len(self._shown)
+            self._bar.update(self._cells, total=self._n_cells)
         return f"[{len(self._shown)}/{self._n_cells}]"
 
     def stage(self, name: str, n_steps: int | None = None) -> None:
@@ -87,7 +82,7 @@ class Display:
 
     def finished(self, outcome: str) -> None:
         """Show that the current cell has ended."""
-        self._advance()
+        self._bar.advance(self._cells)
         self._bar.update(self._stage, visible=False)
         self.say(f"    {outcome}")
 
@@ -95,11 +90,7 @@ class Display:
         """Show that a cell has ended in another process; one that began here says so itself."""
         if name not in self._shown:
             self.say(f"{self._count(name)} {name}: {outcome}")
-            self._advance()
-
-    def _advance(self) -> None:
-        self._n_done += 1
-        self._bar.update(self._cells, completed=self._n_done)
+            self._bar.advance(self._cells)
 
     def say(self, text: str) -> None:
         """Print one line."""

@@ -14,7 +14,8 @@ def main(words: Sequence[str]) -> int:
     for leftover in entries:
         print(f"{leftover.n_bytes / 1e6:10.2f} MB  {leftover.path}  ({leftover.what})")
     if "remove" in words:
-        remove(entries)
+        for leftover in entries:
+            remove(leftover.path)
         print(f"{len(entries)} removed")
     else:
         print(f"{len(entries)} leftovers" + ("; `nmsweep gc remove` removes them" if entries else ""))

@@ -54,13 +54,12 @@ def main(words: Sequence[str]) -> int:
     logging.basicConfig(handlers=[logging.NullHandler()])  # the terminal belongs to the display
     with interruptible():
         launch = Launch(plan, tuple(pending), secrets.token_hex(6), command.log_dir, command.cells[0].cluster)
-        outcomes = executor.execute(launch)
+        errors = executor.execute(launch)
         remove_abandoned(plan.results_dir)  # of workers that were killed
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    if len(outcomes) > 1:
-        for outcome in failed:
-            print(f"FAILED {outcome.name}: {outcome.error}", file=sys.stderr)
-    return int(bool(failed))
+    if len(pending) > 1:
+        for name, error in errors.items():
+            print(f"FAILED {name}: {error}", file=sys.stderr)
+    return int(bool(errors))
 
 
 def plan_of(command: Command, words: Sequence[str]) -> "Plan":

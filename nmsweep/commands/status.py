@@ -12,8 +12,8 @@ def main(words: Sequence[str]) -> int:
     values = key_values(words, ["results_dir", "plan", "limit"])
     limit = whole_number(values, "limit", 20)
     plan = stored_plan(values)
-    status = show_status(plan, limit)
+    n_failed = show_status(plan, limit)
     others = [plan_id for plan_id in plan_ids(plan.results_dir) if plan_id != plan.plan_id]
     if others and "plan" not in values:
         print(f"{len(others)} other plans: plan=ID shows one of {', '.join(others[:3])}{', …' if others[3:] else ''}")
-    return int(bool(status.failed))
+    return int(n_failed > 0)

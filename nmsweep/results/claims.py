@@ -136,7 +136,7 @@ def take(results_dir: Path, name: str, note: str = "") -> Path | None:
     place = folder / f"{name}.{generation}"
     if not _make(place, json.dumps({"owner": str(me()), "note": note})):
         return None
-    for other in _all(results_dir, name):  # a process that looked before this file existed may have made another
+    for other in all_claims(results_dir, name):  # a process that looked before this file existed may have made another
         if other.generation > generation or (other.generation < generation and not is_void(other)):
             place.unlink(missing_ok=True)
             return None
@@ -175,12 +175,16 @@ def _make_exclusively(place: Path, text: str) -> bool:
 
 def find(results_dir: Path, name: str) -> Claim | None:
     """Return the claim with the highest generation on a name, void or not."""
-    return max(_all(results_dir, name), key=lambda claim: claim.generation, default=None)
+    return max(all_claims(results_dir, name), key=lambda claim: claim.generation, default=None)
 
 
-def all_claims(results_dir: Path) -> list[Claim]:
-    """Return every claim in a results folder."""
-    return [claim for place in _files(results_dir) if (claim := _read(place))]
+def all_claims(results_dir: Path, name: str = "") -> list[Claim]:
+    """Return every claim in a results folder, or those on one name."""
+    try:
+        places = [place for place in (results_dir / CLAIMS).iterdir() if place.suffix[1:].isdecimal()]
+    except FileNotFoundError:
+        return []
+    return [claim for place in places if name in ("", place.stem) and (claim := _read(place))]
 
 
 _seen: dict[Path, tuple[float, float]] = {}
@@ -211,31 +215,10 @@ def looks_stale(claim: Claim, now: float, silent_s: float = LEASE_S) -> bool:
 
 def _release(results_dir: Path, place: Path) -> None:
     """Remove a claim's files, the oldest first, so that what is left always names its holder."""
-    name, _, generation = place.name.rpartition(".")
-    older = [file for file in _files(results_dir, name) if _generation(file) < int(generation)]
-    for file in (*sorted(older, key=_generation), place):
+    claims = sorted(all_claims(results_dir, place.stem), key=lambda claim: claim.generation)
+    for file in (*(claim.place for claim in claims if claim.generation < int(place.suffix[1:])), place):
         with contextlib.suppress(OSError):  # the folder is gone or read-only by now: the lease expires
             file.unlink(missing_ok=True)
-
-
-def _generation(place: Path) -> int:
-    return int(place.name.rpartition(".")[2])
-
-
-def _files(results_dir: Path, name: str = "") -> list[Path]:
-    try:
-        return [p for p in (results_dir / CLAIMS).iterdir() if not p.name.startswith(".") and _is_of(p, name)]
-    except FileNotFoundError:
-        return []
-
-
-def _is_of(place: Path, name: str) -> bool:
-    stem, _, generation = place.name.rpartition(".")
-    return generation.isdecimal() and name in ("", stem)
-
-
-def _all(results_dir: Path, name: str) -> list[Claim]:
-    return [claim for place in _files(results_dir, name) if (claim := _read(place))]
 
 
 def _read(place: Path) -> Claim | None:
@@ -245,13 +228,7 @@ def _read(place: Path) -> Claim | None:
             text, touched = file.read(4096), os.fstat(file.fileno()).st_mtime
     except OSError:
         return None
-    name, _, generation = place.name.rpartition(".")
-    return Claim(name, int(generation), place, parse_owner(text), _note(text), touched)
-
-
-def _note(text: str) -> str:
-    try:
-        stored = json.loads(text)
-    except ValueError:
-        return ""
-    return str(stored.get("note", "")) if isinstance(stored, dict) else ""
+    note = ""
+    with contextlib.suppress(ValueError, AttributeError):  # a kill may leave it empty where there are no hard links
+        note = str(json.loads(text).get("note", ""))
+    return Claim(place.stem, int(place.suffix[1:]), place, parse_owner(text), note, touched)

@@ -4,7 +4,6 @@ Nothing outside the folder is touched: where a link stands in the place of one o
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,26 +47,20 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def temporary_files(results_dir: Path) -> Iterator[Path]:
-    """Yield every file or folder that some process is writing or replacing."""
-    folders = [*(results_dir / name for name in WRITTEN), *_entries(results_dir / PARTS)]
-    entries = [*results_dir.iterdir()] if results_dir.is_dir() else []  # the results folder itself may be a link
-    for folder in folders:
-        entries += _entries(folder)
-    yield from (path for path in entries if path.name.startswith((UNFINISHED, REPLACED)))
-
-
 def abandoned(results_dir: Path) -> list[Path]:
-    """Return the temporary files whose process is gone."""
+    """Return the files and folders that a process was writing or replacing when it ended."""
+    entries = [*results_dir.iterdir()] if results_dir.is_dir() else []  # the results folder itself may be a link
+    for folder in (*(results_dir / name for name in WRITTEN), *_entries(results_dir / PARTS)):
+        entries += _entries(folder)
     now = server_clock(results_dir)
-    return [path for path in temporary_files(results_dir) if is_abandoned(path, now)]
+    return [path for path in entries if path.name.startswith((UNFINISHED, REPLACED)) and is_abandoned(path, now)]
 
 
 def restore(results_dir: Path) -> None:
     """Restore the records that a process was replacing when it was killed."""
     for path in abandoned(results_dir):
         if path.name.startswith(REPLACED):
-            _remove(path)
+            remove(path)
 
 
 def remove_abandoned(results_dir: Path) -> int:
@@ -78,7 +71,7 @@ def remove_abandoned(results_dir: Path) -> int:
     claims = [] if (results_dir / CLAIMS).is_symlink() else all_claims(results_dir)
     paths = [*abandoned(results_dir), *(claim.place for claim in claims if claim.is_orphan)]
     for path in paths:
-        _remove(path)
+        remove(path)
     return len(paths)
 
 
@@ -98,13 +91,8 @@ def leftovers(results_dir: Path) -> list[Leftover]:
     return entries
 
 
-def remove(entries: Sequence[Leftover]) -> None:
-    """Remove leftovers."""
-    for leftover in entries:
-        _remove(leftover.path)
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, or put back what was being replaced."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     elif path.name.startswith(REPLACED):

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import socket
+import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,12 +142,8 @@ def server_time(folder: Path) -> float:
     Raises:
         OSError: the folder cannot be written.
     """
-    probe = folder / temporary_name()
-    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    try:
-        os.write(handle, b"?")
-        os.fsync(handle)
-        return os.fstat(handle).st_mtime
-    finally:
-        os.close(handle)
-        probe.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{temporary_name()}_") as probe:
+        probe.write(b"?")
+        probe.flush()
+        os.fsync(probe.fileno())
+        return os.fstat(probe.fileno()).st_mtime

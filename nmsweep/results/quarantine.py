@@ -39,16 +39,8 @@ def damage(folder: Path, *, deep: bool = False) -> str:
     return ""
 
 
-def quarantine(place: Path, results_dir: Path) -> Path:
-    """Move a damaged cell, part or file aside, so that it is computed again; return its new place."""
-    aside = results_dir / QUARANTINE / f"{place.name}_{secrets.token_hex(4)}"
-    aside.parent.mkdir(exist_ok=True)
-    os.rename(place, aside)
-    return aside
-
-
 def put_aside(place: Path, results_dir: Path, why: str, say: Callable[[str], None]) -> None:
-    """Move something damaged aside and say so, unless another process has just done it.
+    """Move something damaged aside, so that it is computed again, and say so; do nothing if another process has just done it.
 
     Args:
         place: a cell, a part or a file.
@@ -56,8 +48,10 @@ def put_aside(place: Path, results_dir: Path, why: str, say: Callable[[str], Non
         why: what is wrong with it.
         say: called with its new place.
     """
+    aside = results_dir / QUARANTINE / f"{place.name}_{secrets.token_hex(4)}"
+    aside.parent.mkdir(exist_ok=True)
     try:
-        aside = quarantine(place, results_dir)
+        os.rename(place, aside)
     except FileNotFoundError:
         return
     say(f"    {place.relative_to(results_dir)} is damaged ({why}): put aside as {aside}, computed again")

@@ -88,26 +88,18 @@ def whole_folder(place: Path) -> Iterator[Path]:
 
 
 def _take_place(temporary: Path, place: Path) -> None:
-    with _moved_aside(place):
+    """Rename a folder; keep what it replaces aside until then, so that `put_back` can restore it after a kill."""
+    aside = place.parent / temporary_name(REPLACED)
+    try:
+        if place.exists():
+            aside.mkdir()
+            with suppress(FileNotFoundError):  # another process has moved it
+                os.rename(place, aside / place.name)
         try:
             os.rename(temporary, place)
         except OSError:
             if not place.exists():  # another process was first; its record is equal
                 raise
-
-
-@contextmanager
-def _moved_aside(place: Path) -> Iterator[None]:
-    """Keep what is at a place until the block has put something there; after a kill, `put_back` restores it."""
-    if not place.exists():
-        yield
-        return
-    aside = place.parent / temporary_name(REPLACED)
-    aside.mkdir()
-    try:
-        with suppress(FileNotFoundError):  # another process has moved it
-            os.rename(place, aside / place.name)
-        yield
     finally:
         put_back(aside)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nmsweep.config.schema import RunConfig, from_plain, short_hash
 from nmsweep.errors import InputError
@@ -107,23 +107,6 @@ class Batch:
     log_dir: Path
     worker: int = 0
     n_workers: int = 1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one cell ended.
-
-    Attributes:
-        name: of its folder.
-        status: ``busy`` where another process holds it.
-        error: why it failed; for a busy one, who holds it.
-        claim: the claim that another process holds.
-    """
-
-    name: str
-    status: Literal["done", "failed", "busy"]
-    error: str = ""
-    claim: str = ""
 
 
 def ordered(cells: Iterable[PlannedCell]) -> list[PlannedCell]:

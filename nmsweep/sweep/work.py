@@ -18,7 +18,7 @@ from nmsweep.results.quarantine import damage
 from nmsweep.results.record import failure_of, write_failure
 from nmsweep.results.storage import taking
 from nmsweep.sweep.machine import share_machine, shares_gpus
-from nmsweep.sweep.plan import Batch, Outcome, Plan, PlannedCell, load
+from nmsweep.sweep.plan import Batch, Plan, PlannedCell, load
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ POLL_S = (0.05, 0.5)
 """Seconds between two looks at a cell that another process is computing: at first, and after some."""
 
 
-def run_batch(batch: Batch, display: Display, plan: Plan | None = None, *, patient: bool = False) -> list[Outcome]:
+def run_batch(batch: Batch, display: Display, plan: Plan | None = None, *, patient: bool = False) -> None:
     """Run a batch of cells; what a job calls, perhaps on another machine.
 
     Args:
@@ -35,9 +35,6 @@ def run_batch(batch: Batch, display: Display, plan: Plan | None = None, *, patie
         plan: the plan, if it is at hand; else it is read from the results folder.
         patient: see `work`.
 
-    Returns:
-        how each cell ended.
-
     Raises:
         StorageError: the results folder takes no more.
     """
@@ -45,8 +42,7 @@ def run_batch(batch: Batch, display: Display, plan: Plan | None = None, *, patie
         plan = plan or load(batch.results_dir, batch.plan_id)
         share_machine(batch.worker, batch.n_workers, with_gpus=shares_gpus(plan))
         session = Session(display, sweep=batch.plan_id, launch=batch.launch_id)
-        display.expect(len(batch.indices))
-        return work(plan, batch.indices, session, patient=patient)
+        work(plan, batch.indices, session, patient=patient)
 
 
 @contextmanager
@@ -56,6 +52,7 @@ def _logging_to(batch: Batch) -> Iterator[None]:
         batch.log_dir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(batch.log_dir / LOG, delay=True)
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    logging.raiseExceptions = False  # where the disk takes no log it takes no record either, and that is reported
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
@@ -71,8 +68,10 @@ def _logging_to(batch: Batch) -> Iterator[None]:
         handler.close()
 
 
-def work(plan: Plan, indices: Sequence[int], session: Session, *, patient: bool) -> list[Outcome]:
+def work(plan: Plan, indices: Sequence[int], session: Session, *, patient: bool) -> None:
     """Run cells of a plan; come back later to those that another process is computing.
+
+    How each cell ended is in the results folder.
 
     Args:
         plan: the plan.
@@ -80,71 +79,64 @@ def work(plan: Plan, indices: Sequence[int], session: Session, *, patient: bool)
         session: what is kept between them.
         patient: wait until every cell is there; otherwise leave cells to other processes that are seen to compute them.
 
-    Returns:
-        how each cell ended.
-
     Raises:
         StorageError: the results folder takes no more; the remaining cells were not tried.
         KeyboardInterrupt: the process was told to stop.
     """
-    outcomes: dict[str, Outcome] = {}
     waiting = [plan.cells[index] for index in indices]
     seen: dict[str, tuple[int, float]] = {}
     announced = False
     pause_s = POLL_S[0]
     while waiting:
-        before = len(waiting)
-        for cell in waiting:
-            outcomes[cell.name] = attempt(cell, plan.config(cell), session)
-        waiting = [cell for cell in waiting if outcomes[cell.name].status == "busy"]
-        if not patient:
-            waiting = [
-                cell for cell in waiting if not _is_elsewhere(plan.results_dir, cell, outcomes[cell.name].claim, seen)
-            ]
-        if waiting and len(waiting) == before:
+        tried = [(cell, attempt(cell, plan.config(cell), session)) for cell in waiting]
+        held = [(cell, busy) for cell, busy in tried if busy]
+        left = [cell for cell, busy in held if patient or not _is_elsewhere(plan.results_dir, cell, busy.claim, seen)]
+        if left and len(left) == len(waiting):
             if patient and not announced:
-                session.display.say(f"    waiting for other processes: {outcomes[waiting[0].name].error}")
+                session.display.say(f"    waiting for other processes: {held[0][1]}")
                 announced = True
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_S[1])
-    return list(outcomes.values())
+        waiting = left
 
 
-def _is_elsewhere(results_dir: Path, cell: PlannedCell, name: str, seen: dict[str, tuple[int, float]]) -> bool:
+def _is_elsewhere(results_dir: Path, cell: PlannedCell, claim_name: str, seen: dict[str, tuple[int, float]]) -> bool:
     """Return whether another process is seen to compute this cell: it lives on this machine, or has touched its claim since.
 
     Args:
         results_dir: the results folder.
         cell: the cell.
-        name: of the claim that is held by another process.
+        claim_name: of the claim that is held by another process.
         seen: when each claim was last touched; updated.
     """
-    claim = find(results_dir, name)
+    claim = find(results_dir, claim_name)
     if claim is None or claim.note != cell.name:  # of a state, or of a cell that differs in its tasks only
         return False
     if claim.owner and claim.owner.is_alive():
         return True
     touched = (claim.generation, claim.touched)
-    return seen.setdefault(name, touched) != touched
+    return seen.setdefault(claim_name, touched) != touched
 
 
-def attempt(cell: PlannedCell, cfg: RunConfig, session: Session) -> Outcome:
+def attempt(cell: PlannedCell, cfg: RunConfig, session: Session) -> Busy | None:
     """Run a cell; record a failure instead of raising it, so that the sweep goes on.
+
+    Returns:
+        None if the cell has ended; else which other process holds it, or what it needs.
 
     Raises:
         StorageError: the results folder takes no more.
     """
     folder = cfg.results_dir / CELLS / cell.name
     if folder.is_dir() and not cfg.force and not damage(folder):  # made by another process since
-        return Outcome(cell.name, "done")
+        return None
     failed = failure_folder(cfg.results_dir, cell.name)
-    if (error := failure_of(failed, session.launch)) is not None:  # by another process of this launch
-        return Outcome(cell.name, "failed", error)
+    if failure_of(failed, session.launch) is not None:  # by another process of this launch
+        return None
     try:
         run(cfg, session)
-        return Outcome(cell.name, "done")
     except Busy as busy:
-        return Outcome(cell.name, "busy", str(busy), busy.claim)
+        return busy
     except StorageError:
         raise
     except Exception as error:  # the boundary between cells: any failure of one must leave the others alone
@@ -158,4 +150,4 @@ def attempt(cell: PlannedCell, cfg: RunConfig, session: Session) -> Outcome:
         }
         write_failure(failed, cfg.dump(), about)
         session.display.finished(f"FAILED: {reason} (traceback: {failed / PROVENANCE})")
-        return Outcome(cell.name, "failed", reason)
+    return None

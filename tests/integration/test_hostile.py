@@ -16,7 +16,9 @@ from nmsweep.cell.session import Session
 from nmsweep.config.schema import short_hash
 from nmsweep.data.tasks import LONGEST_LINE_BYTES, find_task
 from nmsweep.errors import DataError, InputError
+from nmsweep.results.layout import failure_folder
 from nmsweep.results.owner import Owner
+from nmsweep.results.record import failure_of
 from nmsweep.sweep.plan import load, plan_ids
 from nmsweep.sweep.work import attempt
 
@@ -72,7 +74,8 @@ def error_of_forged(results: Path, change: Callable[[dict[str, Any]], None]) -> 
     (cell,) = plan.cells
     shutil.rmtree(results / "cells" / cell.name, ignore_errors=True)
     try:
-        return attempt(cell, plan.config(cell), Session()).error
+        attempt(cell, plan.config(cell), Session())
+        return failure_of(failure_folder(results, cell.name)) or ""
     except InputError as error:
         return str(error)
 

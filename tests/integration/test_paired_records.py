@@ -230,7 +230,7 @@ def test_fewer_items_never_take_the_place_of_more(tmp_path: Path, monkeypatch: p
     [
         (("abcdef012345",), "has no cell"),
         ((), "0 cells were named"),
-        (("x", "limit=many"), "no number of items"),
+        (("x", "limit=many"), "no whole number"),
     ],
 )
 def test_inspect_says_what_it_needs(nmsweep: Call, sweep: Path, words: tuple[str, ...], message: str) -> None:

@@ -24,7 +24,7 @@ from nmsweep.progress import Display
 from nmsweep.results.claims import Claim, all_claims, is_void
 from nmsweep.results.layout import failure_folder
 from nmsweep.results.record import cell_index, failure_of
-from nmsweep.sweep.plan import Batch, Outcome, Plan, PlannedCell
+from nmsweep.sweep.plan import Batch, Plan, PlannedCell
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,11 @@ class Launch:
     log_dir: Path
     cluster: ClusterConfig
 
+    @property
+    def cells(self) -> list[PlannedCell]:
+        """The cells to compute."""
+        return [self.plan.cells[index] for index in self.pending]
+
     def batches(self, shares: Sequence[Sequence[int]], *, one_machine: bool = False) -> list[Batch]:
         """Return a batch for each share of the pending cells; `one_machine` if their processes share cores and GPUs."""
         n = len(shares)
@@ -76,9 +81,6 @@ class Executor(ABC):
     first_is_here: ClassVar[bool] = False
     """Whether the first batch runs in this process, which then shows the cells of all."""
 
-    has_jobs: ClassVar[bool] = True
-    """Whether the number of jobs is worth a line."""
-
     def check(self) -> None:  # noqa: B027 - most have nothing to check
         """Check that jobs can be started, before anything is written.
 
@@ -101,21 +103,21 @@ class Executor(ABC):
             NmsweepError: the jobs cannot be started, or the results folder takes no more.
         """
 
-    def execute(self, launch: Launch) -> list[Outcome]:
+    def execute(self, launch: Launch) -> dict[str, str]:
         """Run the pending cells of a launch.
 
         Returns:
-            how each of them ended, by the records in the results folder.
+            why cells failed, by their names.
 
         Raises:
             NmsweepError: the jobs cannot be started, or the results folder takes no more.
         """
         display = Display(len(launch.pending))
         batches = self.share(launch)
-        if self.has_jobs:
+        elsewhere = len(batches) > 1 or not self.first_is_here
+        if elsewhere:
             n_jobs = f"{len(batches)} jobs" if len(batches) > 1 else "one job"
             display.say(f"    {len(launch.pending)} cells in {n_jobs}")
-        elsewhere = len(batches) > 1 or not self.first_is_here
         lost: Mapping[int, str] = {}
         failure = ""
         with display, _showing_others(launch, display) if elsewhere else nullcontext():
@@ -128,9 +130,16 @@ class Executor(ABC):
                 failure = f"{type(error).__name__}: {error}"
             else:
                 _wait_for_other_sweeps(launch, display)
-        records = cell_index(launch.plan.results_dir)
-        cells = launch.plan.cells
-        return [_outcome(launch, cells[index], records, lost.get(index, failure)) for index in launch.pending]
+        ended = _ended(launch)
+        errors: dict[str, str] = {}
+        for index, cell in zip(launch.pending, launch.cells, strict=True):
+            why, reason = ended.get(cell.name), lost.get(index, failure)
+            if why is None or (reason and cell.config.get("force")):
+                of_another = failure_of(failure_folder(launch.plan.results_dir, cell.name))  # that held its claim
+                why = why or reason or of_another or _NO_RECORD
+            if why:
+                errors[cell.name] = why
+        return errors
 
 
 def executor_of(node: Mapping[str, Any]) -> Executor:
@@ -177,17 +186,19 @@ def by_model(launch: Launch) -> list[list[int]]:
     return shares
 
 
-def _outcome(launch: Launch, cell: PlannedCell, records: Mapping[str, Path], lost: str) -> Outcome:
-    """Return how a cell ended, by its records; `lost` says why its job did not report, if so."""
-    folder = failure_folder(launch.plan.results_dir, cell.name)
-    if (error := failure_of(folder, launch.launch_id)) is not None:
-        return Outcome(cell.name, "failed", error)
-    if cell.cell_id in records and not (lost and cell.config.get("force")):
-        return Outcome(cell.name, "done")
-    other = failure_of(folder)  # of another sweep that held its claim
-    return Outcome(
-        cell.name, "failed", lost or other or "no record of it is there; give the command again to compute it"
-    )
+_NO_RECORD = "no record of it is there; give the command again to compute it"
+
+
+def _ended(launch: Launch) -> dict[str, str]:
+    """Return the cells of a launch that have ended, by name: why they failed in it, or nothing if they have a record."""
+    results_dir = launch.plan.results_dir
+    records = cell_index(results_dir)
+    ended = {}
+    for cell in launch.cells:
+        error = failure_of(failure_folder(results_dir, cell.name), launch.launch_id)
+        if error is not None or cell.cell_id in records:
+            ended[cell.name] = error or ""
+    return ended
 
 
 def _wait_for_other_sweeps(launch: Launch, display: Display) -> None:
@@ -203,32 +214,20 @@ def _wait_for_other_sweeps(launch: Launch, display: Display) -> None:
 
 
 def _held(launch: Launch) -> dict[str, Claim]:
-    """Return the claims on cells of a launch that have neither a record nor a failure of its own, by the cells' names."""
-    results_dir, records = launch.plan.results_dir, cell_index(launch.plan.results_dir)
-    claims = {claim.note: claim for claim in all_claims(results_dir) if not is_void(claim)}
-    cells = [launch.plan.cells[index] for index in launch.pending]
-    return {
-        cell.name: claims[cell.name]
-        for cell in cells
-        if cell.name in claims
-        and cell.cell_id not in records
-        and failure_of(failure_folder(results_dir, cell.name), launch.launch_id) is None
-    }
+    """Return the claims on cells of a launch that have not ended, by the cells' names."""
+    ended = _ended(launch)
+    claims = {claim.note: claim for claim in all_claims(launch.plan.results_dir) if not is_void(claim)}
+    return {cell.name: claims[cell.name] for cell in launch.cells if cell.name in claims and cell.name not in ended}
 
 
 @contextmanager
 def _showing_others(launch: Launch, display: Display) -> Iterator[None]:
     """Show cells as other processes finish them, while the block lasts."""
     stop = threading.Event()
-    results_dir = launch.plan.results_dir
-    waiting = {cell.cell_id: cell.name for cell in (launch.plan.cells[index] for index in launch.pending)}
 
     def look() -> None:
-        for cell_id in waiting.keys() & cell_index(results_dir).keys():
-            display.elsewhere(waiting.pop(cell_id), "done by another process")
-        for cell_id, name in list(waiting.items()):
-            if (error := failure_of(failure_folder(results_dir, name), launch.launch_id)) is not None:
-                display.elsewhere(waiting.pop(cell_id), f"FAILED: {error}")
+        for name, error in _ended(launch).items():
+            display.elsewhere(name, f"FAILED: {error}" if error else "done by another process")
 
     def watch() -> None:
         while not stop.wait(1):

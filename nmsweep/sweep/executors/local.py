@@ -47,8 +47,6 @@ class WorkerProcesses(Executor):
 class SameProcess(WorkerProcesses):
     """`hydra/launcher=basic`: every cell in this process."""
 
-    has_jobs = False
-
     def share(self, launch: Launch) -> list[Batch]:
         return launch.batches([launch.pending])
 

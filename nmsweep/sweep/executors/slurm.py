@@ -58,7 +58,7 @@ class SubmititJob:
         see_gpus()
         from nmsweep.sweep.work import run_batch
 
-        run_batch(batch, Display())
+        run_batch(batch, Display(len(batch.indices)))
 
     def checkpoint(self, batch: Batch) -> Any:
         """Return the same call: the results folder knows what is done of it."""
