@@ -71,9 +71,7 @@ class NMSweepLM(lm.NMSweepLM):
             self._dense_again = weakref.finalize(self, sparse.restore)
         self._cell = cell
         across = cell is not None and cell.across_tokens
-        super().__init__(
-            loaded.model, loaded.tokenizer, cfg.eval.batch_tokens, lambda n_tokens: None, cfg.eval.scoring, across
-        )
+        super().__init__(loaded.model, loaded.tokenizer, cfg.eval.batch_tokens, cfg.eval.scoring, across)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._check(requests)

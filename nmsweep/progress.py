@@ -1,7 +1,6 @@
 """One display for a sweep: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
-import time
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -11,7 +10,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     Task,
     TextColumn,
     TimeElapsedColumn,
@@ -21,14 +19,6 @@ from rich.text import Text
 
 SPEED_PERIOD_S = 6 * 3600.0
 """Seconds of the past from which the time left is estimated; a cell of a large model takes an hour."""
-
-
-class _TokensPerSecond(ProgressColumn):
-    """Speed of the current stage."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.fields.get("speed")
-        return Text(f"{speed:,.0f} tokens/s" if speed else "")
 
 
 class _Count(MofNCompleteColumn):
@@ -51,7 +41,7 @@ class Display:
         self._console = Console(file=stream or sys.stderr, quiet=quiet)
         self._live = self._console.is_terminal and not quiet
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), _Count(), TimeElapsedColumn(), TimeRemainingColumn(), _TokensPerSecond(),
+            TextColumn("{task.description}"), BarColumn(), _Count(), TimeElapsedColumn(), TimeRemainingColumn(),
             console=self._console, transient=True, disable=not self._live, speed_estimate_period=SPEED_PERIOD_S,
         )  # fmt: skip
         self._n_cells = n_cells
@@ -60,8 +50,6 @@ class Display:
         self._cells = self._bar.add_task("cells", total=n_cells)
         self._stage = self._bar.add_task("", total=None, visible=False)
         self._cell = ""
-        self._tokens = 0
-        self._since = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -91,16 +79,7 @@ class Display:
 
     def stage(self, name: str, n_steps: int | None = None) -> None:
         """Show that a stage of the current cell begins, of `n_steps` tasks or blocks; None if unknown."""
-        self._tokens, self._since = 0, time.monotonic()
-        self._bar.reset(
-            self._stage, total=n_steps, visible=True, description=f"  {escape(self._cell)}: {name}", speed=None
-        )
-
-    def tokens(self, n_tokens: int) -> None:
-        """Count tokens that were just computed."""
-        self._tokens += n_tokens
-        elapsed = time.monotonic() - self._since
-        self._bar.update(self._stage, speed=self._tokens / elapsed if elapsed > 0 else None)
+        self._bar.reset(self._stage, total=n_steps, visible=True, description=f"  {escape(self._cell)}: {name}")
 
     def step(self) -> None:
         """Count one step of the current stage."""

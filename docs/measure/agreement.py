@@ -68,11 +68,10 @@ def run(
     if not rounded:
         keep_float64(models["float64"].model)
     for source in sources:
-        shots = source.num_fewshot(cfg.eval.num_fewshot)
         few = min(FLOAT64_ITEMS, cfg.eval.limit or FLOAT64_ITEMS)
         loaded = models["bfloat16"]
         requests, first = (
-            task_requests(loaded.model, loaded.tokenizer, source, limit=limit, num_fewshot=shots)
+            task_requests(loaded.model, loaded.tokenizer, source, limit=limit, num_fewshot=cfg.eval.num_fewshot)
             for limit in (cfg.eval.limit, few)
         )
         for method in (None, *methods):
@@ -151,7 +150,7 @@ def answers(
     loaded: LoadedModel, requests: Sequence[Request], scoring: Scoring, batch_tokens: int, across_tokens: bool = False
 ) -> Answers:
     """Score requests on one path."""
-    lm = NMSweepLM(loaded.model, loaded.tokenizer, batch_tokens, lambda n_tokens: None, scoring, across_tokens)
+    lm = NMSweepLM(loaded.model, loaded.tokenizer, batch_tokens, scoring, across_tokens)
     with quiet():
         return lm._loglikelihood_tokens(requests)
 

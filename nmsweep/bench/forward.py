@@ -1,6 +1,6 @@
 """Time a decoder forward pass, sparse against dense, interleaved."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nmsweep.bench.options import Count, Device, Dtype, Names, Patterns
 from nmsweep.bench.timing import Contender, interleave, median_ms, peak_bytes, ratios
 from nmsweep.cell.identity import model_spec
 from nmsweep.config.compose import cells_of
@@ -19,17 +20,17 @@ from nmsweep.sparsity.fusion import Forward, replaced
 
 def run(
     *,
-    model: str,
-    dtype: str,
-    device: str,
-    batch: int,
-    seqlen: int,
-    pattern: Sequence[str],
-    criterion: Sequence[str],
-    mitigation: Sequence[str],
-    variants: str,
-    targets: str,
-    rounds: int,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    model: str = "smollm2",
+    batch: Count = 2,
+    seqlen: Count = 512,
+    pattern: Patterns = ("2:4", "8:16", "16:32"),
+    criterion: Names = ("act",),
+    mitigation: Names = ("none", "shift+var"),
+    variants: str = "",
+    targets: str = "all",
+    rounds: Count = 7,
 ) -> list[dict[str, Any]]:
     """Time the decoder (no lm_head) of a model, dense and under each variant.
 

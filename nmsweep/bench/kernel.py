@@ -1,12 +1,13 @@
 """Time the fused primitive against a copy of the same tensor, and against topk and scatter, interleaved."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nmsweep.bench.options import Count, Device, Dtype, Names, Patterns
 from nmsweep.bench.timing import Contender, interleave, median_ms, ratios
 from nmsweep.config.pattern import parse_pattern
 from nmsweep.errors import InputError, nearest
@@ -27,15 +28,15 @@ FORMS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 
 def run(
     *,
-    device: str,
-    dtype: str,
-    batch: int,
-    seqlen: int,
-    hidden: int,
-    pattern: Sequence[str],
-    form: Sequence[str],
-    rounds: int,
-    repeats: int,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    batch: Count = 4,
+    seqlen: Count = 256,
+    hidden: Count = 4096,
+    pattern: Patterns = ("2:4", "4:8", "8:16", "16:32", "50%"),
+    form: Names = ("act", "weight", "shift+var"),
+    rounds: Count = 7,
+    repeats: Count = 20,
 ) -> list[dict[str, Any]]:
     """Time the primitive on a normal random tensor [batch, seqlen, hidden].
 

@@ -3,8 +3,11 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from nmsweep.bench.options import Count, Device, Dtype
 from nmsweep.bench.timing import Contender, interleave, median_ms, peak_memory, ratios
 from nmsweep.cell.identity import identify, model_spec
 from nmsweep.config.compose import cells_of
@@ -22,15 +25,15 @@ WARM_UP = 32
 
 def run(
     *,
-    model: str,
-    dtype: str,
-    device: str,
-    tasks: str,
-    mirror: str,
-    limit: int,
-    shots: int,
-    batch_tokens: int,
-    rounds: int,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    model: str = "smollm2",
+    tasks: str = "mini",
+    mirror: str = "",
+    limit: Count = 32,
+    shots: Annotated[int, Field(ge=0)] = 0,
+    batch_tokens: Count = 4096,
+    rounds: Count = 7,
 ) -> list[dict[str, Any]]:
     """Time the log-likelihood requests of tasks; building and encoding them is not timed.
 
@@ -88,7 +91,7 @@ class _Recorder(NMSweepLM):
     """Records the requests instead of answering them."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        super().__init__(model, tokenizer, 1, lambda n_tokens: None)
+        super().__init__(model, tokenizer, 1)
         self.requests: list[Request] = []
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -112,7 +115,7 @@ def compare(
     memory: dict[str, int] = {}
 
     def answer(scoring: Scoring, requests: Sequence[Request]) -> None:
-        lm = NMSweepLM(model, tokenizer, batch_tokens, lambda n_tokens: None, scoring)
+        lm = NMSweepLM(model, tokenizer, batch_tokens, scoring)
         with quiet(), peak_memory(device) as peak:
             answers[scoring] = lm._loglikelihood_tokens(requests)
         n_tokens[scoring], memory[scoring] = lm.n_tokens, peak()

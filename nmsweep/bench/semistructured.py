@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nmsweep.bench.options import Count, Device, Dtype
 from nmsweep.bench.timing import Contender, interleave, median_ms, ratios
 from nmsweep.errors import InputError
 from nmsweep.kernels import prune
@@ -17,7 +18,9 @@ SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 """(in, out) of the linear layers of an 8B Llama: q and o, k and v, gate and up, down."""
 
 
-def run(*, device: str, dtype: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
+def run(
+    *, device: Device = "auto", dtype: Dtype = "bfloat16", tokens: Count = 8192, rounds: Count = 7
+) -> list[dict[str, Any]]:
     """Time y = x Wᵀ for x [tokens, in] pruned 2:4: dense, masked dense, and sparse with cuSPARSELt; with torchao also in fp8.
 
     Returns:

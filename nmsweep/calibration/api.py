@@ -9,11 +9,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from nmsweep.calibration.fit import fit
-from nmsweep.calibration.text import adds_bos, default_samples, windows
+from nmsweep.calibration.text import default_samples, windows
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.errors import InputError
 from nmsweep.methods.base import Criterion, State
 from nmsweep.methods.sparsification import Sparsification
+from nmsweep.models import adds_bos
 from nmsweep.sparsity.api import MitigationArgument, assemble
 
 _LEARNING = ("prefix", "teacher", "objective", "schedule", "lr", "epochs")

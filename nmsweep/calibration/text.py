@@ -58,29 +58,39 @@ def _train_file(mirror: Path) -> dict[str, Path]:
     )
 
 
-def adds_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer puts a BOS before a text (Llama, Gemma)."""
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-
-
 def default_samples(sparsification: Sparsification) -> int:
     """Return the number of windows where the user gives none."""
     return 256 if sparsification.learned else 32
 
 
-def windows(
-    text: str, tokenizer: Any, *, n_samples: int, seqlen: int, seed: int, bos: bool, exact: bool = True
-) -> Tensor:
-    """Draw windows from a text, without overlap.
+def cut(text: str, tokenizer: Any, seqlen: int, bos: bool) -> Tensor:
+    """Cut a text into windows without overlap.
 
     Args:
         text: tokenised as a whole, without special tokens.
         tokenizer: of transformers.
-        n_samples: number of windows.
         seqlen: tokens in a window, including a BOS.
-        seed: of the draw.
         bos: whether each window begins with the BOS token.
+
+    Returns:
+        ids [n_windows, seqlen], int64; the remainder is dropped.
+    """
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    width = seqlen - 1 if bos else seqlen
+    n_windows = len(ids) // width
+    windows = ids[: n_windows * width].view(n_windows, width)
+    return torch.cat([torch.full((n_windows, 1), tokenizer.bos_token_id), windows], dim=1) if bos else windows
+
+
+def windows(
+    text: str, tokenizer: Any, *, n_samples: int, seqlen: int, seed: int, bos: bool, exact: bool = True
+) -> Tensor:
+    """Draw windows from those of `cut`.
+
+    Args:
+        text, tokenizer, seqlen, bos: as for `cut`.
+        n_samples: number of windows.
+        seed: of the draw.
         exact: refuse a text with fewer windows, instead of taking all it has.
 
     Returns:
@@ -89,17 +99,14 @@ def windows(
     Raises:
         DataError: the text is too short.
     """
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    width = seqlen - 1 if bos else seqlen
-    available = len(ids) // width
-    if available < (n_samples if exact else 1):
+    available = cut(text, tokenizer, seqlen, bos)
+    if len(available) < (n_samples if exact else 1):
         raise DataError(
-            f"calibration.n_samples: {n_samples} windows of {seqlen} tokens, but the text has {available} "
-            f"({len(ids)} tokens); lower n_samples or seqlen, or choose a longer calibration.source"
+            f"calibration.n_samples: {n_samples} windows of {seqlen} tokens, but the text has {len(available)}; "
+            "lower n_samples or seqlen, or choose a longer calibration.source"
         )
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:n_samples]
-    chosen = ids[: available * width].view(available, width)[order]
-    return torch.cat([torch.full((len(chosen), 1), tokenizer.bos_token_id), chosen], dim=1) if bos else chosen
+    order = torch.randperm(len(available), generator=torch.Generator().manual_seed(seed))[:n_samples]
+    return available[order]
 
 
 def check_disjoint(calibration: TaskSource, evaluated: Sequence[TaskSource]) -> None:

@@ -13,9 +13,8 @@ from nmsweep.config.recipe import read_recipe
 from nmsweep.config.schema import CELL_SCHEMA, Method, RunConfig, short_hash
 from nmsweep.data.tasks import TaskSource, find_task, task_names
 from nmsweep.errors import DataError, InputError
-from nmsweep.evaluate.base import as_multiturn
 from nmsweep.methods.sparsification import Sparsification, build_sparsification
-from nmsweep.models import ModelSpec, fingerprint, skeleton
+from nmsweep.models import ModelSpec, fingerprint, resolve_device, skeleton
 from nmsweep.results.record import cell_folder
 
 _EVAL_NOT_HASHED = {"scoring", "batch_tokens", "skip_missing", "include_path"}
@@ -119,7 +118,7 @@ def _identity_without_tasks(
         "seed": cfg.seed,
         "eval": {
             **cfg.eval.model_dump(exclude=_EVAL_NOT_HASHED),
-            "fewshot_as_multiturn": as_multiturn(cfg.eval.fewshot_as_multiturn, cfg.eval.apply_chat_template),
+            "fewshot_as_multiturn": cfg.eval.multiturn,
         },
     }
     if sparsification is None:
@@ -221,11 +220,7 @@ def calibration_text(cfg: RunConfig, evaluated: Sequence[TaskSource]) -> TaskSou
 
 def device_kind(device: str) -> str:
     """Return the device without its index, ``cpu`` or ``cuda``; for ``auto`` the accelerator of this machine, if any."""
-    if device == "auto":
-        import torch
-
-        return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-    return device.split(":")[0]
+    return resolve_device("auto").type if device == "auto" else device.split(":")[0]
 
 
 def model_spec(cfg: RunConfig) -> ModelSpec:

@@ -12,13 +12,13 @@ from torch import Tensor
 from nmsweep.calibration.fit import fit
 from nmsweep.calibration.policy import search
 from nmsweep.calibration.store import Calibrated, read_state, state_file, write_state
-from nmsweep.calibration.text import adds_bos, default_samples, windows
+from nmsweep.calibration.text import default_samples, windows
 from nmsweep.cell.identity import Cell
 from nmsweep.cell.session import Session
 from nmsweep.config.recipe import Recipe, read_recipe
 from nmsweep.data.tasks import read_text
 from nmsweep.errors import InputError
-from nmsweep.models import LoadedModel
+from nmsweep.models import LoadedModel, adds_bos
 from nmsweep.results.claims import claimed
 from nmsweep.results.layout import CALIBRATION, RECIPES
 from nmsweep.results.quarantine import put_aside

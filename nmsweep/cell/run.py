@@ -17,7 +17,7 @@ from nmsweep.cell.session import Session
 from nmsweep.config.schema import RunConfig
 from nmsweep.data.tasks import TaskSource
 from nmsweep.evaluate import harness, perplexity
-from nmsweep.evaluate.base import Prompting, TaskResult
+from nmsweep.evaluate.base import TaskResult
 from nmsweep.evaluate.items import keep_items
 from nmsweep.evaluate.recovery import naming_the_layer, within_memory
 from nmsweep.models import LoadedModel
@@ -114,7 +114,7 @@ def measure(
     if layers:
         layers.reset_counts()
     started = time.perf_counter()
-    result = naming_the_layer(loaded.model, lambda: _evaluate(cell, source, loaded, layers, session))
+    result = naming_the_layer(loaded.model, lambda: _evaluate(cell, source, loaded, layers))
     provenance = {
         "time_s": round(time.perf_counter() - started, 3),
         "tokens": result.n_tokens,
@@ -129,27 +129,21 @@ def measure(
     return part
 
 
-def _evaluate(
-    cell: Cell, source: TaskSource, loaded: LoadedModel, layers: SparseModel | None, session: Session
-) -> TaskResult:
+def _evaluate(cell: Cell, source: TaskSource, loaded: LoadedModel, layers: SparseModel | None) -> TaskResult:
     cfg = cell.cfg
-    model, tokenizer, advance = loaded.model, loaded.tokenizer, session.display.tokens
+    model, tokenizer = loaded.model, loaded.tokenizer
     if source.kind == "text":
         bos = False if cfg.profile != "strict" else None
 
         def windows(batch_tokens: int) -> TaskResult:
             return perplexity.perplexity(
                 model, tokenizer, source,
-                seqlen=cfg.eval.seqlen, limit=cfg.eval.limit, batch_tokens=batch_tokens, bos=bos, advance=advance,
+                seqlen=cfg.eval.seqlen, limit=cfg.eval.limit, batch_tokens=batch_tokens, bos=bos,
                 as_dense=layers.as_dense if layers else None,
             )  # fmt: skip
 
         return within_memory(windows, cfg.eval.batch_tokens, cfg.eval.seqlen)
-    return harness.measure(
-        model, tokenizer, source,
-        prompting=_prompting(cell, source), batch_tokens=cfg.eval.batch_tokens, advance=advance,
-        scoring=cfg.eval.scoring, across_tokens=cell.across_tokens,
-    )  # fmt: skip
+    return harness.measure(model, tokenizer, source, cfg.eval, cell.across_tokens)
 
 
 def _keep_items(cell: Cell, source: TaskSource, data: str, session: Session) -> None:
@@ -158,18 +152,7 @@ def _keep_items(cell: Cell, source: TaskSource, data: str, session: Session) -> 
     file = items_file(results_dir, source.task, data)
     if what := table_damage(file):
         put_aside(file, results_dir, what, session.display.say)
-    keep_items(results_dir, source, data, _prompting(cell, source))
-
-
-def _prompting(cell: Cell, source: TaskSource) -> Prompting:
-    settings = cell.cfg.eval
-    return Prompting(
-        limit=settings.limit,
-        num_fewshot=source.num_fewshot(settings.num_fewshot),
-        apply_chat_template=settings.apply_chat_template,
-        fewshot_as_multiturn=settings.fewshot_as_multiturn,
-        system_instruction=settings.system_instruction,
-    )
+    keep_items(results_dir, source, data, cell.cfg.eval)
 
 
 def write(

@@ -1,12 +1,13 @@
 """`nmsweep report`: its words and its exit code."""
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from nmsweep.errors import InputError, nearest
+from nmsweep.commands.words import key_values
+from nmsweep.errors import InputError
 from nmsweep.report.build import make_report
 from nmsweep.report.numbers.check import check_results
 from nmsweep.report.numbers.contrast import contrast, show_contrast
@@ -14,64 +15,27 @@ from nmsweep.report.show.formats import plain
 from nmsweep.report.show.spec import TableSpec, parse_spec
 from nmsweep.results.read import read_results
 
-_WORDS = ("results_dir", "rows", "cols", "metric", "check", "compare")
 
-
-@dataclass(frozen=True)
-class Request:
-    """A report, a check or a comparison of two folders."""
-
-    results_dir: Path = Path("results")
-    table: TableSpec | None = None
-    check: bool = False
-    compare: tuple[Path, Path] | None = None
-
-
-def parse_words(words: Sequence[str]) -> Request:
+def parse_words(words: Sequence[str]) -> tuple[argparse.Namespace, Path, TableSpec | None]:
     """Read ``results_dir=DIR rows=… cols=… metric=…``, ``--check``, ``--compare A B``; ``report.`` may precede a key.
 
+    Returns:
+        The options `check` and `compare`, the results folder, and the table of the user's own if there is one.
+
     Raises:
-        InputError: a word that is not known, or a table that cannot be made; all mistakes together.
+        InputError: a word that is not known, or a table that cannot be made.
     """
-    rest, folders, errors = list(words), [], []
-    if "--compare" in rest:
-        at = rest.index("--compare")
-        folders = [word for word in rest[at + 1 : at + 3] if "=" not in word]
-        del rest[at : at + 1 + len(folders)]
-        if len(folders) != 2:
-            errors.append(f"--compare: {len(folders)} folders are named; name two, as in --compare A B")
-    options = {}
-    for word in rest:
-        key, separator, value = word.removeprefix("--").removeprefix("report.").partition("=")
-        key = key.replace("-", "_")
-        if key == "check" and not separator:
-            separator, value = "=", "true"
-        if not separator or key not in _WORDS:
-            allowed = nearest(key, [f"{name}=" for name in _WORDS])
-            errors.append(f"report: {word!r} is not known; {allowed}, --check, --compare A B")
-        options[key] = value
-    if "compare" in options:
-        folders = options["compare"].split(",")
-        if len(folders) != 2:
-            errors.append(f"report.compare: {options['compare']!r} names {len(folders)} folders; allowed: compare=A,B")
-    check = options.get("check", "false").lower()
-    if check not in ("true", "false"):
-        errors.append(f"report.check: {options['check']!r}; allowed: true, false")
-    table = _table(options, errors)
-    if errors:
-        raise InputError(*errors)
-    compare = (Path(folders[0]), Path(folders[1])) if folders else None
-    return Request(Path(options.get("results_dir", "results")), table, check == "true", compare)
-
-
-def _table(options: dict[str, str], errors: list[str]) -> TableSpec | None:
-    if not {"rows", "cols", "metric"} & set(options):
-        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--compare", nargs=2, type=Path)
     try:
-        return parse_spec(options.get("rows", "pattern"), options.get("cols", "model"), options.get("metric", "drop"))
-    except InputError as error:
-        errors += error.messages
-        return None
+        options, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise InputError(f"report: {error}; allowed: --check, --compare A B") from error
+    values = key_values([word.removeprefix("report.") for word in rest], ("results_dir", "rows", "cols", "metric"))
+    results_dir = Path(values.pop("results_dir", "results"))
+    table = {"rows": "pattern", "cols": "model", "metric": "drop"} | values
+    return options, results_dir, parse_spec(**table) if values else None
 
 
 def main(words: Sequence[str]) -> int:
@@ -83,16 +47,16 @@ def main(words: Sequence[str]) -> int:
     Raises:
         InputError: a word that is not known, or a folder without results.
     """
-    asked = parse_words(words)
+    options, results_dir, table = parse_words(words)
     out = Console()
     if not out.is_terminal:
         out.width = max(out.width, 120)  # a pipe has no width of its own
-    if asked.compare:
-        show_contrast(out, contrast(*asked.compare), *asked.compare)
+    if options.compare:
+        show_contrast(out, contrast(*options.compare), *options.compare)
         return 0
-    if asked.check:
-        return check(asked.results_dir, out)
-    make_report(asked.results_dir, asked.table, out)
+    if options.check:
+        return check(results_dir, out)
+    make_report(results_dir, table, out)
     return 0
 
 

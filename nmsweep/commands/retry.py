@@ -11,8 +11,12 @@ from nmsweep.commands.words import key_values, stored_plan
 from nmsweep.errors import InputError
 
 _HARMLESS = re.compile(
-    r"hydra/launcher=(basic|joblib|submitit_local|submitit_slurm|ray)|hydra\.mode=MULTIRUN|-m|--multirun"
+    r"-m|--multirun|hydra\.mode=MULTIRUN|hydra/launcher=(basic|joblib|submitit_local|submitit_slurm|ray)"
+    r"|hydra\.launcher\.(partition|account|qos|constraint|exclude|name|timeout_min|mem_gb|cpus_per_task|gpus_per_node"
+    r"|max_num_timeout|signal_delay_s|array_parallelism|ray\.(init|remote)\.num_[cg]pus)=[\w.,:-]*"
 )
+"""Words that only say where the jobs run and what they ask for; no value here can end a line of a job's script."""
+
 _RISKY = re.compile(r"[-+~]|hydra|plugins|loggers|eval\.include_path|model\.trust_remote_code|.*[{}]|.*\$")
 
 

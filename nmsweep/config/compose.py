@@ -1,11 +1,10 @@
 """From the words of a command to typed cells: compose with Hydra, collect every mistake, write nothing."""
 
 import contextlib
-import copy
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -138,18 +137,15 @@ def _device_of_jobs(cfg: RunConfig, gpus: bool) -> RunConfig:
 
 
 class Composer:
-    """Composes cells' configs as plain values, with one call of Hydra for each choice of groups.
+    """Composes the configs of cells, with one call of Hydra's composition (80 ms) for each choice of groups.
 
-    Hydra applies overrides of plain values last. Cells that differ only in such values therefore share one composition,
-    which takes tens of milliseconds, and set the values in a copy. A value that an interpolation may refer to is left to
-    Hydra.
+    Hydra applies the overrides of values last, so they are applied to a copy by the same function.
     """
 
     def __init__(self, loader: ConfigLoaderImpl, search: list[str]) -> None:
-        self._loader, self._search = loader, search
         self._parser = OverridesParser.create()
-        self._groups: dict[str, bool] = {}
-        self._composed: dict[tuple[str, ...], tuple[dict[str, Any], set[str]]] = {}
+        self._composed = cache(lambda lines: _compose(loader, search, lines))
+        self._is_group = cache(lambda key: key.startswith("hydra") or bool(_options(loader, search, key)))
 
     def compose(self, job: Sequence[str]) -> dict[str, Any]:
         """Return the config of one cell's overrides.
@@ -158,66 +154,12 @@ class Composer:
             InputError: Hydra refuses them.
         """
         overrides = self._parser.parse_overrides(list(job))
-        plain = [override for override in overrides if self._is_plain(override)]
-        rest = tuple(str(override.input_line) for override in overrides if override not in plain)
-        if rest not in self._composed:
-            composed = _compose(self._loader, self._search, rest)
-            self._composed[rest] = _plain(composed.copy()), _interpolated_keys(composed)
-        base, interpolated = self._composed[rest]
-        if any(override.key_or_group.split(".")[0] in interpolated for override in plain) or not all(
-            _is_leaf(base, override.key_or_group) for override in plain
-        ):
-            return _plain(_compose(self._loader, self._search, job))
-        cell = copy.deepcopy(base)
-        for override in plain:
-            *path, key = override.key_or_group.split(".")
-            node = cell
-            for part in path:
-                node = node[part]
-            node[key] = override.value()
-        return cell
-
-    def _is_plain(self, override: Override) -> bool:
-        """Return whether an override sets a value of the config and nothing else."""
-        key, value = override.key_or_group, override.value()
-        values = value if isinstance(value, list) else [value]
-        return (
-            override.type == OverrideType.CHANGE
-            and override.package is None
-            and not key.startswith("hydra")
-            and all(part is None or isinstance(part, str | int | float | bool) for part in values)
-            and not any("${" in part for part in values if isinstance(part, str))
-            and not self._is_group(key)
-        )
-
-    def _is_group(self, key: str) -> bool:
-        if key not in self._groups:
-            self._groups[key] = bool(_options(self._loader, self._search, key))
-        return self._groups[key]
-
-
-_INTERPOLATION = re.compile(r"\$\{([A-Za-z_]\w*)[.}]")
-_OTHER_INTERPOLATION = re.compile(r"\$\{(?![A-Za-z_]\w*[.}])")
-
-
-def _is_leaf(config: dict[str, Any], key: str) -> bool:
-    """Return whether a dotted key exists and holds a value, not a node."""
-    node: Any = config
-    for part in key.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return False
-        node = node[part]
-    return not isinstance(node, dict)
-
-
-def _interpolated_keys(cfg: DictConfig) -> set[str]:
-    """Return the top-level keys that interpolations of a config may refer to."""
-    unresolved = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(unresolved, dict)
-    text = str({key: value for key, value in unresolved.items() if key != "hydra"})
-    if _OTHER_INTERPOLATION.search(text):  # relative, nested or of a resolver: it may refer to anything
-        return set(map(str, unresolved))
-    return set(_INTERPOLATION.findall(text))
+        groups = tuple(str(o.input_line) for o in overrides if self._is_group(o.key_or_group))
+        cfg = self._composed(groups).copy()
+        with _one_message():
+            values = [o for o in overrides if not self._is_group(o.key_or_group)]
+            ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        return _plain(cfg)
 
 
 def _parse(words: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -298,10 +240,16 @@ def _all_keys(cfg: DictConfig, loader: ConfigLoaderImpl) -> list[str]:
 
 def _compose(loader: ConfigLoaderImpl, search: list[str], overrides: Sequence[Override | str]) -> DictConfig:
     lines = [o if isinstance(o, str) else str(o.input_line) for o in overrides]
+    with _one_message(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return loader.load_configuration("config", [*search, *lines], run_mode=RunMode.RUN)
+
+
+@contextlib.contextmanager
+def _one_message() -> Iterator[None]:
+    """Turn Hydra's errors about a config into an InputError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return loader.load_configuration("config", [*search, *lines], run_mode=RunMode.RUN)
+        yield
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(f"config: {' '.join(str(error).split())}") from error
 
@@ -331,13 +279,10 @@ def grid(words: Sequence[str], sweeper: Any = None) -> list[list[str]]:
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     if cfg.profile not in cfg.profiles:
         raise InputError(f"profile: {cfg.profile!r} is not known; {nearest(str(cfg.profile), map(str, cfg.profiles))}")
-    try:
-        with contextlib.suppress(KeyError):
-            OmegaConf.set_struct(cfg, False)
-            cfg.pop("hydra")
+    with _one_message():
+        OmegaConf.set_struct(cfg, False)
+        cfg.pop("hydra", None)
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise InputError(f"config: {' '.join(str(error).split())}") from error
     assert isinstance(plain, dict)
     plain.pop("experiment", None)
     return {str(key): value for key, value in plain.items()}

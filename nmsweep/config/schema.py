@@ -140,6 +140,11 @@ class EvalConfig(_Node):
     system_instruction: str | None
     include_path: Path | None
 
+    @property
+    def multiturn(self) -> bool:
+        """Whether few-shot examples are turns of a chat: where it is not set, they follow the chat template, as in lm-eval."""
+        return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
+
 
 class DataConfig(_Node):
     """Where task data comes from: a folder of local JSONL files (`mirror`), or the hub if it is None."""

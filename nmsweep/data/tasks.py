@@ -133,10 +133,6 @@ class TaskSource:
         code = [file_sha256(file) for folder in folders for file in sorted(folder.glob("*.py"))]
         return _digest([text, *code])
 
-    def num_fewshot(self, requested: int | None) -> int | None:
-        """Return the number of examples before each item; for a group `requested`, since its tasks may differ."""
-        return requested if self.members else self.shots(requested)
-
     def shots(self, requested: int | None) -> int:
         """Return the number of examples before each item of a single task.
 

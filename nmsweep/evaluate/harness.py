@@ -5,19 +5,19 @@ The way of one task: `task` builds its requests, `lm` encodes them, `packed` sco
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from numbers import Real
 from typing import Any
 
 import pandas as pd
 from lm_eval.evaluator import evaluate as harness_evaluate
 
+from nmsweep.config.schema import EvalConfig
 from nmsweep.data.requirements import fewshot_split, needs_split
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import NonFiniteError
-from nmsweep.evaluate.base import Advance, Prompting, TaskResult
+from nmsweep.evaluate.base import TaskResult
 from nmsweep.evaluate.groups import pooled
-from nmsweep.evaluate.lm import NMSweepLM, Scoring
+from nmsweep.evaluate.lm import NMSweepLM
 from nmsweep.evaluate.running import running_lm_eval
 from nmsweep.evaluate.task import HarnessTask, Outcome, harness_task
 from nmsweep.results.record import Metric
@@ -30,11 +30,7 @@ def measure(
     model: Any,
     tokenizer: Any,
     source: TaskSource,
-    *,
-    prompting: Prompting,
-    batch_tokens: int,
-    advance: Advance,
-    scoring: Scoring = "packed",
+    settings: EvalConfig,
     across_tokens: bool = False,
 ) -> TaskResult:
     """Measure one task, or a group of tasks that is reported as one.
@@ -43,35 +39,30 @@ def measure(
         model: a causal language model of transformers, dense or sparse.
         tokenizer: its tokenizer.
         source: the task and its data.
-        prompting: how its items become prompts.
-        batch_tokens: padded tokens computed at once.
-        advance: progress.
-        scoring, across_tokens: as for `NMSweepLM`.
+        settings: how its items become prompts, and how requests are answered.
+        across_tokens: as for `NMSweepLM`.
 
     Raises:
         DataError: its data cannot be had or is malformed.
         NonFiniteError: the model returns NaN or infinity.
     """
     if source.members:
-        measure_member = partial(
-            measure, model, tokenizer, prompting=prompting, batch_tokens=batch_tokens, advance=advance, scoring=scoring,
-            across_tokens=across_tokens,
-        )  # fmt: skip
-        return pooled(source, [measure_member(member) for member in source.members])
-    shots = source.shots(prompting.num_fewshot)
+        members = [measure(model, tokenizer, leaf, settings, across_tokens) for leaf in source.members]
+        return pooled(source, members)
+    shots = source.shots(settings.num_fewshot)
     task = harness_task(source, shots)
-    prepared = task.prepared(prompting, tokenizer)
-    lm = NMSweepLM(model, tokenizer, batch_tokens, advance, scoring, across_tokens, prepared)
+    prepared = task.prepared(settings, tokenizer)
+    lm = NMSweepLM(model, tokenizer, settings.batch_tokens, settings.scoring, across_tokens, prepared)
     with running_lm_eval(), task.evaluated(prepared) as outcomes:
         scores = harness_evaluate(
             lm,
             {source.task: task.task},
-            limit=prompting.limit,
+            limit=settings.limit,
             bootstrap_iters=_BOOTSTRAP,
             log_samples=False,
-            system_instruction=prompting.system_instruction,
-            apply_chat_template=prompting.apply_chat_template,
-            fewshot_as_multiturn=prompting.multiturn,
+            system_instruction=settings.system_instruction,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.multiturn,
         )["results"][source.task]
     filters = list(task.task.instances[0].filtered_resps)
     table = samples_table(task, outcomes, filters)

@@ -7,10 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 
-from nmsweep.config.schema import short_hash
+from nmsweep.config.schema import EvalConfig, short_hash
 from nmsweep.data.tasks import TaskSource
 from nmsweep.errors import Busy
-from nmsweep.evaluate.base import Prompting
 from nmsweep.evaluate.groups import concatenated
 from nmsweep.evaluate.task import HarnessTask, harness_task
 from nmsweep.results.claims import claimed
@@ -21,7 +20,7 @@ WAIT_S = 0.2
 """Pause while another process writes the file."""
 
 
-def keep_items(results_dir: Path, source: TaskSource, data: str, prompting: Prompting) -> None:
+def keep_items(results_dir: Path, source: TaskSource, data: str, settings: EvalConfig) -> None:
     """Write the items that a cell was measured on, unless the file already has as many.
 
     Processes that measure different numbers of items take turns, so a shorter file never replaces a longer one.
@@ -30,11 +29,11 @@ def keep_items(results_dir: Path, source: TaskSource, data: str, prompting: Prom
         results_dir: the results folder.
         source: a task of lm-eval.
         data: identifies its data in the cell's provenance.
-        prompting: says how many items were measured.
+        settings: says how many items were measured.
     """
     file = items_file(results_dir, source.task, data)
-    members = [harness_task(leaf, leaf.shots(prompting.num_fewshot)) for leaf in source.leaves]
-    sizes = [min(len(task.docs), prompting.limit or len(task.docs)) for task in members]
+    members = [harness_task(leaf, leaf.shots(settings.num_fewshot)) for leaf in source.leaves]
+    sizes = [min(len(task.docs), settings.limit or len(task.docs)) for task in members]
     while _n_items(file) < sum(sizes):
         try:
             with claimed(results_dir, f"items-{short_hash(file.name)}", f"items of {source.task}"):

@@ -9,7 +9,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from nmsweep.evaluate.base import Advance
 from nmsweep.evaluate.packed.attention import why_single_rows
 from nmsweep.evaluate.packed.rows import Group, Request
 from nmsweep.evaluate.packed.scoring import Budget, cost_of, out_of_memory, plan, score
@@ -47,7 +46,6 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
         model: a causal language model of transformers, dense or sparse.
         tokenizer: its tokenizer.
         batch_tokens: padded tokens computed at once.
-        advance: progress.
         scoring: ``"packed"``, see `packed.scoring`; ``"stock"`` for lm-eval's own path, whose batch size follows from the
             longest request.
         across_tokens: whether pruning one token depends on other tokens of its sequence (`clact`, a scope in percent). Then
@@ -61,7 +59,6 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
         model: Any,
         tokenizer: Any,
         batch_tokens: int,
-        advance: Advance,
         scoring: Scoring = "packed",
         across_tokens: bool = False,
         prepared: Prepared | None = None,
@@ -73,7 +70,6 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
         self.across_tokens = across_tokens
         self.why_single_rows = why_single_rows(model, across_tokens)
         self.n_tokens = 0
-        self._show = advance
         self._plans = prepared.plans if prepared else None
         self._token_ids = prepared.token_ids if prepared else {}
 
@@ -85,10 +81,9 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
             return f"packed, but one continuation a row: {self.why_single_rows}; {self.budget}"
         return f"packed, {self.budget}"
 
-    def advance(self, n_tokens: int) -> None:
-        """Count tokens that were computed, and show them."""
+    def count(self, n_tokens: int) -> None:
+        """Count tokens that were computed."""
         self.n_tokens += n_tokens
-        self._show(n_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Answer log-likelihood requests; their texts are encoded all at once."""
@@ -137,7 +132,7 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
             len(requests),
             budget=self.budget,
             single_rows=self.why_single_rows is not None,
-            advance=self.advance,
+            count=self.count,
         )
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:  # parts of a rolling request have none
@@ -165,7 +160,7 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
     def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
         with counting(_until_filler(0, inps.cpu())):  # lm-eval pads rows with 0
             logits = super()._model_call(inps, *args, **kwargs)
-        self.advance(inps.numel())
+        self.count(inps.numel())
         return logits
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
@@ -191,7 +186,7 @@ class NMSweepLM(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
         with _counting_without_padding(self.model, self.tokenizer.pad_token_id):
             ids = super()._model_generate(context, max_length, stop, **kwargs)
-        self.advance(ids.numel())
+        self.count(ids.numel())
         return ids
 
 

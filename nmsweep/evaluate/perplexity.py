@@ -14,37 +14,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nmsweep.calibration.text import adds_bos
+from nmsweep.calibration.text import cut
 from nmsweep.data.tasks import TaskSource, read_text
 from nmsweep.errors import DataError, NonFiniteError
-from nmsweep.evaluate.base import Advance, TaskResult
+from nmsweep.evaluate.base import TaskResult
 from nmsweep.evaluate.logits import decoder, divergence, target_logprobs
+from nmsweep.models import adds_bos
 from nmsweep.results.record import Metric
-
-
-def windows(text: str, tokenizer: Any, seqlen: int, bos: bool) -> Tensor:
-    """Cut a text into windows.
-
-    Args:
-        text: the whole text, tokenised once without special tokens.
-        tokenizer: of transformers.
-        seqlen: tokens of a window, including BOS.
-        bos: whether each window begins with BOS.
-
-    Returns:
-        ids [n_windows, seqlen], int64; the remainder is dropped.
-
-    Raises:
-        DataError: the text is shorter than one window.
-    """
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    width = seqlen - 1 if bos else seqlen
-    n_windows = len(ids) // width
-    if n_windows == 0:
-        raise DataError(f"eval.seqlen: {seqlen} tokens, but the text has only {len(ids)}; choose a smaller eval.seqlen")
-    cut = ids[: n_windows * width].view(n_windows, width)
-    return torch.cat([torch.full((n_windows, 1), tokenizer.bos_token_id), cut], dim=1) if bos else cut
-
 
 COMPARED_TOKENS = 8192
 """Tokens, from the beginning of a text, on which the sparse model is compared with the dense one."""
@@ -63,7 +39,6 @@ def perplexity(
     limit: int | None,
     batch_tokens: int,
     bos: bool | None,
-    advance: Advance,
     as_dense: AsDense | None = None,
 ) -> TaskResult:
     """Compute exp(Σ nll / n) over the seqlen − 1 predicted tokens of each window.
@@ -76,7 +51,6 @@ def perplexity(
         limit: number of windows; None for all.
         batch_tokens: tokens computed at once, at least one window.
         bos: whether windows begin with BOS; None for what the tokenizer does.
-        advance: progress.
         as_dense: for a sparse model; the dense model then runs the first `COMPARED_TOKENS` tokens too, for the metrics
             ``kl_to_dense`` (mean KL of the next-token distributions, nats) and ``top1_agreement`` (0 to 1).
 
@@ -85,13 +59,14 @@ def perplexity(
         DataError: the text is shorter than one window.
     """
     has_bos = adds_bos(tokenizer) if bos is None else bos
-    ids = windows(read_text(source), tokenizer, seqlen, has_bos)[:limit]
+    ids = cut(read_text(source), tokenizer, seqlen, has_bos)[:limit]
+    if not len(ids):
+        raise DataError(f"eval.seqlen: {seqlen} tokens, but {source.task} has fewer; choose a smaller eval.seqlen")
     losses, comparisons, n_left = [], [], COMPARED_TOKENS if as_dense else 0
     for batch in ids.split(max(1, batch_tokens // seqlen)):
         on_device = batch.to(model.device)
         hidden = _hidden(model, on_device)
         losses.append(_window_nll(model, hidden, batch).cpu())
-        advance(batch.numel())
         if as_dense and n_left >= 2:
             comparisons += _compared(model, hidden, on_device, n_left, as_dense)
             n_left -= batch.numel()

@@ -14,11 +14,11 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, hash_string
 
+from nmsweep.config.schema import EvalConfig
 from nmsweep.data.hub import unreachable
 from nmsweep.data.requirements import fewshot_split, needs_split
 from nmsweep.data.tasks import MINI_TASKS, TaskSource
 from nmsweep.errors import DataError
-from nmsweep.evaluate.base import Prompting
 from nmsweep.evaluate.lm import Prepared
 from nmsweep.evaluate.running import quiet
 
@@ -53,15 +53,15 @@ class HarnessTask:
         self.docs: list[dict[str, Any]] = [dict(doc) for doc in self.task.eval_docs]
         self._index = {id(doc): index for index, doc in enumerate(self.docs)}
         self._hashes: dict[int, str] = {}
-        self._prepared: dict[tuple[Prompting, str], Prepared] = {}
+        self._prepared: dict[tuple[EvalConfig, str], Prepared] = {}
         self.task.doc_iterator = self._doc_iterator
         self.task.doc_to_text = self._once(self.task.doc_to_text)
         self.task.doc_to_target = self._once(self.task.doc_to_target)
         self.task.doc_to_choice = self._once(self.task.doc_to_choice)
 
-    def prepared(self, prompting: Prompting, tokenizer: Any) -> Prepared:
-        """Return the requests kept for a way of prompting and a tokenizer; empty the first time."""
-        return self._prepared.setdefault((prompting, tokenizer_identity(tokenizer)), Prepared())
+    def prepared(self, settings: EvalConfig, tokenizer: Any) -> Prepared:
+        """Return the requests kept for some settings and a tokenizer; empty the first time."""
+        return self._prepared.setdefault((settings, tokenizer_identity(tokenizer)), Prepared())
 
     def build(self, prepared: Prepared, **options: Any) -> list[Instance]:
         """Build the requests, or take those in `prepared` and remove their answers.

@@ -3,13 +3,11 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import logging
 
 from nmsweep.models.cache import kept_sha256
 
@@ -98,15 +96,3 @@ def _check_safetensors(file: Path) -> str:
         return f"model.path {file}: No such file or directory; the index names it; get the file"
     except (SafetensorError, OSError) as error:
         return f"model.path {file}: has {file.stat().st_size:,} bytes, which are no whole safetensors file ({error}); get the file again"
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Hide the progress bars of transformers, which would be drawn into ours."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

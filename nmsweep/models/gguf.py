@@ -1,13 +1,15 @@
 """GGUF files: their check, and their conversion to a folder of safetensors, which happens once.
 
-transformers reads the config and the tokenizer. The weights are read here with gguf's own dequantisation: transformers'
-loader (5.23) gives the same tensors, but leaves a quantizer on the model that forbids saving it, and may keep the weights
-packed, depending on which kernels are installed.
+transformers reads the config, the tokenizer and the weights, which are put into a model here: the model that transformers
+would return has a quantizer that forbids saving it, and may keep the weights packed, depending on which kernels are
+installed.
 """
 
+import io
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.utils import logging as transformers_logging
 
 from nmsweep.errors import ModelError
 from nmsweep.models.cache import built_once, cache_dir, kept_sha256, known_sha256
-from nmsweep.models.folder import no_progress_bar
 
 CONVERSION = 1
 """Version of the conversion, raised if the same GGUF file would give other numbers. Part of the fingerprint."""
@@ -35,10 +38,8 @@ MAGIC = b"GGUF"
 _ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3")
 _WAYS_OUT = "get the file again, or take model.path=DIR with a safetensors checkpoint"
 
-_N_PROBED_TOKENS = 1000
-_MIN_ROUND_TRIPS = 0.9
-"""Share of probed tokens that must survive decoding and encoding: 1.00 for SmolLM2 and 0.9995 for Gemma3; 0.34 for Gemma3
-with the wrong merges of transformers 5.17, which double the length of every text."""
+_ROPE_FREQS = "rope_freqs.weight"
+"""Tensor that becomes a part of the config."""
 
 _BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe")
 """Pre-tokenizers with which llama.cpp adds a BOS although the file does not say so."""
@@ -139,19 +140,22 @@ def convert_gguf(file: Path, out: Path) -> None:
     config = _read_config(file, reader)
     dtype = _stored_dtype(reader)
     tokenizer = read_tokenizer(file, reader)
-    weights = dict(_tensors(reader, config, dtype))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    result = model.load_state_dict(weights, strict=False, assign=True)
+    with redirect_stderr(io.StringIO()):  # its progress bar would be drawn into ours
+        checkpoint = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model, torch_dtype=dtype)  # type: ignore[no-untyped-call]
+    weights = checkpoint["tensors"]
+    model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if missing or result.unexpected_keys:
+    n_unknown = sum(tensor.name != _ROPE_FREQS for tensor in reader.tensors) - len(weights)
+    if missing or n_unknown:
         raise ModelError(
             f"GGUF {file.name}: {len(missing)} weights of the architecture are missing ({', '.join(missing[:3])}) and "
-            f"{len(result.unexpected_keys)} are unknown ({', '.join(result.unexpected_keys[:3])}); {_WAYS_OUT}"
+            f"{n_unknown} are unknown; {_WAYS_OUT}"
         )
-    with no_progress_bar():
-        model.save_pretrained(out)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
@@ -195,7 +199,7 @@ def _read_config(file: Path, reader: Any) -> PretrainedConfig:
         config.rope_parameters["full_attention"].update(rope_type="linear", factor=factor)
     elif scaling not in (None, "none"):
         raise ModelError(f"GGUF {file}: rope scaling {scaling!r}; allowed: none, and linear for gemma3; {_WAYS_OUT}")
-    if factors := [tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]:
+    if factors := [tensor for tensor in reader.tensors if tensor.name == _ROPE_FREQS]:
         config.rope_parameters = {**config.rope_parameters, **_llama3_rope(config, torch.tensor(factors[0].data))}
     return config
 
@@ -230,49 +234,6 @@ def _stored_dtype(reader: Any) -> torch.dtype:
     return torch.float32 if wide else torch.bfloat16
 
 
-def _tensors(reader: Any, config: PretrainedConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield the file's weights, [out, in] in `dtype`, with their names in transformers."""
-    import gguf
-    import numpy as np
-
-    names = _names(reader, config)
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":  # went into the config
-            continue
-        weight = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        yield names.get(tensor.name, tensor.name), _undo_llama_cpp(tensor.name, weight, config).to(dtype)
-
-
-def _names(reader: Any, config: PretrainedConfig) -> dict[str, str]:
-    """Return the parameter name in transformers for each tensor name in the file."""
-    import gguf
-
-    architecture = _field(reader, "general.architecture")
-    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    to_gguf = gguf.get_tensor_name_map(key, config.num_hidden_layers)
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).state_dict()  # type: ignore[no-untyped-call]
-    names = {}
-    for parameter in parameters:
-        stem, _, suffix = parameter.rpartition(".")
-        names[f"{to_gguf.get_name(stem) or stem}.{suffix}"] = parameter
-    return names
-
-
-def _undo_llama_cpp(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
-    """Undo the changes of llama.cpp's converter: permuted rows of Llama's q and k, and 1 added to Gemma's norms.
-
-    Source: convert_hf_to_gguf.py of llama.cpp, `LlamaModel.permute` and `Gemma2Model.modify_tensors`.
-    """
-    if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
-        return weight - 1
-    if config.model_type == "llama" and (".attn_q." in name or ".attn_k." in name):
-        n_heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
-        halves = weight.reshape(n_heads, weight.shape[0] // n_heads // 2, 2, *weight.shape[1:])
-        return halves.transpose(1, 2).reshape(weight.shape)
-    return weight
-
-
 def _field(reader: Any, name: str) -> Any:
     field = reader.get_field(name)
     return None if field is None else field.contents()
@@ -286,43 +247,29 @@ def read_tokenizer(file: Path, reader: Any) -> PreTrainedTokenizerBase:
         reader: its `gguf.GGUFReader`.
 
     Raises:
-        ModelError: this version of transformers reads it wrongly, so that every number would be of another model.
+        ModelError: this version of transformers adds a BOS where llama.cpp adds none, or the reverse.
     """
     wants_bos = _wants_bos(reader)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         file.parent, gguf_file=file.name, local_files_only=True, add_bos_token=wants_bos
     )
-    share, adds_bos = share_of_round_trips(tokenizer), _adds_bos(tokenizer)
-    if share < _MIN_ROUND_TRIPS or adds_bos != wants_bos:
+    if adds_bos(tokenizer) != wants_bos:
         raise ModelError(
-            f"GGUF {file.name}: transformers {transformers.__version__} reads its tokenizer wrongly ({share:.0%} of its "
-            f"tokens come back whole, a BOS is {'' if adds_bos else 'not '}added); at least {_MIN_ROUND_TRIPS:.0%} and "
-            f"{'a' if wants_bos else 'no'} BOS are needed; upgrade transformers (5.23 is known to work)"
+            f"GGUF {file.name}: transformers {transformers.__version__} {'leaves out' if wants_bos else 'adds'} the BOS of its "
+            f"tokenizer; {'one' if wants_bos else 'none'} is needed; take transformers 5.23, which is known to work"
         )
     return tokenizer
 
 
-def share_of_round_trips(tokenizer: PreTrainedTokenizerBase) -> float:
-    """Return the share of evenly spaced tokens whose text is encoded as that one token."""
-    n_tokens = len(tokenizer)
-    n_probed = n_whole = 0
-    for token_id in range(0, n_tokens, max(1, n_tokens // _N_PROBED_TOKENS)):
-        text = str(tokenizer.decode([token_id], skip_special_tokens=True))
-        if not text or "\N{REPLACEMENT CHARACTER}" in text:  # special, or a part of a character
-            continue
-        n_probed += 1
-        n_whole += tokenizer(text, add_special_tokens=False).input_ids == [token_id]
-    return n_whole / max(n_probed, 1)
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer puts a BOS before a text (Llama, Gemma)."""
     ids: list[int] = tokenizer("x").input_ids
-    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def _wants_bos(reader: Any) -> bool:
     """Return whether llama.cpp would put a BOS before a text. Source: `llama_vocab::impl::load` of llama.cpp."""
-    adds_bos = _field(reader, "tokenizer.ggml.add_bos_token")
-    if adds_bos is not None:
-        return bool(adds_bos)
+    stated = _field(reader, "tokenizer.ggml.add_bos_token")
+    if stated is not None:
+        return bool(stated)
     return _field(reader, "tokenizer.ggml.model") == "llama" or _field(reader, "tokenizer.ggml.pre") in _BOS_BY_DEFAULT

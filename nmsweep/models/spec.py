@@ -1,12 +1,14 @@
 """A model as its config node describes it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from nmsweep.config.schema import describe
 from nmsweep.errors import InputError
@@ -15,6 +17,16 @@ Source = Literal["wheel", "hub", "path", "tiny"]
 
 _STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 _NEEDED = {"wheel": ("wheels", "gguf_sha256"), "hub": ("repo",), "tiny": ("shape",), "path": ("path",)}
+
+
+def _pinned(pattern: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            message = "model.wheels: {text}; NAME==VERSION and a sha256 of 64 hex digits are needed; correct it"
+            raise PydanticCustomError("nmsweep", message, {"text": repr(text)})
+        return text
+
+    return AfterValidator(check)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -29,8 +41,8 @@ class Wheel:
         bytes: size of the wheel file; 0 if unknown.
     """
 
-    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    requirement: Annotated[str, _pinned(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")]
+    sha256: Annotated[str, _pinned(r"[0-9a-f]{64}")]
     member: str = ""
     bytes: int = 0
 

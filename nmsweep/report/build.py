@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markdown import Markdown
 
 from nmsweep.report.numbers.hardware import hardware_view
 from nmsweep.report.numbers.layers import DATA as LAYERS
@@ -17,7 +18,7 @@ from nmsweep.report.show import formats
 from nmsweep.report.show.figures import Figures, draw_figures
 from nmsweep.report.show.spec import Table, TableSpec
 from nmsweep.report.show.tables import make_tables, preset_tables
-from nmsweep.report.show.terminal import show_results, show_table
+from nmsweep.report.show.terminal import show_results
 from nmsweep.results.layout import REPORT, TIDY
 from nmsweep.results.read import read_results
 from nmsweep.results.storage import write_text
@@ -55,7 +56,7 @@ def make_report(results_dir: Path, asked: TableSpec | None = None, out: Console 
     write_tables(folder / "tables", tables)
     show_results(out, results, scores)
     for table in custom:
-        show_table(out, table)
+        out.print(Markdown(formats.to_markdown(table)))
     show_problems(out, problems)
     figures = draw_figures(results, scores, layers, folder / "figures")
     data = page_data(results, scores, dict(zip(cells["cell_id"], cells["rerun"], strict=True)))

@@ -2,8 +2,7 @@
 
 import csv
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,9 +25,6 @@ FIELDS = (
 _FLOATS = ("value", "stderr", "sparsity", "flops_share")
 _INTEGERS = ("n", "m", "n_items", "seed")
 _NOT_A_SETTING = ("results_dir", "data.mirror", "baseline", "plugins", "force", "device", "eval.batch_tokens", "eval.skip_missing")  # fmt: skip
-_TOP_KEY = re.compile(r"(?<=\n)(?=[^ \-\n])")
-"""Splits config.yaml into its top-level keys."""
-
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -43,7 +39,6 @@ class Results:
             `status`, `error`, `tasks` (joined by +), `variant` (settings that differ between cells with equal fields),
             `place` (its folder).
         configs: effective config by cell id.
-        blocks: config.yaml by cell id, split at its top-level keys: most cells share most blocks.
         provenance: provenance.json by cell id.
         problems: a message for each record that could not be read.
     """
@@ -53,7 +48,6 @@ class Results:
     cells: pd.DataFrame
     configs: Mapping[str, Mapping[str, Any]]
     provenance: Mapping[str, Mapping[str, Any]]
-    blocks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     problems: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -75,7 +69,6 @@ def read_results(results_dir: Path) -> Results:
     configs: dict[str, Mapping[str, Any]] = {}
     provenance: dict[str, Mapping[str, Any]] = {}
     places: dict[str, Path] = {}
-    blocks: dict[str, list[str]] = {}
     for folder in cell_folders(results_dir):
         try:
             known = json.loads((folder / PROVENANCE).read_bytes())
@@ -84,7 +77,7 @@ def read_results(results_dir: Path) -> Results:
                     f"schema {known['schema']} of a newer nmsweep; this version reads up to {SCHEMA}; update nmsweep"
                 )
             cell_id = str(known.get("cell_id") or folder.name.rpartition("_")[2])
-            config = _TOP_KEY.split((folder / CONFIG).read_text(encoding="utf-8"))
+            config = read_config(folder / CONFIG)
             metrics = read_rows(folder / METRICS)
         except (OSError, ValueError, AttributeError, csv.Error, InputError) as error:
             if folder.is_dir():
@@ -92,8 +85,7 @@ def read_results(results_dir: Path) -> Results:
             continue
         if cell_id not in configs:
             rows += [row for row in metrics if row["cell_id"] == cell_id]
-            blocks[cell_id], configs[cell_id] = config, read_config(config)
-            provenance[cell_id], places[cell_id] = known, folder
+            configs[cell_id], provenance[cell_id], places[cell_id] = config, known, folder
     if not rows:
         because = f" that can be read ({problems[0]})" if problems else ""
         raise InputError(
@@ -109,9 +101,7 @@ def read_results(results_dir: Path) -> Results:
     failed = pd.DataFrame(_failures(results_dir, set(cells.index), configs, provenance, problems))
     if len(failed):
         cells = pd.concat([cells, failed.set_index("cell_id")])
-    return Results(
-        results_dir, tidy, cells.assign(variant=variants(cells, configs)), configs, provenance, blocks, problems
-    )
+    return Results(results_dir, tidy, cells.assign(variant=variants(cells, configs)), configs, provenance, problems)
 
 
 def _said(error: Exception) -> str:
@@ -148,20 +138,17 @@ def _check_pattern(text: str) -> None:
     parse_pattern(text)
 
 
-def read_config(blocks: Iterable[str]) -> Mapping[str, Any]:
-    """Parse config.yaml by its blocks: thousands of files share most of them, and each distinct one is parsed once."""
+def read_config(file: Path) -> Mapping[str, Any]:
+    """Read a config.yaml; empty if it is damaged.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not UTF-8.
+    """
     try:
-        config: dict[str, Any] = {}
-        for block in blocks:
-            config |= _parsed(block)
-        return config
-    except (yaml.YAMLError, TypeError):
+        config = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError:
         return {}
-
-
-@cache
-def _parsed(block: str) -> Mapping[str, Any]:
-    return yaml.load(block, Loader=_Loader) or {}
+    return config if isinstance(config, dict) else {}
 
 
 def _cells(tidy: pd.DataFrame, places: Mapping[str, Path]) -> pd.DataFrame:
@@ -180,7 +167,7 @@ def _failures(
         if cell_id in finished or place.name.startswith("."):
             continue
         try:
-            config = read_config(_TOP_KEY.split((place / CONFIG).read_text()))
+            config = read_config(place / CONFIG)
             parse_pattern(config.get("pattern", "dense"))
             provenance[cell_id] = json.loads((place / PROVENANCE).read_bytes())
         except (OSError, ValueError, InputError) as error:

@@ -1,12 +1,11 @@
 """The items that are right in one cell and wrong in another."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from nmsweep.results.samples import METRIC_PREFIX, ItemGroup
+from nmsweep.results.samples import METRIC_PREFIX
 from nmsweep.results.tidy import PERPLEXITY, metric_rank
 from nmsweep.statistics.comparison import aligned, chosen, group_of_two
 
@@ -48,27 +47,3 @@ def _lists(samples: pd.DataFrame) -> pd.Series:
         return pd.Series([None] * len(samples), dtype=object)
     lists: Any = [list(map(float, values)) for values in samples["loglikelihoods"]]
     return pd.Series(lists, dtype=object)
-
-
-def flipped_items(
-    groups: Sequence[ItemGroup], dense_of: Mapping[str, str], metrics: Mapping[str, str]
-) -> dict[tuple[str, str], tuple[list[int], list[int]]]:
-    """Return the numbers of the items that changed, for many cells.
-
-    Args:
-        groups: the items of all cells.
-        dense_of: the dense cell of each sparse one.
-        metrics: the metric that decides, by task.
-
-    Returns:
-        By cell and task: the items right only in the dense cell, and those right only in the sparse cell.
-    """
-    flips = {}
-    for group in groups:
-        metric = metrics.get(group.task, PERPLEXITY)
-        known = group.cells_with(metric) if metric != PERPLEXITY else set()
-        for cell in known:
-            if dense_of.get(cell) in known:
-                before, after = group.of(metric, [dense_of[cell], cell])
-                flips[cell, group.task] = group.item[before > after].tolist(), group.item[before < after].tolist()
-    return flips

@@ -157,7 +157,7 @@ def test_9_the_batch_size_that_is_asked_for_is_used(tmp_path: Path) -> None:
     )
     for batch_tokens in (16, 64):
         perplexity(
-            loaded.model, loaded.tokenizer, source, seqlen=16, limit=None, batch_tokens=batch_tokens, bos=False, advance=lambda n: None
+            loaded.model, loaded.tokenizer, source, seqlen=16, limit=None, batch_tokens=batch_tokens, bos=False
         )  # fmt: skip
     assert seen == [1] * 8 + [4] * 2
 

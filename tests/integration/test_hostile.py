@@ -128,6 +128,11 @@ def test_what_a_plan_names_is_not_called_before_it_is_known_to_be_a_method(
         "hydra/launcher=mine",
         "+hydra.launcher.setup=[touch trace]",
         "hydra.launcher._target_=os.system",
+        "hydra.launcher.setup=[touch trace]",
+        "hydra.launcher.submitit_folder=of-others/%j",
+        "hydra.launcher.partition='gpu\\ntouch trace'",
+        "hydra.launcher.cpus_per_task=$(touch trace)",
+        "hydra.launcher.ray.init.address=evil:1",
     ],
 )
 def test_retry_refuses_a_plan_whose_words_may_run_other_code(nmsweep: Call, results: Path, word: str) -> None:
@@ -140,6 +145,15 @@ def test_retry_refuses_a_plan_whose_words_may_run_other_code(nmsweep: Call, resu
     assert f"{word} may run code from outside nmsweep" in err
     assert "give its command: nmsweep -m model=tiny-llama" in err
     assert not (results / "cells").exists()
+
+
+def test_retry_takes_the_resources_that_a_plan_asks_for(nmsweep: Call, results: Path) -> None:
+    assert nmsweep("-m", *TINY, "pattern=2:4", f"results_dir={results}")[0] == 0
+    words = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=7", "hydra.launcher.name=mine"]
+    forged(results, lambda content: content["words"].extend(words))
+    code, _, err = nmsweep("retry", f"results_dir={results}")
+    assert code == 0, err
+    assert "nothing to do" in err
 
 
 @pytest.mark.parametrize("inside", ["quarantine", ".runs", "cells", ".parts", ".parts/x", ".claims", ".calibration"])

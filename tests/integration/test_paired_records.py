@@ -16,11 +16,11 @@ import pandas as pd
 import pytest
 import torch
 
+from nmsweep.calibration.text import cut
 from nmsweep.commands.inspect import task_lines
+from nmsweep.config.schema import EvalConfig
 from nmsweep.data.tasks import find_task
 from nmsweep.evaluate import items, perplexity
-from nmsweep.evaluate.base import Prompting
-from nmsweep.evaluate.perplexity import windows
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.results.layout import items_file
 from nmsweep.results.record import CellRecord, cell_folders, read_cell
@@ -52,7 +52,7 @@ def test_divergence_from_dense_is_that_of_the_full_distributions(method: str, mo
     monkeypatch.setattr(perplexity, "COMPARED_TOKENS", 150)  # two windows and a bit
     model = tiny_model("tiny-llama", 0, torch.float32, torch.device("cpu"))
     tokenizer, source = tiny_tokenizer("tiny-llama"), find_task("mini_prose", None)
-    ids = windows(source.files["test"].read_text(), tokenizer, 64, bos=False)[:4]
+    ids = cut(source.files["test"].read_text(), tokenizer, 64, bos=False)[:4]
 
     def logits() -> torch.Tensor:
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_divergence_from_dense_is_that_of_the_full_distributions(method: str, mo
     with sparsify(model, pattern="2:4", criterion=method) as layers:
         sparse = logits()
         measured = perplexity.perplexity(
-            model, tokenizer, source, seqlen=64, limit=4, batch_tokens=128, bos=False, advance=lambda n: None,
+            model, tokenizer, source, seqlen=64, limit=4, batch_tokens=128, bos=False,
             as_dense=layers.as_dense,
         )  # fmt: skip
         with layers.as_dense():
@@ -96,7 +96,7 @@ def test_the_dense_side_of_the_comparison_is_computed_once_for_all_cells() -> No
                 return layers.as_dense()
 
             result = perplexity.perplexity(
-                model, tokenizer, source, seqlen=64, limit=4, batch_tokens=128, bos=False, advance=lambda n: None,
+                model, tokenizer, source, seqlen=64, limit=4, batch_tokens=128, bos=False,
                 as_dense=as_dense,
             )  # fmt: skip
         return len(passes), result.samples
@@ -205,7 +205,7 @@ def test_fewer_items_never_take_the_place_of_more(tmp_path: Path, monkeypatch: p
     place = items_file(tmp_path, source.task, "data")
 
     def keep(limit: int) -> None:
-        items.keep_items(tmp_path, source, "data", Prompting(limit=limit))
+        items.keep_items(tmp_path, source, "data", EvalConfig(limit=limit))
 
     def meanwhile(place: Path, members: object, n_items: list[int]) -> None:
         """While one process writes its items, another comes with more."""

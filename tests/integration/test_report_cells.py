@@ -5,11 +5,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import overhead
 import pandas as pd
 import pytest
 from support.results_folder import Plan, make_results
 
-from nmsweep.bench import sweep
 from nmsweep.cell.identity import identify
 from nmsweep.config.compose import cells_of
 from nmsweep.report.numbers.scores import make_scores
@@ -62,9 +62,9 @@ def test_a_report_of_real_cells_writes_everything(nmsweep: Call, real: Path) -> 
 def test_a_multiplied_folder_is_that_of_a_sweep_over_models_and_seeds(
     nmsweep: Call, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "N_MODELS", 2)
+    monkeypatch.setattr(overhead, "N_MODELS", 2)
     folder = tmp_path / "results"
-    made = sweep.multiply(real, folder, 4 * 3 + 2)
+    made = overhead.multiply(real, folder, 4 * 3 + 2)
     done = read_results(folder).done
     assert set(done.index) == {cell.cell_id for cell in made.cells}
     copies = done.groupby(["model", "seed"]).size()

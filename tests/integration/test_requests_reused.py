@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from nmsweep.config.schema import EvalConfig
 from nmsweep.data.tasks import TaskSource, find_task
 from nmsweep.evaluate import lm, task
-from nmsweep.evaluate.base import Prompting
 from nmsweep.evaluate.harness import measure
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 
@@ -46,7 +46,7 @@ def run(seed: int = 0, source: TaskSource | None = None, tokenizer: Any = TOKENI
     model = tiny_model("tiny-llama", seed, torch.float64, torch.device("cpu"))
     return measure(
         model, tokenizer, source or find_task("mini_science", None),
-        prompting=Prompting(**{"limit": 6, **prompting}), batch_tokens=512, advance=lambda n: None,
+        EvalConfig(**{"limit": 6, "batch_tokens": 512, **prompting}),
     ).samples  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nmsweep.calibration.fit import fit
+from nmsweep.calibration.text import cut
 from nmsweep.config.catalogue import find_method, options
 from nmsweep.config.schema import CalibrationConfig
 from nmsweep.data.tasks import MINI_FOLDER, find_task
@@ -70,7 +71,7 @@ def scored(
     max_length: int | None = None,
     **options: Any,
 ) -> Answers:
-    lm = NMSweepLM(model, tiny_tokenizer("tiny-llama"), batch_tokens, lambda n: None, scoring=how, **options)  # type: ignore[arg-type]
+    lm = NMSweepLM(model, tiny_tokenizer("tiny-llama"), batch_tokens, scoring=how, **options)  # type: ignore[arg-type]
     lm._max_length = max_length
     return lm._loglikelihood_tokens(asked)
 
@@ -147,9 +148,8 @@ def test_perplexity_is_of_the_models_own_logits(kind: str) -> None:
     model, source = other_model(kind), find_task("mini_prose", None)
     found = perplexity.perplexity(
         model, tiny_tokenizer("tiny-llama"), source, seqlen=64, limit=2, batch_tokens=128, bos=False,
-        advance=lambda n: None,
     ).samples["nll"]  # fmt: skip
-    ids = perplexity.windows(source.files["test"].read_text(), tiny_tokenizer("tiny-llama"), 64, bos=False)[:2]
+    ids = cut(source.files["test"].read_text(), tiny_tokenizer("tiny-llama"), 64, bos=False)[:2]
     with torch.no_grad():
         logits = model(input_ids=ids).logits[:, :-1]
     by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -302,7 +302,7 @@ def test_channels_of_generated_text_hold_no_padding(scope: str) -> None:
     with sparsify(model, pattern="1:4", scope=scope) as layers:
         for batch_tokens in (1, 4096):
             layers.reset_counts()
-            NMSweepLM(model, tiny_tokenizer("tiny-llama"), batch_tokens, lambda n: None).generate_until(asked)
+            NMSweepLM(model, tiny_tokenizer("tiny-llama"), batch_tokens).generate_until(asked)
             found.append([layer.channels // layer.in_features for layer in layers.counts()])
     for alone, together in zip(*found, strict=True):
         assert alone >= sum(map(len, texts))
@@ -371,7 +371,7 @@ def test_tokens_that_merge_across_the_border_are_scored_as_stock_scores_them() -
     assert len(merged) >= 3
     instances = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    ours = NMSweepLM(model, tokenizer, 512, lambda n: None)
+    ours = NMSweepLM(model, tokenizer, 512)
     assert furthest(ours.loglikelihood(instances), harness.loglikelihood(instances, disable_tqdm=True)) < 1e-4
 
 
@@ -394,7 +394,7 @@ def test_one_row_each_equals_stock(shape: str) -> None:
 def test_shared_examples_are_computed_once() -> None:
     shots = list(range(3, 203)) * 2
     asked: list[Request] = [(None, [*shots, *range(3 + i, 43 + i)], [7, 8]) for i in range(60)]
-    lm = NMSweepLM(tiny("tiny-llama"), tiny_tokenizer("tiny-llama"), 4096, lambda n: None)
+    lm = NMSweepLM(tiny("tiny-llama"), tiny_tokenizer("tiny-llama"), 4096)
     lm._loglikelihood_tokens(asked)
     assert lm.n_tokens == len(shots) + 60 * 41
 
@@ -451,7 +451,7 @@ def test_the_budget_falls_to_what_fits_and_no_further(memory: Any, monkeypatch: 
     model = tiny("tiny-llama", torch.float64)
     base = scored(model, requests())
     sizes = memory(lambda size: size > 400)
-    lm = NMSweepLM(model, tiny_tokenizer("tiny-llama"), 4096, lambda n: None)
+    lm = NMSweepLM(model, tiny_tokenizer("tiny-llama"), 4096)
     assert furthest(lm._loglikelihood_tokens(requests()), base) < 1e-6
     assert 200 <= lm.budget.tokens <= 512
     assert sum(size > 400 for size in sizes) <= 4
@@ -503,7 +503,7 @@ def test_the_record_says_how_it_was_scored() -> None:
     model, tokenizer = tiny("tiny-llama"), tiny_tokenizer("tiny-llama")
 
     def how(**options: Any) -> str:
-        return NMSweepLM(model, tokenizer, 64, lambda n: None, **options).how()
+        return NMSweepLM(model, tokenizer, 64, **options).how()
 
     assert how() == "packed, 64 tokens a batch"
     assert how(scoring="stock") == "stock, 64 tokens a batch"

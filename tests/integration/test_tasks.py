@@ -18,10 +18,10 @@ from lm_eval.tasks import TaskManager
 
 from nmsweep.cell.identity import task_identity, task_sources
 from nmsweep.config.compose import cells_of
+from nmsweep.config.schema import EvalConfig
 from nmsweep.data import requirements
 from nmsweep.data.tasks import MINI_FOLDER, find_task
 from nmsweep.evaluate import harness
-from nmsweep.evaluate.base import Prompting
 from nmsweep.evaluate.task import harness_task
 from nmsweep.models.tiny import tiny_model, tiny_tokenizer
 from nmsweep.results.record import cell_folders, read_cell
@@ -117,9 +117,7 @@ def test_an_answer_that_is_right_counts(mirror_of_sums: Path, monkeypatch: pytes
     answers = iter([sums(3, 50)[0]["answer"], "It must be 104", "no idea"])
     monkeypatch.setattr(harness.NMSweepLM, "generate_until", lambda self, requests: [next(answers) for _ in requests])
     source = find_task("gsm8k", mirror_of_sums)
-    result = harness.measure(
-        model, tokenizer, source, prompting=Prompting(num_fewshot=5), batch_tokens=512, advance=lambda n: None
-    )
+    result = harness.measure(model, tokenizer, source, EvalConfig(num_fewshot=5, batch_tokens=512))
     values = {metric.metric: metric.value for metric in result.metrics}
     assert values == pytest.approx({"exact_match:flexible-extract": 2 / 3, "exact_match:strict-match": 1 / 3})
     assert result.samples["response"].tolist()[1] == "It must be 104"
@@ -206,9 +204,8 @@ def test_prompts_and_numbers_are_the_harnesss(how: dict[str, Any], science: Path
         fewshot_as_multiturn=how.get("fewshot_as_multiturn", how.get("apply_chat_template", False)),  # as its command line
     )  # fmt: skip
     ours = harness.measure(
-        model, tokenizer, find_task("own_science", None, science), prompting=Prompting(**how), batch_tokens=512,
-        advance=lambda n: None,
-    )  # fmt: skip
+        model, tokenizer, find_task("own_science", None, science), EvalConfig(**how, batch_tokens=512)
+    )
     (metric,) = ours.metrics
     assert (metric.metric, metric.n_items) == ("acc", 19)
     assert metric.value == pytest.approx(theirs["groups"]["own_science"]["acc,none"])
@@ -229,10 +226,7 @@ def test_a_yaml_that_says_no_examples_is_not_overruled(science: Path) -> None:
         task_manager=TaskManager(include_path=str(science), include_defaults=False), bootstrap_iters=0,
     )  # fmt: skip
     source = find_task("own_science", None, science)
-    ours = harness.measure(
-        model, tokenizer, source, prompting=Prompting(limit=4, num_fewshot=source.num_fewshot(3)), batch_tokens=512,
-        advance=lambda n: None,
-    ).samples  # fmt: skip
+    ours = harness.measure(model, tokenizer, source, EvalConfig(limit=4, num_fewshot=3, batch_tokens=512)).samples
     for task, samples in theirs["samples"].items():
         own = ours[ours["subtask"] == task]["loglikelihoods"]
         for a, b in zip(own, samples, strict=True):

@@ -2,9 +2,7 @@
 
 import os
 import signal
-import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,13 +79,12 @@ def test_the_cells_of_a_worker_that_is_killed_are_done_by_the_others(tmp_path: P
     assert not list((results / ".claims").iterdir())
 
 
-@pytest.mark.parametrize(("lost", "method"), [(0, "forkserver"), (1, "spawn")])
-def test_workers_are_started_anew_where_an_import_started_cuda(
-    monkeypatch: pytest.MonkeyPatch, lost: int, method: str
+@pytest.mark.parametrize(("n_gpus", "method"), [(0, "forkserver"), (2, "spawn")])
+def test_workers_are_spawned_where_an_import_may_start_cuda(
+    monkeypatch: pytest.MonkeyPatch, n_gpus: int, method: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(local, "_probe_cuda", partial(sys.exit, lost))
-    assert local._context_for_gpus().get_start_method() == method
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    assert local._context().get_start_method() == method
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -8,7 +8,7 @@ from nmsweep.results import layout
 
 PACKAGE = Path(nmsweep.__file__).parent
 NAMES = {value for name, value in vars(layout).items() if name.isupper() and isinstance(value, str)}
-ELSEWHERE = {"config/catalogue.py": {"config.yaml"}, "commands/list.py": {"config.yaml"}}
+ELSEWHERE = {"config/defaults.py": {"config.yaml"}, "commands/list.py": {"config.yaml"}}
 """Files of `conf/` with the name of a file of a cell."""
 
 

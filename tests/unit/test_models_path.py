@@ -49,7 +49,7 @@ def test_a_folder_loads_as_what_was_saved_and_leaves_the_random_state_alone(chec
     ids = torch.tensor([loaded.tokenizer("Same text").input_ids])
     with torch.no_grad():
         assert torch.equal(loaded.model(ids).logits, original.model(ids).logits)
-    assert (loaded.name, loaded.revision) == ("checkpoint", "")
+    assert (spec(checkpoint).name, loaded.revision) == ("checkpoint", "")
     assert loaded.fingerprint == fingerprint(spec(checkpoint))
     assert loaded.model.config._attn_implementation == "sdpa"
 

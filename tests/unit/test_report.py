@@ -24,7 +24,6 @@ from nmsweep.report.numbers.scores import Scores, make_scores
 from nmsweep.report.show import formats
 from nmsweep.report.show.spec import PRESETS, TableSpec, parse_spec
 from nmsweep.report.show.tables import make_tables, preset_tables
-from nmsweep.results.layout import items_file
 from nmsweep.results.read import Results, read_results
 from nmsweep.results.record import METRIC_COLUMNS
 from nmsweep.results.samples import ItemGroup, read_groups
@@ -176,14 +175,14 @@ def test_mini_and_real_are_never_in_one_table(results: Results, scores: Scores) 
     assert {table.data for table in tables} == {"mini", "real"}
     kind = results.cells["tasks"].str.contains("mini_")
     for table in tables:
-        cells = {one for entry in table.entries() for one in entry.cells}
+        cells = {one for entry in table.frame.to_numpy().ravel() for one in entry.cells}
         assert kind[list(cells)].eq(table.data == "mini").all(), table.name
 
 
 def test_failed_and_missing_cells_are_shown_as_such(results: Results, scores: Scores) -> None:
     spec = parse_spec("mitigation", "pattern", "drop")
     (table,) = [t for t in make_tables(spec, results, scores) if t.data == "mini"]
-    status = [entry.status for entry in table.entries()]
+    status = [entry.status for entry in table.frame.to_numpy().ravel()]
     assert (status.count("failed"), status.count("missing")) == (2, 1)
     text = formats.to_markdown(table)
     assert text.count("| failed |".replace("| ", " ").strip()) >= 2
@@ -199,7 +198,13 @@ def test_the_best_is_bold_and_what_is_not_worse_is_marked(results: Results, scor
             if len(done) > 1:
                 assert [entry.best for entry in done] == [entry.value == min(e.value for e in done) for entry in done]
                 assert not any(entry.tied for entry in done), "windows of one text differ clearly"
-    tied = [e for t in preset_tables(results, scores) if t.quantity.name == "drop" for e in t.entries() if e.tied]
+    tied = [
+        e
+        for t in preset_tables(results, scores)
+        if t.quantity.name == "drop"
+        for e in t.frame.to_numpy().ravel()
+        if e.tied
+    ]
     assert tied, "32 items cannot tell everything apart"
 
 
@@ -208,7 +213,7 @@ def test_two_cells_of_one_score_are_both_best_and_one_equal_to_the_best_is_not_w
     results = read_results(tmp_path)
     scores = make_scores(results, [])
     (table,) = make_tables(parse_spec("pattern", "model", "drop"), results, scores)
-    (entry,) = table.entries()
+    (entry,) = table.frame.to_numpy().ravel()
     assert len(entry.cells) == 2, "seeds are averaged"
     values = scores.per_cell.set_index(["cell_id", "is_text"])["drop"]
     assert entry.value == pytest.approx(np.mean([values[one, False] for one in entry.cells]))
@@ -223,7 +228,7 @@ def test_cells_that_differ_by_a_setting_are_not_mixed(tmp_path: Path) -> None:
     assert set(results.done["variant"]) == {"eval.limit=32", "eval.limit=20"}
     (table,) = make_tables(parse_spec("pattern", "model", "drop"), results, make_scores(results, []))
     assert table.front == ("variant",)
-    assert all(len(entry.cells) <= 1 for entry in table.entries())
+    assert all(len(entry.cells) <= 1 for entry in table.frame.to_numpy().ravel())
 
 
 def test_a_long_table_is_cut_where_people_read_it_and_whole_as_csv(
@@ -389,9 +394,9 @@ def test_a_comparison_tells_change_from_noise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["row=pattern"], "did you mean rows="), (["rows=patern"], "did you mean pattern"), (["metric=dropp"], "did you mean drop"),
-        (["rows=pattern", "cols=pattern"], "name it once"), (["--compare", "a"], "name two"), (["compare=a"], "allowed: compare=A,B"),
-        (["check=perhaps"], "allowed: true, false"), (["rows="], "nothing is named"),
+        (["row=pattern"], "allowed: results_dir=…, rows=…"), (["rows=patern"], "did you mean pattern"), (["metric=dropp"], "did you mean drop"),
+        (["rows=pattern", "cols=pattern"], "name it once"), (["--compare", "a"], "expected 2 arguments; allowed: --check, --compare A B"),
+        (["--check=perhaps"], "allowed: --check"), (["rows="], "nothing is named"),
     ],
 )  # fmt: skip
 def test_bad_words_are_one_line(words: list[str], expected: str) -> None:
@@ -401,10 +406,15 @@ def test_bad_words_are_one_line(words: list[str], expected: str) -> None:
 
 
 def test_words_may_carry_the_groups_name() -> None:
-    asked = parse_words(["report.rows=criterion+mitigation", "report.cols=pattern", "results_dir=x"])
-    assert asked.table == TableSpec("custom", "Criterion, mitigation and pattern", ("criterion", "mitigation"), ("pattern",))  # fmt: skip
-    assert parse_words(["--compare", "a", "b"]).compare == (Path("a"), Path("b"))
-    assert parse_words(["report.check=true"]).check
+    options, results_dir, table = parse_words(
+        ["report.rows=criterion+mitigation", "--check", "report.cols=pattern", "results_dir=x"]
+    )
+    assert options.check
+    assert results_dir == Path("x")
+    assert table == TableSpec("custom", "Criterion, mitigation and pattern", ("criterion", "mitigation"), ("pattern",))  # fmt: skip
+    options, _, table = parse_words(["--compare", "a", "b"])
+    assert options.compare == [Path("a"), Path("b")]
+    assert table is None
 
 
 def test_a_report_writes_every_file_and_each_number_leads_to_its_cell(source: Path, tmp_path: Path) -> None:
@@ -435,25 +445,6 @@ def test_bit_identical_cells_of_different_methods_are_a_warning(tmp_path: Path, 
     assert "identity watch: mini_yesno has bit-identical scores" in said
     for file in ("summary.md", "index.html"):
         assert "bit-identical" in (tmp_path / "report" / file).read_text()
-
-
-def test_texts_of_flipped_items_are_in_the_page_once(source: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "results"
-    shutil.copytree(source, folder)
-    known = read_results(folder)
-    data = next(
-        record["tasks"]["mini_yesno"]["data"] for record in known.provenance.values() if "mini_yesno" in record["tasks"]
-    )
-    rows = [{"item": n, "text": f"</script>question {n}", "choices": ["no", "yes"], "gold": "1"} for n in range(32)]
-    items_file(folder, "mini_yesno", data).parent.mkdir()
-    pd.DataFrame(rows).to_parquet(items_file(folder, "mini_yesno", data), index=False)
-    assert report([f"results_dir={folder}"]) == 0
-    page = (folder / "report" / "index.html").read_text()
-    flipped = {item for (_, task), sides in make_scores(known, []).flips.items() if task == "mini_yesno" for side in sides for item in side}  # fmt: skip
-    assert flipped
-    for item in flipped:
-        assert page.count(f'question {item}"') == 1
-    assert "</script>question" not in page
 
 
 def test_the_guide_names_every_column_and_quantity() -> None:

@@ -1,7 +1,7 @@
 """Score many continuations with no token computed twice: `packing` plans the forward passes, this runs them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmsweep.evaluate.base import Advance
 from nmsweep.evaluate.logits import decoder, target_logprobs
 from nmsweep.evaluate.packed.attention import PrefixCache, attention_masks
 from nmsweep.evaluate.packed.packing import PREFIX_SHARE, Cost, batches, cut, pack
@@ -77,7 +76,13 @@ def plan(model: Any, requests: Sequence[Request], *, max_length: int, budget: Bu
 
 @torch.inference_mode()
 def score(
-    model: Any, groups: Sequence[Group], n_requests: int, *, budget: Budget, single_rows: bool, advance: Advance
+    model: Any,
+    groups: Sequence[Group],
+    n_requests: int,
+    *,
+    budget: Budget,
+    single_rows: bool,
+    count: Callable[[int], None],
 ) -> list[tuple[float, bool]]:
     """Compute the log-likelihood of each continuation, and whether greedy decoding would produce it.
 
@@ -87,7 +92,7 @@ def score(
         n_requests: number of requests that the groups answer.
         budget: padded tokens computed at once; lowered in place when memory runs out.
         single_rows: one sequence a row, and the model is told which tokens are padding.
-        advance: progress.
+        count: called with the number of tokens of each batch.
 
     Returns:
         Σ log p in nats for each request, NaN where any term is not finite; the greedy flag.
@@ -95,7 +100,7 @@ def score(
     Raises:
         RuntimeError: memory is too small for a single sequence (`torch.OutOfMemoryError` on a GPU).
     """
-    scorer = _Scorer(model, cost_of(model), budget, single_rows, advance)
+    scorer = _Scorer(model, cost_of(model), budget, single_rows, count)
     answers: list[tuple[float, bool]] = [(math.nan, False)] * n_requests
     for rows, logprobs, greedy in [done for group in groups for done in scorer.run(group)]:
         _collect(rows, logprobs.double().cpu().numpy(), greedy.cpu().numpy(), answers)
@@ -128,7 +133,7 @@ class _Scorer:
     cost: Cost
     budget: Budget
     single_rows: bool
-    advance: Advance
+    count: Callable[[int], None]
 
     def run(self, group: Group) -> Iterator[Scored]:
         """Run the rows of a group, longest first, as many at once as the budget allows."""
@@ -147,7 +152,7 @@ class _Scorer:
                 rows = self._narrower([row for batch in waiting for row in batch], n_prefix)
                 waiting = batches(rows, n_prefix, self.cost, self.budget.tokens)
                 continue
-            self.advance(sum(map(len, waiting[0])))
+            self.count(sum(map(len, waiting[0])))
             yield waiting.pop(0), *scored
 
     def _halve(self, batch: Sequence[Row], n_prefix: int) -> None:
@@ -174,7 +179,7 @@ class _Scorer:
                 raise
             return None
         cache.filled = True
-        self.advance(len(group.prefix))
+        self.count(len(group.prefix))
         return cache
 
     def _score(self, rows: Sequence[Row], n_prefix: int, cache: PrefixCache | None) -> tuple[Tensor, Tensor] | None:

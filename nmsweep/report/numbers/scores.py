@@ -19,7 +19,6 @@ from nmsweep.statistics.comparison import (
     quantity_intervals,
     quantity_replicates,
 )
-from nmsweep.statistics.flips import flipped_items
 from nmsweep.statistics.intervals import Replicates
 
 _Tasks = tuple[tuple[ItemGroup, str], ...]
@@ -38,12 +37,10 @@ class Scores:
             `drops` and of `compare_cells`, and `p_holm`.
         per_cell: one row for each cell and kind of data, unweighted means over tasks; `is_text` says whether over texts.
             The fields of a cell are in `Results.cells`.
-        flips: by sparse cell and task, the items right only in the dense cell, and only in the sparse cell.
     """
 
     per_task: pd.DataFrame
     per_cell: pd.DataFrame
-    flips: Mapping[tuple[str, str], tuple[list[int], list[int]]]
     _parts: Mapping[_Key, tuple[str, _Tasks]]
     """The dense cell, and the items and metrics of the tasks behind a mean; cells without samples are left out."""
 
@@ -99,7 +96,6 @@ def make_scores(results: Results, problems: list[str]) -> Scores:
         problems: receives a message for samples that cannot be read; their cells have no intervals.
     """
     per_task, groups = compared(results, primary(results.tidy), problems)
-    flips = flipped_items(groups, _dense_of(results), dict(zip(per_task["task"], per_task["metric"], strict=True)))
     per_cell, parts = _averages(per_task), _parts_of(per_task, groups)
     several = [key for key, (_, tasks) in parts.items() if len(tasks) > 1]
     for name in ("drop", "relative", "ratio"):
@@ -108,7 +104,7 @@ def make_scores(results: Results, problems: list[str]) -> Scores:
             low, high = quantity_intervals(name, tasks, dense, cells)
             rows = [(cell, data_kind(tasks[0][0].task), quantity.text) for cell in cells]
             per_cell.loc[rows, quantity.low], per_cell.loc[rows, quantity.high] = low, high
-    return Scores(per_task, per_cell.reset_index(), flips, parts)
+    return Scores(per_task, per_cell.reset_index(), parts)
 
 
 def compared(results: Results, tidy: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[ItemGroup]]:

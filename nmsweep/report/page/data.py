@@ -1,7 +1,7 @@
-"""The data of the page's script: columns of numbers, and each word, config block and item text once."""
+"""The data of the page's script: columns of numbers, and each word once."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -9,18 +9,12 @@ import pandas as pd
 from nmsweep.report.numbers.quantities import QUANTITIES
 from nmsweep.report.numbers.scores import Scores, by_cell
 from nmsweep.report.show.spec import in_order, order
-from nmsweep.results.layout import items_file
 from nmsweep.results.read import FIELDS, Results
 from nmsweep.results.tidy import data_kind
 
 _FIELDS = ("data", *FIELDS, "tasks", "variant", "status")
 _NUMBERS = ("accuracy", "drop", "relative", "flips", "perplexity", "ratio", "kl", "agreement")
 _DENSITIES = {"density": "density", "flops_density": "linear FLOPs kept", "bits": "metadata bits"}
-_MOST_FLIPS = 20_000
-"""Flipped items in a page, divided evenly among cells and tasks where there are more."""
-
-_MOST_CHARS = 600
-"""Characters of an item's text and of each of its choices."""
 
 
 class _Words:
@@ -46,7 +40,7 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
         scores: their numbers.
         rerun: the command that runs a cell again, by cell id.
     """
-    words, blocks = _Words(), _Words()
+    words = _Words()
     cells = list(map(str, results.cells.index))
     place = {cell: number for number, cell in enumerate(cells)}
     rows = _rows(results, scores)
@@ -54,16 +48,14 @@ def page_data(results: Results, scores: Scores, rerun: Mapping[str, str]) -> dic
     columns = [kind[key] for kind in kinds for key in ("name", "low", "high") if key in kind]
     values = {name: [_number(value) for value in rows[name].tolist()] for name in columns}
     fields = {name: [words(value) for value in rows[name].tolist()] for name in _FIELDS}
-    flips = _flips(scores, rows, words)
     return {
         "n": len(rows), "ids": rows["cell_id"].tolist(), "cell": [place[cell] for cell in rows["cell_id"]],
         "fields": fields, "values": values, "numbers": kinds,
-        "tasks": _tasks(rows, scores, words), "flips": flips, "items": _items(results, flips, words),
+        "tasks": _tasks(rows, scores, words),
         "rerun": [rerun[cell] for cell in cells],
         "errors": results.cells["error"].tolist(),
         "provenance": _provenance(results, cells, words),
-        "configs": [[blocks(block) for block in results.blocks.get(cell, ())] for cell in cells],
-        "blocks": blocks.texts, "order": _order(fields, words), "words": words.texts,
+        "order": _order(fields, words), "words": words.texts,
     }  # fmt: skip
 
 
@@ -111,44 +103,6 @@ def _tasks(rows: pd.DataFrame, scores: Scores, words: _Words) -> list[list[list[
     for (cell, data, task, metric, n_items), *values in zip(heads, *columns, strict=True):
         by_cell.setdefault((cell, data), []).append([words(task), words(metric), int(n_items), *map(_number, values)])
     return [by_cell.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
-
-
-def _flips(scores: Scores, rows: pd.DataFrame, words: _Words) -> list[list[list[Any]]]:
-    """Flipped items of each row's tasks: task, some lost and some gained items, and the number of both."""
-    flips = scores.flips
-    total = sum(len(lost) + len(gained) for lost, gained in flips.values())
-    most = max(1, _MOST_FLIPS // max(1, 2 * len(flips))) if total > _MOST_FLIPS else total
-    by_cell: dict[tuple[str, str], list[list[Any]]] = {}
-    for (cell, task), (lost, gained) in flips.items():
-        if lost or gained:
-            data = _kinds_of(task)[0]
-            by_cell.setdefault((cell, data), []).append([words(task), lost[:most], gained[:most], len(lost), len(gained)])  # fmt: skip
-    return [by_cell.get(key, []) for key in zip(rows["cell_id"].tolist(), rows["data"].tolist(), strict=True)]
-
-
-def _items(results: Results, flips: list[list[list[Any]]], words: _Words) -> dict[str, dict[int, Any]]:
-    """Texts of the items that flipped, by task and item; empty if not kept."""
-    wanted: dict[str, set[int]] = {}
-    for row in flips:
-        for task, lost, gained, *_ in row:
-            wanted.setdefault(words.texts[task], set()).update(lost, gained)
-    return {task: _item_texts(results, task, items) for task, items in wanted.items()}
-
-
-def _item_texts(results: Results, task: str, items: Collection[int]) -> dict[int, dict[str, Any]]:
-    """Text (its end, where the question is), choices and right answer of items, by number."""
-    texts: dict[int, dict[str, Any]] = {}
-    versions = {(cell.get("tasks") or {}).get(task, {}).get("data") for cell in results.provenance.values()}
-    for data in sorted(filter(None, versions)):
-        try:
-            table = pd.read_parquet(items_file(results.folder, task, data), columns=["item", "text", "choices", "gold"])
-        except (OSError, ValueError):  # not kept, being written, or of another version: the page has no texts
-            continue
-        for row in table[table["item"].isin(items)].to_dict("records"):
-            choices = [str(choice)[:_MOST_CHARS] for choice in row["choices"]]
-            text = str(row["text"])[-_MOST_CHARS:]
-            texts[int(row["item"])] = {"text": text, "choices": choices, "gold": str(row["gold"])}
-    return texts
 
 
 def _provenance(results: Results, cells: list[str], words: _Words) -> dict[str, Any]:

@@ -9,14 +9,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from nmsweep.config.pattern import parse_pattern
 from nmsweep.report.numbers.layers import DATA, Sensitivity
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.scores import Scores, by_cell
 from nmsweep.report.show.formats import plain
 from nmsweep.report.show.spec import kind_of, order
-from nmsweep.report.show.style import legend_below, legend_room, look, panels
-from nmsweep.results.layout import LAYERS
+from nmsweep.report.show.style import legend_below, look, panels
 from nmsweep.results.read import Results
 
 MOST_SERIES = 6
@@ -58,7 +56,6 @@ def draw_figures(results: Results, scores: Scores, layers: Sequence[Sensitivity]
     figures = Figures()
     for data in ("real", "mini"):
         cells = by_cell(results, scores, data)
-        cells["kind"] = cells["pattern"].map(kind_of)
         for name, (title, draw) in _DRAWINGS.items() if len(cells) else ():
             try:
                 figures.drawn.append(Figure(name, title, data, *draw(cells, folder / data / name)))
@@ -75,22 +72,18 @@ _Drawn = tuple[list[Path], str]
 """The files of a figure, and a note on what was left out."""
 
 
-def _by_model(
-    cells: pd.DataFrame, place: Path, draw: Callable[[Axes, pd.DataFrame], str], room: float, left: float = 0.45
-) -> _Drawn:
+def _by_model(cells: pd.DataFrame, place: Path, draw: Callable[[Axes, pd.DataFrame], str]) -> _Drawn:
     """Draw a panel for each of the models with most cells.
 
     Args:
         cells: those to show.
         place: the files' path without suffix.
         draw: draws the cells of one model; returns a note on what it left out.
-        room: inches below a panel.
-        left: inches left of a panel.
     """
     names = list(cells["model"].value_counts().index)
     models = sorted(names[:MOST_MODELS])
     notes = [f"{len(names) - MOST_MODELS} more models left out"] if len(names) > MOST_MODELS else []
-    with panels([plain(model) for model in models], place, room, left) as (files, axes):
+    with panels([plain(model) for model in models], place) as (files, axes):
         for axis, model in zip(axes, models, strict=True):
             notes.append(draw(axis, cells[cells["model"] == model]))
     return files, "; ".join(filter(None, dict.fromkeys(notes)))
@@ -138,44 +131,31 @@ def _finish(axis: Axes, x: str, y: str) -> None:
 def _against_pattern(quantity: Quantity) -> Callable[[pd.DataFrame, Path], _Drawn]:
     def draw(cells: pd.DataFrame, place: Path) -> _Drawn:
         known = _with_number(cells, quantity.name, f"no sparse cell has a {quantity.title}")
-        if not (known["kind"] == "n:m").any():
-            raise NothingToDraw("no cell has an N:M pattern")
-        models = known[known["kind"] == "n:m"]["model"].unique()
-        return _by_model(known[known["model"].isin(models)], place, panel, legend_room(MOST_SERIES + 2))
+        known = known[known["pattern"].map(kind_of) != "policy"]
+        if not len(known):
+            raise NothingToDraw("each layer of every sparse cell has a pattern of its own")
+        return _by_model(known, place, panel)
 
     def panel(axis: Axes, cells: pd.DataFrame) -> str:
-        grouped = cells[cells["kind"] == "n:m"]
-        patterns = sorted(set(grouped["pattern"]), key=lambda pattern: order("pattern", pattern))
-        lines, rest = _series(grouped, quantity.name)
+        patterns = sorted(set(cells["pattern"]), key=lambda pattern: order("pattern", pattern))
+        lines, rest = _series(cells, quantity.name)
         for number, (name, line) in enumerate(lines):
             line = line.assign(_x=line["pattern"].map(patterns.index)).sort_values("_x")
             shift = 0.06 * (number - (len(lines) - 1) / 2)  # side by side, so that no interval hides another
             _error_bars(axis, line["_x"] + shift, line, quantity, name, **look(number))
-        _unstructured(axis, cells, lines[0][1], quantity)
         axis.set_xticks(range(len(patterns)), patterns)
-        _finish(axis, "pattern (N kept of M)", quantity.title)
+        _finish(axis, "pattern", quantity.title)
         return rest
 
     return draw
 
 
-def _unstructured(axis: Axes, cells: pd.DataFrame, first: pd.DataFrame, quantity: Quantity) -> None:
-    """Draw a line for per-token top-k of the same sparsity and the methods of the first series."""
-    same = cells[cells["kind"] == "unstructured"]
-    for name in ("criterion", "mitigation", "targets", "scope"):
-        same = same[same[name] == first[name].iloc[0]]
-    sparsities = {parse_pattern(pattern).sparsity for pattern in cells[cells["kind"] == "n:m"]["pattern"]}
-    for pattern, line in same.groupby("pattern", sort=False):
-        if parse_pattern(str(pattern)).sparsity in sparsities:
-            axis.axhline(line[quantity.name].mean() * quantity.scale, color="0.45", linestyle=(0, (1, 2)), linewidth=1, label=f"{pattern} unstructured")  # fmt: skip
-
-
 def _heat_map(cells: pd.DataFrame, place: Path) -> _Drawn:
     quantity = QUANTITIES["drop"] if cells["drop"].notna().any() else QUANTITIES["ratio"]
     known = _with_number(cells, quantity.name, "no sparse cell has a drop or a ratio")
-    counts = known[known["kind"] == "n:m"]["pattern"].value_counts()
-    if not len(counts) or known["criterion"].nunique() < 2 or known["mitigation"].nunique() < 2:
-        raise NothingToDraw("fewer than two criteria or two mitigations with an N:M pattern")
+    counts = known["pattern"].value_counts()
+    if known["criterion"].nunique() < 2 or known["mitigation"].nunique() < 2:
+        raise NothingToDraw("fewer than two criteria or two mitigations")
     pattern = "8:16" if counts.get("8:16", 0) == counts.max() else str(counts.index[0])
     known = known[known["pattern"] == pattern]
     values = known[quantity.name] * quantity.scale
@@ -195,48 +175,8 @@ def _heat_map(cells: pd.DataFrame, place: Path) -> _Drawn:
             axis.text(column, row, text, ha="center", va="center", fontsize=5, color=colour)
         return ""
 
-    files, note = _by_model(known, place, panel, 0.45, left=0.75)
+    files, note = _by_model(known, place, panel)
     return files, "; ".join(filter(None, [f"pattern {pattern}", quantity.title, note]))
-
-
-def _perplexity_density(cells: pd.DataFrame, place: Path) -> _Drawn:
-    known = _with_number(cells, "perplexity", "no sparse cell has a perplexity")
-    if known["sparsity"].nunique() < 2:
-        raise NothingToDraw("all sparse cells have one sparsity")
-
-    def panel(axis: Axes, of_model: pd.DataFrame) -> str:
-        lines, rest = _series(of_model, "perplexity")
-        for number, (name, line) in enumerate(lines):
-            axis.plot(line["density"], line["perplexity"], label=name, **look(number) | {"linestyle": "none"})
-        dense = cells[(cells["model"] == of_model["model"].iloc[0]) & (cells["pattern"] == "dense")]
-        axis.plot(dense["density"], dense["perplexity"], "*", color="0.3", markersize=6, linestyle="none", label="dense")  # fmt: skip
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.grid(True, which="minor", axis="y")
-        _finish(axis, "density of target layers' inputs", "perplexity")
-        return rest
-
-    return _by_model(known, place, panel, legend_room(MOST_SERIES + 1))
-
-
-def _metadata_bits(cells: pd.DataFrame, place: Path) -> _Drawn:
-    known = _with_number(cells[cells["bits"].notna()], "drop", "no cell with an N:M pattern has a drop")
-
-    def panel(axis: Axes, of_model: pd.DataFrame) -> str:
-        lines, rest = _series(of_model, "drop")
-        for number, (name, line) in enumerate(lines):
-            style = look(number) | {"linestyle": "none"}
-            _error_bars(axis, line["bits"] + 0.004 * number, line, QUANTITIES["drop"], name, **style)
-        tops = of_model[["drop", "drop_high"]].max(axis=1) * 100
-        for bits, same in of_model.groupby("bits"):
-            names = sorted(set(same["pattern"]), key=lambda pattern: order("pattern", pattern))
-            axis.annotate("\n".join(names), (float(str(bits)), tops[same.index].max()), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=5)  # fmt: skip
-        axis.set_ylim(top=tops.max() * 1.2)
-        _finish(axis, "metadata (theory), bits per element", QUANTITIES["drop"].title)
-        return rest
-
-    return _by_model(known, place, panel, legend_room(MOST_SERIES + 1))
 
 
 def _pareto(cells: pd.DataFrame, place: Path) -> _Drawn:
@@ -256,7 +196,7 @@ def _pareto(cells: pd.DataFrame, place: Path) -> _Drawn:
         return ""
 
     with_dense = cells[cells["model"].isin(known["model"]) & cells["accuracy"].notna()]
-    return _by_model(with_dense, place, panel, legend_room(2))
+    return _by_model(with_dense, place, panel)
 
 
 def pareto_front(cells: pd.DataFrame) -> Iterator[dict[str, object]]:
@@ -268,36 +208,11 @@ def pareto_front(cells: pd.DataFrame) -> Iterator[dict[str, object]]:
             yield {str(key): value for key, value in cell.items()}
 
 
-def _layer_profile(cells: pd.DataFrame, place: Path) -> _Drawn:
-    """Realised sparsity by depth, of the cells whose layers differ from one another."""
-    known = _with_number(cells, "sparsity", "there is no sparse cell")
-    varied = known[known["kind"].isin(["threshold", "policy"])]
-    lines = [(cell, _layers(cell["place"])) for cell in varied.head(MOST_SERIES).to_dict("records")]
-    lines = [(cell, table) for cell, table in lines if table["sparsity"].nunique() > 1]
-    if not lines:
-        raise NothingToDraw("the realised sparsity of every target layer is that of its pattern")
-    with panels([""], place, legend_room(MOST_SERIES)) as (files, (axis,)):
-        for number, (cell, table) in enumerate(lines):
-            words = [str(cell[name]) for name in ("model", "pattern", "criterion")]
-            style = look(number) | {"marker": "", "linewidth": 0.8}
-            axis.plot(range(len(table)), table["sparsity"], label=plain(" ".join(words)), **style)
-        _finish(axis, "target layer, in the order they run", "realised sparsity")
-    return files, ""
-
-
-def _layers(place: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(place / LAYERS)
-    except (OSError, ValueError):
-        return pd.DataFrame({"sparsity": []})
-
-
 def _layer_errors(sensitivities: Sequence[Sensitivity], place: Path) -> Figure:
     """Draw the error of each projection by depth; a panel for each of the first tables."""
     shown = sensitivities[:MOST_MODELS]
     titles = [plain(sensitivity.name.rpartition("_")[0].replace("_", " ")) for sensitivity in shown]
-    n_lines = max(sensitivity.rows["projection"].nunique() for sensitivity in shown)
-    with panels(titles, place, legend_room(n_lines)) as (files, axes):
+    with panels(titles, place) as (files, axes):
         for axis, sensitivity in zip(axes, shown, strict=True):
             for number, (projection, line) in enumerate(sensitivity.rows.groupby("projection", sort=False)):
                 axis.plot(line["block"], line["relative_error"], label=plain(projection), **look(number))
@@ -311,9 +226,6 @@ _DRAWINGS: Mapping[str, tuple[str, Callable[[pd.DataFrame, Path], _Drawn]]] = {
     "drop_pattern": ("Drop against pattern", _against_pattern(QUANTITIES["drop"])),
     "ratio_pattern": ("Perplexity ratio against pattern", _against_pattern(QUANTITIES["ratio"])),
     "criterion_mitigation": ("Criteria and mitigations", _heat_map),
-    "perplexity_density": ("Perplexity against density", _perplexity_density),
-    "drop_bits": ("Drop against metadata bits", _metadata_bits),
     "pareto": ("Quality against linear FLOPs", _pareto),
-    "layers": ("Sparsity by layer", _layer_profile),
 }
 """Title and drawing by name. A drawing gets the cells of one kind of data, and the files' path without suffix."""

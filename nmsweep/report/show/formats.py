@@ -30,7 +30,6 @@ _LATEX = {
 
 _MARKS = {
     "markdown": {"best": "**{}**", "tied": "{}†", "span": " {}", "missing": "–", "failed": "failed"},
-    "terminal": {"best": "[bold]{}[/bold]", "tied": "{}†", "span": " {}", "missing": "–", "failed": "[red]failed[/red]"},
     "latex": {
         "best": r"\textbf{{{}}}", "tied": r"{}$^{{\dagger}}$", "span": r" {{\scriptsize {}}}", "missing": "--",
         "failed": r"\textit{failed}",
@@ -131,7 +130,7 @@ def legend(table: Table, escape: Escape = plain) -> str:
 
 
 def _frame(table: Table, escape: Escape) -> pd.DataFrame:
-    """The rows to show, with escaped labels, numbered where two become equal by escaping."""
+    """The rows to show, with escaped labels."""
     frame = table.frame[:MOST_ROWS].copy()
     frame.index = _labels(frame.index, escape)
     frame.columns = _labels(frame.columns, escape)
@@ -139,13 +138,8 @@ def _frame(table: Table, escape: Escape) -> pd.DataFrame:
 
 
 def _labels(labels: pd.Index, escape: Escape) -> pd.Index:
-    keys = [tuple(escape(part) for part in key) for key in labels]
-    seen: dict[tuple[str, ...], int] = {}
-    for place, key in enumerate(keys):
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] > 1:
-            keys[place] = (*key[:-1], f"{key[-1]} ({seen[key]})")
-    names = [escape(name) for name in labels.names]
+    keys = [tuple(map(escape, key)) for key in labels]
+    names = list(map(escape, labels.names))
     if len(names) == 1:
         return pd.Index([key[0] for key in keys], name=names[0], dtype=object)
     return pd.MultiIndex.from_tuples(keys, names=names)

@@ -1,6 +1,6 @@
 """The form of a table: its rows, columns and quantity, its entries, and the presets."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
@@ -96,10 +96,6 @@ class Table:
     @property
     def name(self) -> str:
         return f"{self.spec.name}_{self.quantity.name}"
-
-    def entries(self) -> Iterable[Entry]:
-        """Return all entries, column by column."""
-        return (entry for column in self.frame.columns for entry in self.frame[column])
 
 
 def parse_spec(rows: str, cols: str, metric: str) -> TableSpec:

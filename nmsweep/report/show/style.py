@@ -12,6 +12,9 @@ from matplotlib.figure import Figure
 COLUMN = 3.35
 """Width of a paper's column, inches."""
 
+HEIGHT = 2.6
+"""Height of a panel with its legend, inches."""
+
 FORMATS: Mapping[str, Mapping[str, Any]] = {
     "pdf": {"metadata": {"CreationDate": None}},
     "png": {"metadata": {"Software": None}},
@@ -31,9 +34,6 @@ _RC: Any = {
     "font.family": ["STIXGeneral", "DejaVu Sans"], "pdf.fonttype": 42, "text.parse_math": False, "savefig.dpi": 200,
 }  # fmt: skip
 
-_RIGHT, _TOP, _XLABEL, _LEGEND_ROW = 0.08, 0.2, 0.36, 0.115
-"""Margins of a panel, inches."""
-
 
 def look(number: int) -> dict[str, Any]:
     """Return colour, marker and dash of a series."""
@@ -42,41 +42,27 @@ def look(number: int) -> dict[str, Any]:
 
 
 @contextmanager
-def panels(
-    titles: list[str], place: Path, below: float = 0.0, left: float = 0.45
-) -> Iterator[tuple[list[Path], list[Axes]]]:
+def panels(titles: list[str], place: Path) -> Iterator[tuple[list[Path], list[Axes]]]:
     """Yield the files and axes of a figure, which is saved in every format when the block ends.
 
     Args:
         titles: one for each panel, two panels per row; a single panel is one column wide and has no title.
         place: the files' path without suffix.
-        below: room below each panel for its legend, or for long tick labels, in inches.
-        left: room for the labels on the left, in inches.
     """
     n_columns = min(2, len(titles))
     n_rows = -(-len(titles) // n_columns)
-    height = 1.75 + _TOP + _XLABEL + below
     files = [place.with_suffix(f".{suffix}") for suffix in FORMATS]
     with mpl.rc_context(_RC):
-        figure = Figure(figsize=(COLUMN * n_columns, height * n_rows))
-        axes = []
-        for number, title in enumerate(titles):
-            row, column = divmod(number, n_columns)
-            x, y = COLUMN * column + left, height * (n_rows - 1 - row) + _XLABEL + below
-            box = (x / COLUMN / n_columns, y / height / n_rows, (COLUMN - left - _RIGHT) / COLUMN / n_columns, 1.75 / height / n_rows)  # fmt: skip
-            axes.append(figure.add_axes(box))
-            axes[-1].set_title(title if len(titles) > 1 else "")
+        figure = Figure(figsize=(COLUMN * n_columns, HEIGHT * n_rows), layout="constrained")
+        axes = [figure.add_subplot(n_rows, n_columns, number) for number in range(1, len(titles) + 1)]
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title if len(titles) > 1 else "")
         yield files, axes
         place.parent.mkdir(parents=True, exist_ok=True)
         for file in files:
             figure.savefig(file, **FORMATS[file.suffix[1:]])
 
 
-def legend_room(n_entries: int) -> float:
-    """Return the inches below a panel for a legend of two columns."""
-    return _LEGEND_ROW * -(-n_entries // 2) + 0.05
-
-
 def legend_below(axis: Axes) -> None:
     """Put the legend under the axis, where it hides no data."""
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -_XLABEL / 1.75), ncols=2, borderaxespad=0, columnspacing=1, labelspacing=0.2)  # fmt: skip
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, borderaxespad=0, columnspacing=1, labelspacing=0.2)  # fmt: skip

@@ -11,8 +11,8 @@ from rich.table import Table as RichTable
 
 from nmsweep.report.numbers.quantities import QUANTITIES, Quantity
 from nmsweep.report.numbers.scores import Scores, by_cell
-from nmsweep.report.show.formats import MOST_ROWS, caption, entry_text, legend, number, plain, span
-from nmsweep.report.show.spec import Table, in_order
+from nmsweep.report.show.formats import number, plain, span
+from nmsweep.report.show.spec import in_order
 from nmsweep.results.read import FIELDS, Results
 
 _MOST_ROWS = 60
@@ -35,24 +35,6 @@ def show_results(out: Console, results: Results, scores: Scores) -> None:
         )
     if len(failed) > 10:
         out.print(f"… {len(failed) - 10} more failures", highlight=False)
-
-
-def show_table(out: Console, table: Table) -> None:
-    """Print a table."""
-    rich_table = RichTable(
-        title=escape(plain(caption(table))), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for name in table.frame.index.names:
-        rich_table.add_column(escape(str(name)))
-    for key in table.frame.columns:
-        rich_table.add_column(escape(plain(" / ".join(map(str, key)))), justify="right")
-    shown = table.frame[:MOST_ROWS]
-    for key, row in zip(shown.index, shown.itertuples(index=False, name=None), strict=True):
-        rich_table.add_row(
-            *[escape(plain(part)) for part in key], *[entry_text(entry, table.quantity, "terminal") for entry in row]
-        )
-    out.print(rich_table)
-    out.print(escape(legend(table)), highlight=False, soft_wrap=True)
 
 
 def _table(data: str, rows: pd.DataFrame) -> RichTable:

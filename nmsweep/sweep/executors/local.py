@@ -2,7 +2,7 @@
 
 Workers are forked from a server that imports the libraries while this process does the same, so that none of them spends its
 first seconds on imports. They are not forked from this process, which has threads and may have started CUDA: neither survives
-a fork. Where a library starts CUDA when it is imported (torchao does), they are spawned instead.
+a fork. Where there are GPUs they are spawned instead, since a library may start CUDA when it is imported (torchao does).
 """
 
 import os
@@ -62,12 +62,11 @@ def n_workers(launch: Launch) -> int:
 
 def start_server() -> None:
     """Start the server that workers are forked from, where the system can fork; the sooner, the less they wait for it."""
-    if _context().get_start_method() != "forkserver":
+    if "forkserver" not in get_all_start_methods():
         return
     from multiprocessing.forkserver import ensure_running
 
-    # a library that looks for GPUs while it is imported must not start CUDA
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    get_context("forkserver").set_forkserver_preload(IMPORTED)
     with _ctrl_c_ignored():
         ensure_running()
 
@@ -79,10 +78,8 @@ def _workers(batches: Sequence[Batch]) -> Iterator[list[BaseProcess]]:
     An exception in the block tells them to stop; they first finish what they are writing.
     """
     processes: list[BaseProcess] = []
-    if batches:
-        start_server()
     try:
-        context: Any = _context_for_gpus() if batches else None
+        context: Any = _context() if batches else None
         for batch in batches:
             process = context.Process(target=_work, args=(batch,))
             with _ctrl_c_ignored():
@@ -109,31 +106,13 @@ def _ctrl_c_ignored() -> Iterator[None]:
 
 
 def _context() -> Any:
-    if "forkserver" not in get_all_start_methods():
+    """Return how workers are started: forked from the server, or spawned where there are GPUs or no forks."""
+    import torch
+
+    if "forkserver" not in get_all_start_methods() or torch.cuda.device_count():
         return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    return context
-
-
-def _context_for_gpus() -> Any:
-    """Return the way to start processes that may use the machine's GPUs."""
-    import torch
-
-    context = _context()
-    if context.get_start_method() == "spawn" or not torch.cuda.device_count():
-        return context
-    probe = context.Process(target=_probe_cuda)
-    probe.start()
-    probe.join()
-    return context if probe.exitcode == 0 else get_context("spawn")
-
-
-def _probe_cuda() -> None:
-    """Exit with 1 where CUDA was started before the fork and cannot be used."""
-    import torch
-
-    sys.exit(int(torch.cuda._is_in_bad_fork()))
+    start_server()
+    return get_context("forkserver")
 
 
 def _work(batch: Batch) -> None:

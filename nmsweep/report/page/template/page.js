@@ -116,7 +116,6 @@
     });
     return make("div", { className: "command" }, make("pre", {}, text), copy);
   };
-  const config = (cell) => data.configs[cell].map((block) => data.blocks[block]).join("");
   const list = (pairs) => {
     const node = make("dl");
     for (const [name, value] of pairs) if (known(value) && value !== "") node.append(make("dt", {}, name), make("dd", {}, String(value)));
@@ -136,22 +135,6 @@
     table.append(body);
     return make("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": "Numbers by task" }, table);
   };
-  const itemNode = (task, item, verdict) => {
-    const text = data.items[task] && data.items[task][item];
-    const node = make("div", { className: "item" }, `${verdict}: item ${item}`);
-    if (text) node.append(`\n${text.text}\n`, ...text.choices.map((choice, place) => `${String(place) === text.gold ? "✓" : "·"} ${choice}\n`));
-    return node;
-  };
-  const flips = (row) => data.flips[row].map(([task, lost, gained, nLost, nGained]) => {
-    const name = data.words[task];
-    const box = make("details", {}, make("summary", {}, `${name}: ${nLost} right only in dense, ${nGained} right only in this cell`));
-    box.addEventListener("toggle", () => {
-      if (!box.open || box.childElementCount > 1) return;
-      box.append(...lost.map((item) => itemNode(name, item, "lost")), ...gained.map((item) => itemNode(name, item, "gained")));
-      if (lost.length + gained.length < nLost + nGained) box.append(make("p", { className: "hint" }, `the first ${lost.length + gained.length}; nmsweep inspect shows all`));
-    });
-    return box;
-  });
   const detail = (row) => {
     const cell = data.cell[row];
     $("detail-title").textContent = `${word("model", row)} ${word("pattern", row)} ${word("criterion", row)} ${word("mitigation", row)}`;
@@ -160,9 +143,8 @@
     const parts = [list(fields)];
     if (data.errors[cell]) parts.push(make("p", { className: "bad" }, data.errors[cell]));
     if (data.tasks[row].length) parts.push(make("h3", {}, "By task"), taskTable(row));
-    if (data.flips[row].length) parts.push(make("h3", {}, "Items that changed between right and wrong"), ...flips(row));
+    if (data.tasks[row].length && word("pattern", row) !== "dense") parts.push(make("p", { className: "hint" }, `nmsweep inspect ${data.ids[row]} shows the items that changed between right and wrong.`));
     parts.push(make("h3", {}, "Run this cell again"), command(data.rerun[cell]), make("h3", {}, "Provenance"), list(made));
-    parts.push(make("details", {}, make("summary", {}, "config.yaml"), make("pre", {}, config(cell))));
     $("detail-body").replaceChildren(...parts);
     $("detail").showModal();
   };

@@ -1,4 +1,9 @@
-"""Measure the overhead of a sweep: its time by number of cells, one worker against two, and commands on many records."""
+"""Measure the overhead of a sweep: its time by number of cells, one worker against two, and commands on many records.
+
+    python docs/measure/overhead.py records=5000 rounds=7
+
+Prints one row a measurement.
+"""
 
 import csv
 import io
@@ -35,7 +40,7 @@ N_MODELS = 8
 """Models of a folder of many records."""
 
 
-def run(*, records: int, rounds: int) -> list[dict[str, Any]]:
+def run(*, records: int = 5000, rounds: int = 7) -> list[dict[str, Any]]:
     """Run sweeps of a tiny model, and `status` and `report`, as subprocesses.
 
     Args:
@@ -71,7 +76,7 @@ def _timed(*words: str) -> float:
         seconds = time.perf_counter() - started
         if code != 0:
             output.seek(0)
-            raise NmsweepError(f"bench sweep: nmsweep {words[0]} ended with {code}: {output.read().decode()[-2000:]}")
+            raise NmsweepError(f"overhead: nmsweep {words[0]} ended with {code}: {output.read().decode()[-2000:]}")
     return seconds
 
 
@@ -193,3 +198,8 @@ def _with(table: str, values: Mapping[str, object]) -> str:
     writer.writeheader()
     writer.writerows(row | {name: values[name] for name in values if name in columns} for row in rows)
     return text.getvalue()
+
+
+if __name__ == "__main__":
+    for row in run(**{key: int(value) for key, _, value in (word.partition("=") for word in sys.argv[1:])}):
+        print(row, flush=True)
