@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,30 +16,7 @@ from nmsweep.kernels.dispatch import BACKENDS, add_counts, run
 from nmsweep.kernels.operator import Prune
 from nmsweep.kernels.reference import make
 
-__all__ = ["BACKENDS", "add_counts", "prune"]
-
-
-class _Options(TypedDict, total=False):
-    """Keyword arguments of `prune` that do not decide what it returns."""
-
-    n: int | None
-    m: int | None
-    kept: int | None
-    weight: Tensor | None
-    eta: Tensor | Literal["median", "mean"] | None
-    var: bool
-    scale: Tensor | None
-    gain: Tensor | None
-    counts: Tensor | None
-    backend: str | None
-
-
-@overload
-def prune(x: Tensor, *, return_mask: Literal[False] = False, **options: Unpack[_Options]) -> Tensor: ...
-
-
-@overload
-def prune(x: Tensor, *, return_mask: Literal[True], **options: Unpack[_Options]) -> tuple[Tensor, Tensor]: ...
+__all__ = ["BACKENDS", "add_counts", "prune", "prune_with_mask"]
 
 
 def prune(
@@ -54,9 +31,9 @@ def prune(
     scale: Tensor | None = None,
     gain: Tensor | None = None,
     counts: Tensor | None = None,
+    mask: Tensor | None = None,
     backend: str | None = None,
-    return_mask: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Prune `x` in one fused operation. `x` is never modified.
 
     The gradient is straight-through: mask, ν and a per-token η are constants, so du/dx is ν on kept channels and 0 on pruned ones;
@@ -70,16 +47,15 @@ def prune(
             fp32 (float64 for float64 x). None is 1.
         eta: centre and fill. None is 0; "median" and "mean" are taken over each token; a tensor is a scalar or [hidden].
         var: rescale kept channels by ν, which restores the variance of the dense token.
-        scale, gain: prune x · scale · gain instead of x; the product is computed in the same pass and never written. scale is
-            [*, 1] fp32 (float64 for float64 x); gain is [hidden] in the dtype of x or in fp32, or has the shape and dtype of x.
-            x · scale is rounded to the dtype of x before a gain in that dtype, and not before one in fp32. This covers the last
-            step of a norm and silu(gate) · up.
+        scale, gain: prune x · scale · gain instead of x; the product is computed in the same pass and never written. With scale
+            [*, 1] fp32 (float64 for float64 x), the last step of a norm, gain is [hidden] in the dtype of x, to which x · scale is
+            rounded before, or in fp32. Without scale, for silu(gate) · up, gain has the shape and dtype of x.
         counts: int64 [2] on the device of x; add the kept and the total channels to it, counted from the mask, without a sync.
+        mask: bool, contiguous, shape and device of x; write the mask into it.
         backend: one of BACKENDS, instead of the choice by device. The environment variable NMSWEEP_KERNEL does the same.
-        return_mask: also return the mask, bool, shape of x.
 
     Returns:
-        u, shape and dtype of x, contiguous; with `return_mask` also the mask.
+        u, shape and dtype of x, contiguous.
 
     Raises:
         ValueError: shapes that do not fit, or a budget that cannot be met.
@@ -99,10 +75,16 @@ def prune(
     )
     if needs_grad:
         args = check(make(x, scale, gain), n or 0, m or 0, kept, weight, stat, eta_tensor, var)
-        u, mask = Prune.apply(args.x, eta_tensor, args, backend)  # type: ignore[no-untyped-call]
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device) if mask is None else mask
+        u: Tensor = Prune.apply(args.x, eta_tensor, args, backend, mask)  # type: ignore[no-untyped-call]
         if counts is not None:
             add_counts(mask, counts)
-        return (u, mask) if return_mask else u
+        return u
     args = check(x, n or 0, m or 0, kept, weight, stat, eta_tensor, var, scale, gain)
-    u, returned_mask, _ = run(args, backend, return_mask, counts)
-    return u if returned_mask is None else (u, returned_mask)
+    return run(args, backend, mask=mask, counts=counts)
+
+
+def prune_with_mask(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return u of `prune` with the same options, and the mask: bool, shape of x."""
+    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    return prune(x, mask=mask, **options), mask

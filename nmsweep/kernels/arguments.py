@@ -17,18 +17,18 @@ class Arguments:
     x: Tensor  # [*, hidden], floating; with `scale` or `gain`, x · scale · gain is pruned
     n: int  # kept of each m
     m: int  # divides hidden
-    weight: Tensor | None  # [hidden], or [k, hidden] where row r of x uses row r // rows_per_weight
+    weight: Tensor | None  # [hidden], or [k, hidden]; row r of x uses row r // rows_per_weight
     rows_per_weight: int
     stat: str  # one of STATS
     eta: Tensor | None  # scalar or [hidden]; None for a statistic or 0
     var: bool  # False if all channels are kept, where ν is 1
-    scale: Tensor | None = None  # [*, 1] fp32
-    gain: Tensor | None = None  # [hidden] fp32 or in the dtype of x, or in the shape and dtype of x
+    scale: Tensor | None = None  # [*, 1] fp32, with a gain [hidden]
+    gain: Tensor | None = None  # [hidden] fp32 or in the dtype of x with a scale; in the shape and dtype of x without
 
     @property
     def has_parts(self) -> bool:
         """Return whether the tensor to prune is a product that is computed in the same pass."""
-        return self.scale is not None or self.gain is not None
+        return self.gain is not None
 
     def expanded_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in a shape that broadcasts against x."""
@@ -61,7 +61,7 @@ def check(
         raise ValueError(f"prune: eta={stat!r}; allowed are None, 'median', 'mean' or a tensor")
     if eta is not None and eta.numel() != 1 and tuple(eta.shape) != (hidden,):
         raise ValueError(f"prune: eta has shape {list(eta.shape)}; allowed are a scalar or [{hidden}]")
-    rows_per_weight = 1
+    rows_per_weight = x.shape[:-1].numel()
     if weight is not None:
         weight, rows_per_weight = _fold_weight(x, weight)
     _check_parts(x, scale, gain)
@@ -69,25 +69,21 @@ def check(
 
 
 def _check_parts(x: Tensor, scale: Tensor | None, gain: Tensor | None) -> None:
-    if scale is not None and (tuple(scale.shape) != (*x.shape[:-1], 1) or scale.dtype != compute_dtype(x)):
-        raise ValueError(
-            f"prune: scale is {scale.dtype} {list(scale.shape)}; it needs {compute_dtype(x)} {[*x.shape[:-1], 1]}"
-        )
-    if gain is None:
-        return
-    of_channels = tuple(gain.shape) == tuple(x.shape[-1:]) and gain.dtype in (x.dtype, compute_dtype(x))
-    if not of_channels and not (gain.shape == x.shape and gain.dtype == x.dtype):
-        raise ValueError(
-            f"prune: gain is {gain.dtype} {list(gain.shape)} for x {x.dtype} {list(x.shape)}; allowed are "
-            f"[{x.shape[-1]}] in {x.dtype} or {compute_dtype(x)}, or the shape and dtype of x"
-        )
+    if scale is None:
+        fits = gain is None or (gain.shape == x.shape and gain.dtype == x.dtype)
+    else:
+        fits = scale.shape == (*x.shape[:-1], 1) and scale.dtype == compute_dtype(x)
+        fits &= gain is not None and gain.shape == x.shape[-1:] and gain.dtype in (x.dtype, compute_dtype(x))
+    if not fits:
+        parts = [part if part is None else f"{part.dtype} {list(part.shape)}" for part in (scale, gain)]
+        raise ValueError(f"prune: scale {parts[0]} and gain {parts[1]} for x {x.dtype} {list(x.shape)}; see `prune`")
 
 
 def _fold_weight(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
     """Return the weight as [hidden] or [k, hidden], and how many rows of x share one of its rows."""
     shape, hidden = tuple(weight.shape), x.shape[-1]
     if shape == (hidden,):
-        return weight, 1
+        return weight, x.shape[:-1].numel()
     if x.ndim == 3 and shape in ((x.shape[0], hidden), (x.shape[0], 1, hidden)):
         return weight.reshape(-1, hidden), x.shape[1]
     if shape == tuple(x.shape):

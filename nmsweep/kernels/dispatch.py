@@ -8,12 +8,11 @@ import os
 from functools import cache
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from nmsweep.errors import InputError, nearest
 from nmsweep.kernels import reference
-from nmsweep.kernels.arguments import Arguments, compute_dtype
+from nmsweep.kernels.arguments import Arguments
 
 BACKENDS = ("reference", "cpu", "triton")
 ENVIRONMENT = "NMSWEEP_KERNEL"
@@ -29,32 +28,33 @@ class Backend(Protocol):
     def prune(
         self, args: Arguments, *, mask: Tensor | None = None, nu: Tensor | None = None, counts: Tensor | None = None
     ) -> Tensor:
-        """Return u; fill `mask` bool [*, hidden] and `nu` fp32 [*, 1] and add to `counts` int64 [2], where given."""
+        """Return u; fill `mask` bool [*, hidden] and `nu` [*, 1] in the compute dtype and add to `counts` int64 [2], where given."""
 
 
 def run(
-    args: Arguments, backend: str | None = None, with_mask: bool = False, counts: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run one checked call on the requested backend, or on the fastest one that supports it.
-
-    Returns:
-        u, the mask as bool [*, hidden], and ν [*, 1] in the compute dtype; mask and ν are None without `with_mask`.
+    args: Arguments,
+    backend: str | None = None,
+    *,
+    mask: Tensor | None = None,
+    nu: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Run one checked call on the requested backend, or on the fastest one that supports it; see `Backend.prune`.
 
     Raises:
         InputError: the requested backend does not exist or cannot run this call.
     """
-    x = args.x
     fast = choose(args, backend or os.environ.get(ENVIRONMENT, ""))
-    if fast is None or x.numel() == 0:
-        u, mask, nu = reference.prune(args)
-        if counts is not None:
-            add_counts(mask, counts)
-        return (u, mask, nu) if with_mask else (u, None, None)
-    if not with_mask:
-        return fast.prune(args, counts=counts), None, None
-    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    nu = x.new_ones((*x.shape[:-1], 1), dtype=compute_dtype(x))
-    return fast.prune(args, mask=mask, nu=nu, counts=counts), mask, nu
+    if fast is not None and args.x.numel() > 0:
+        return fast.prune(args, mask=mask, nu=nu, counts=counts)
+    u, kept, ratio = reference.prune(args)
+    if mask is not None:
+        mask.copy_(kept)
+    if nu is not None:
+        nu.copy_(ratio)
+    if counts is not None:
+        add_counts(kept, counts)
+    return u
 
 
 def add_counts(mask: Tensor, counts: Tensor) -> None:

@@ -7,25 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmsweep.kernels.arguments import Arguments
+from nmsweep.kernels.arguments import Arguments, compute_dtype
 from nmsweep.kernels.dispatch import run
 
 
 class Prune(torch.autograd.Function):
-    """Return u and the mask of a checked call; in the gradient, mask and ν are constants (straight-through)."""
+    """Return u of a checked call; in the gradient, mask and ν are constants (straight-through)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eta: Tensor | None, args: Arguments, backend: str | None) -> tuple[Tensor, Tensor]:
-        """Run the call; `x` and `eta` are those of `args`, passed again so that autograd sees them."""
-        u, mask, nu = run(args, backend, with_mask=True)
-        assert mask is not None
-        ctx.mark_non_differentiable(mask)
-        ctx.save_for_backward(mask, nu if args.var else None)
+    def forward(ctx: Any, x: Tensor, eta: Tensor | None, args: Arguments, backend: str | None, mask: Tensor) -> Tensor:
+        """Run the call and fill `mask`; `x` and `eta` are those of `args`, passed again so that autograd sees them."""
+        nu = x.new_ones((*x.shape[:-1], 1), dtype=compute_dtype(x)) if args.var else None
+        u = run(args, backend, mask=mask, nu=nu)
+        ctx.save_for_backward(mask, nu)
         ctx.eta = None if eta is None else (eta.shape, eta.dtype)
-        return u, mask
+        return u
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to x and η."""
         mask, nu = ctx.saved_tensors
         kept_grad = grad if nu is None else grad * nu
@@ -38,4 +37,4 @@ class Prune(torch.autograd.Function):
             )
             flat = pulled.reshape(-1, pulled.shape[-1])
             eta_grad = (flat.sum(0) if shape.numel() > 1 else flat.sum()).reshape(shape).to(dtype)
-        return x_grad, eta_grad, None, None
+        return x_grad, eta_grad, None, None, None

@@ -10,10 +10,10 @@ For one token `x` [hidden], computed in fp32 (float64 for float64 `x`); `fl` is 
     u  = k ? x : η                                      without var: kept channels pass bit for bit
     u  = k ? fl(x + fl(fl(ν−1)·z)) : η                  with var, rounded to the dtype of x; x itself where ν = 1 or z = 0
 
-With `scale` or `gain`, x is first multiplied by them, with the roundings of the operations that this replaces::
+With `scale` and `gain`, x is first multiplied by them, with the roundings of the operations that this replaces::
 
-    x ← round(fl(x·scale))                              round: to the dtype of x
-    x ← round(fl(x·gain))                               a gain in the dtype of x
+    x ← round(fl(x·gain))                               without scale; round: to the dtype of x
+    x ← round(fl(round(fl(x·scale))·gain))              a gain in the dtype of x
     x ← round(fl(fl(x·scale)·gain))                     a gain in fp32: nothing is rounded in between
 
 Every backend must reproduce the following to the bit, because the mask depends on it:
@@ -44,17 +44,12 @@ def prune(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         u [*, hidden] in the dtype of x; the mask k, bool [*, hidden]; ν [*, 1] in the compute dtype (ones without `var`).
     """
     x = make(args.x, args.scale, args.gain)
-    compute = compute_dtype(x)
     eta = centre(x, args.stat, args.eta)
-    z = x.to(compute) if eta is None else x.to(compute) - eta.to(compute)
-    score = (z if args.weight is None else z * args.expanded_weight(compute)).abs()
+    z = centred(x, eta)
+    score = (z if args.weight is None else z * args.expanded_weight(z.dtype)).abs()
     mask = keep(score, args.n, args.m)
-    fill = x.new_zeros(()) if eta is None else eta
-    if not args.var:
-        return torch.where(mask, x, fill), mask, z.new_ones(*x.shape[:-1], 1)
-    nu = variance_ratio(z, mask)
-    rescaled = (x.to(compute) + (nu - 1) * z).to(x.dtype)
-    return torch.where(mask, torch.where((nu == 1) | (z == 0), x, rescaled), fill), mask, nu
+    u, nu = filled(x, mask, eta, args.var)
+    return u, mask, nu
 
 
 def make(x: Tensor, scale: Tensor | None, gain: Tensor | None) -> Tensor:
@@ -76,6 +71,23 @@ def centre(x: Tensor, stat: str, eta: Tensor | None) -> Tensor | None:
     if stat == "mean":
         return token_mean(x)
     return None
+
+
+def centred(x: Tensor, eta: Tensor | None) -> Tensor:
+    """Return z in the compute dtype."""
+    compute = compute_dtype(x)
+    return x.to(compute) if eta is None else x.to(compute) - eta.to(compute)
+
+
+def filled(x: Tensor, mask: Tensor, eta: Tensor | None, var: bool) -> tuple[Tensor, Tensor]:
+    """Return u and ν for a given mask; ν takes no gradient."""
+    fill = x.new_zeros(()) if eta is None else eta
+    if not var:
+        return torch.where(mask, x, fill), x.new_ones(*x.shape[:-1], 1, dtype=compute_dtype(x))
+    z = centred(x, eta)
+    nu = variance_ratio(z.detach(), mask)
+    rescaled = (x.to(z.dtype) + (nu - 1) * z).to(x.dtype)
+    return torch.where(mask, torch.where((nu == 1) | (z == 0), x, rescaled), fill), nu
 
 
 def token_mean(x: Tensor) -> Tensor:

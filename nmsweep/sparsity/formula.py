@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmsweep.config.pattern import Pattern
-from nmsweep.kernels import add_counts, prune
-from nmsweep.kernels.reference import centre, keep, variance_ratio
+from nmsweep.kernels import add_counts, prune, prune_with_mask, reference
 from nmsweep.methods.base import Memory, Slots, Tokens, as_tensor
 
 
@@ -29,14 +28,13 @@ def rotated(x: Tensor, slots: Slots) -> Tensor:
 def shift(x: Tensor, slots: Slots) -> Tensor | None:
     """Return η in the dtype of x: [*, 1], a scalar or [in]; None stands for 0. A statistic of the token takes no gradient."""
     if isinstance(slots.eta, Tensor):
-        return centre(x, "none", slots.eta)
-    return centre(x.detach(), slots.eta or "none", None)
+        return reference.centre(x, "none", slots.eta)
+    return reference.centre(x.detach(), slots.eta or "none", None)
 
 
 def centred(x: Tensor, slots: Slots) -> Tensor:
     """Return z in fp32 (float64 for float64 x), for rotated x."""
-    eta = shift(x, slots)
-    return as_tensor(x, x) if eta is None else as_tensor(x, x) - as_tensor(eta, x)
+    return reference.centred(x, shift(x, slots))
 
 
 def score(x: Tensor, slots: Slots, tokens: Tokens, memory: Memory) -> Tensor:
@@ -59,7 +57,7 @@ def pruned(
         mask = _keep(score(x, slots, tokens, memory), slots, pattern)
         if counts is not None:
             add_counts(mask, counts)
-        return filled(x, mask, slots), mask
+        return reference.filled(x, mask, shift(x, slots), slots.nu)[0], mask
     weight = slots.weight
     if slots.dynamic is not None:
         z = x.detach() if slots.eta is None else centred(x.detach(), slots)
@@ -68,19 +66,7 @@ def pruned(
     if counts is not None:
         u = prune(x, **budget, weight=weight, eta=slots.eta, var=slots.nu, counts=counts)
         return u, x.new_empty(0, dtype=torch.bool)
-    return prune(x, **budget, weight=weight, eta=slots.eta, var=slots.nu, return_mask=True)
-
-
-def filled(x: Tensor, mask: Tensor, slots: Slots) -> Tensor:
-    """Return u for a given mask."""
-    eta = shift(x, slots)
-    fill = x.new_zeros(()) if eta is None else eta
-    if not slots.nu:
-        return torch.where(mask, x, fill)
-    z = centred(x, slots)
-    nu = variance_ratio(z.detach(), mask)
-    rescaled = (as_tensor(x, x) + (nu - 1) * z).to(x.dtype)
-    return torch.where(mask, torch.where((nu == 1) | (z == 0), x, rescaled), fill)
+    return prune_with_mask(x, **budget, weight=weight, eta=slots.eta, var=slots.nu)
 
 
 def output(
@@ -119,4 +105,4 @@ def _keep(s: Tensor, slots: Slots, pattern: Pattern) -> Tensor:
     if slots.threshold is not None:
         return s >= slots.threshold
     n, m = (pattern.n, pattern.m) if pattern.kind == "n:m" else (pattern.kept(s.shape[-1]), s.shape[-1])
-    return keep(s[:1, :1], n, m).expand(s.shape)  # the priority is the same for every token
+    return reference.keep(s[:1, :1], n, m).expand(s.shape)  # the priority is the same for every token

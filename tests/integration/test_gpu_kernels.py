@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmsweep.kernels import prune
+from nmsweep.kernels import prune, prune_with_mask
 from nmsweep.kernels.norms import channel_squares
 from nmsweep.kernels.reference import make
 from nmsweep.models import ModelSpec, load_model
@@ -55,8 +55,8 @@ def test_masks_on_the_gpu_are_those_of_the_reference(call: dict[str, Any], dtype
     if call.get("eta") == "vector":
         made["eta"] = torch.randn(960, device="cuda")
     counts = torch.zeros(2, dtype=torch.int64, device="cuda")
-    u, mask = prune(x, return_mask=True, **made)
-    expected, expected_mask = prune(x, backend="reference", return_mask=True, **made)
+    u, mask = prune_with_mask(x, **made)
+    expected, expected_mask = prune_with_mask(x, backend="reference", **made)
     assert torch.equal(mask, expected_mask)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype] if call.get("var") else 0.0
     torch.testing.assert_close(u, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -81,8 +81,8 @@ def test_a_token_without_groups_is_exact_whatever_its_length(hidden: int, dtype:
     for kept in {1, hidden // 2, hidden - 1}:
         for more in ({"weight": weight}, {"weight": torch.ones_like(weight)}, {"weight": weight, "eta": "median"}):
             call: dict[str, Any] = {"kept": kept, **more}
-            _, mask = prune(x.to(dtype), return_mask=True, **call)
-            assert torch.equal(mask, prune(x.to(dtype), backend="reference", return_mask=True, **call)[1])
+            _, mask = prune_with_mask(x.to(dtype), **call)
+            assert torch.equal(mask, prune_with_mask(x.to(dtype), backend="reference", **call)[1])
 
 
 @pytest.mark.parametrize("hidden", [64, 4096, 14336, 28672])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nmsweep.kernels import prune
+from nmsweep.kernels import prune_with_mask
 from nmsweep.kernels.reference import make
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -68,8 +68,8 @@ def calls(draw: st.DrawFn) -> tuple[torch.Tensor, dict[str, Any]]:
 
 
 def agree(backend: str, x: torch.Tensor, call: dict[str, Any]) -> None:
-    u, mask = prune(x, backend=backend, return_mask=True, **call)
-    expected, expected_mask = prune(x, backend="reference", return_mask=True, **call)
+    u, mask = prune_with_mask(x, backend=backend, **call)
+    expected, expected_mask = prune_with_mask(x, backend="reference", **call)
     assert torch.equal(mask, expected_mask)
     assert torch.equal(u.isnan(), expected.isnan())
     if call["var"]:  # ν is the root of float64 sums, which have an order, and what is pruned is the fill to the bit
@@ -110,6 +110,6 @@ def test_the_gpu_kernels_agree_too(case: tuple[torch.Tensor, dict[str, Any]]) ->
 @given(calls())
 def test_exactly_n_of_each_m_are_kept(case: tuple[torch.Tensor, dict[str, Any]]) -> None:
     x, call = case
-    _, mask = prune(x, return_mask=True, **call)
+    _, mask = prune_with_mask(x, **call)
     n, m = (call["kept"], x.shape[-1]) if "kept" in call else (call["n"], call["m"])
     assert (mask.unflatten(-1, (-1, m)).sum(-1) == n).all()

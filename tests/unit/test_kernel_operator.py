@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmsweep.kernels import prune
+from nmsweep.kernels import prune, prune_with_mask
 from nmsweep.kernels.norms import channel_squares
 from nmsweep.models import ModelSpec, load_model
 from nmsweep.sparsity.api import sparsify
@@ -24,7 +24,7 @@ def formula(x: Tensor, mask: Tensor, eta: Tensor, nu: Tensor) -> Tensor:
 def test_gradients_are_those_of_the_formula_with_constant_mask(shape: tuple[int, ...], var: bool) -> None:
     x, eta = draw(3, 5, 32).requires_grad_(), (0.3 * draw(*shape)).requires_grad_()
     pull = draw(3, 5, 32).flip(0)
-    u, mask = prune(x, n=2, m=4, eta=eta, var=var, return_mask=True)
+    u, mask = prune_with_mask(x, n=2, m=4, eta=eta, var=var)
     (u * pull).sum().backward()
     with torch.no_grad():
         z = (x - eta).double()

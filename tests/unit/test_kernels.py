@@ -12,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nmsweep.errors import InputError
-from nmsweep.kernels import prune
+from nmsweep.kernels import prune, prune_with_mask
 from nmsweep.kernels.reference import make
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -35,9 +35,9 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def agree(backend: str, x: Tensor, **call: Any) -> None:
-    expected, mask = prune(x, backend="reference", return_mask=True, **call)
+    expected, mask = prune_with_mask(x, backend="reference", **call)
     counts = torch.zeros(2, dtype=torch.int64)
-    u, found = prune(x, backend=backend, return_mask=True, counts=counts, **call)
+    u, found = prune_with_mask(x, backend=backend, counts=counts, **call)
     alone = prune(x, backend=backend, **call)
     assert torch.equal(found, mask)
     assert counts.tolist() == [int(mask.sum()), mask.numel()]
@@ -105,19 +105,15 @@ def test_a_backend_agrees_with_the_reference(name: str, dtype: torch.dtype, back
     agree(backend, x, **arguments(CALLS[name], x))
 
 
-PARTS = ["gain of the channels", "fp32 gain", "gain of each value", "scale", "scale and gain", "scale and fp32 gain"]
+PARTS = ["gain of each value", "scale and gain", "scale and fp32 gain"]
 """What the tensor to prune can be made of beside x; `parts` draws it."""
 
 
 def parts(name: str, x: Tensor) -> dict[str, Tensor]:
-    made = {}
-    if "scale" in name:
-        made["scale"] = draw(*x.shape[:-1], 1, dtype=torch.float32, seed=8).abs()
     if "each value" in name:
-        made["gain"] = draw(*x.shape, dtype=x.dtype, seed=9)
-    elif "gain" in name:
-        made["gain"] = draw(x.shape[-1], dtype=torch.float32 if "fp32" in name else x.dtype, seed=9)
-    return made
+        return {"gain": draw(*x.shape, dtype=x.dtype, seed=9)}
+    scale = draw(*x.shape[:-1], 1, dtype=torch.float32, seed=8).abs()
+    return {"scale": scale, "gain": draw(x.shape[-1], dtype=torch.float32 if "fp32" in name else x.dtype, seed=9)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,14 +126,14 @@ def test_a_tensor_in_parts_is_pruned_as_the_tensor_that_they_make(name: str, dty
         given = arguments({**CALLS[call], "kept": 48} if "kept" in CALLS[call] else CALLS[call], x)
         u = prune(x, backend=backend, **parts(name, x), **given)
         assert same(u, prune(made, backend=backend, **given))
-        expected, mask = prune(x, backend="reference", return_mask=True, **parts(name, x), **given)
+        expected, mask = prune_with_mask(x, backend="reference", **parts(name, x), **given)
         assert same(u, expected) or "var" in given
         assert torch.equal(u == expected, (u == expected) | ~mask)  # whatever ν is, what is pruned is η
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter is numpy
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["gain of each value", "scale and gain", "scale and fp32 gain"])
+@pytest.mark.parametrize("name", PARTS)
 def test_special_values_in_parts_agree(name: str, backend: str) -> None:
     random = torch.Generator().manual_seed(1)
     values = torch.tensor(SPECIAL)[torch.randint(0, len(SPECIAL), (4, 192), generator=random)]
@@ -153,9 +149,10 @@ def test_special_values_in_parts_agree(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parts_of_any_strides_agree(backend: str) -> None:
     wide, other = draw(4, 6, 200), draw(6, 4, 400, seed=3)
-    gains = [other.transpose(0, 1)[..., 1:193], other.transpose(0, 1)[..., :384:2], draw(193, seed=4)[1:]]
-    for gain in gains:
-        agree(backend, wide[..., 4:196], n=8, m=16, gain=gain, scale=draw(6, 4, 1, dtype=torch.float32).transpose(0, 1))
+    for gain in (other.transpose(0, 1)[..., 1:193], other.transpose(0, 1)[..., :384:2]):
+        agree(backend, wide[..., 4:196], n=8, m=16, gain=gain)
+    scale = draw(6, 4, 1, dtype=torch.float32).transpose(0, 1)
+    agree(backend, wide[..., 4:196], n=8, m=16, gain=draw(193, seed=4)[1:], scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -173,13 +170,15 @@ def test_parts_are_what_the_modules_of_transformers_compute(dtype: torch.dtype) 
 def test_parts_that_do_not_fit_are_refused() -> None:
     x = draw(2, 3, 64)
     for wrong in (
-        {"scale": torch.ones(2, 3)},
-        {"scale": torch.ones(2, 3, 1).bfloat16()},
-        {"gain": torch.ones(32).bfloat16()},
+        {"scale": torch.ones(2, 3, 1)},
+        {"scale": torch.ones(2, 3), "gain": torch.ones(64)},
+        {"scale": torch.ones(2, 3, 1).bfloat16(), "gain": torch.ones(64)},
+        {"scale": torch.ones(2, 3, 1), "gain": torch.ones(32)},
+        {"scale": torch.ones(2, 3, 1), "gain": torch.ones(64, dtype=torch.float64)},
         {"gain": torch.ones(2, 3, 64)},
-        {"gain": torch.ones(64, dtype=torch.float64)},
+        {"gain": torch.ones(64).bfloat16()},
     ):
-        with pytest.raises(ValueError, match=r"prune: (scale|gain) is torch\."):
+        with pytest.raises(ValueError, match=r"prune: scale .* and gain .* for x"):
             prune(x, n=2, m=4, **wrong)
 
 
@@ -228,7 +227,7 @@ def test_a_negative_zero_passes_where_nu_is_below_1(dtype: torch.dtype, backend:
 def test_a_constant_token_keeps_its_values(value: float, backend: str) -> None:
     for dtype, eta in ((torch.bfloat16, None), (torch.float16, None), (torch.float32, None), (torch.bfloat16, "mean")):
         x = torch.full((2, 6 * 43), value, dtype=dtype)
-        u, mask = prune(x, n=3, m=6, eta=eta, var=True, backend=backend, return_mask=True)
+        u, mask = prune_with_mask(x, n=3, m=6, eta=eta, var=True, backend=backend)
         assert same(u[mask], x[mask])
 
 
@@ -272,7 +271,7 @@ def test_strides_and_odd_places_agree(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens_give_no_tokens(backend: str) -> None:
-    u, mask = prune(torch.empty(0, 5, 64), n=2, m=4, backend=backend, return_mask=True)
+    u, mask = prune_with_mask(torch.empty(0, 5, 64), n=2, m=4, backend=backend)
     assert u.shape == mask.shape == (0, 5, 64)
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from nmsweep.kernels import reference
 from nmsweep.kernels.arguments import Arguments
-from nmsweep.kernels.cpu.kernel import CALL, CENTRES, POINTERS, kernel
+from nmsweep.kernels.cpu.kernel import CALL, POINTERS, kernel
 
 _PATTERNS = {torch.bfloat16: np.uint16, torch.float32: np.uint32}
-_INFINITY = {torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 _CHUNK = 8192  # elements: the scratch of a chunk stays in the second-level cache
 _ALONE = 16384  # elements below which a second thread costs more than it saves
 
@@ -32,22 +31,25 @@ def prune(
     args: Arguments, *, mask: Tensor | None = None, nu: Tensor | None = None, counts: Tensor | None = None
 ) -> Tensor:
     """Return u of one call; fill `mask` bool [*, hidden] and `nu` fp32 [*, 1] and add to `counts` int64 [2], where given."""
-    if args.x.dtype == torch.float16:
-        return prune(_as_float32(args), mask=mask, nu=nu, counts=counts).half()
+    if args.x.dtype == torch.float16 or args.stat == "mean":
+        return prune(_prepared(args), mask=mask, nu=nu, counts=counts).to(args.x.dtype)
     x = args.x.contiguous()
     u = torch.empty_like(x)
     hidden, total, dtype = x.shape[-1], x.numel(), x.dtype
     rows = total // hidden
     chunk_rows = min(max(1, _CHUNK // hidden), rows)
     by_magnitude = dtype == torch.bfloat16 and args.weight is None and args.eta is None and args.stat == "none"
-    weight, rows_per_weight = (None, 1) if by_magnitude else _weight(args, rows)
-    eta, centre = _centre(args, x)
+    ones = None if by_magnitude else torch.ones(hidden)
+    weight = ones if args.weight is None else args.weight.to(torch.float32).contiguous()
+    eta = None if args.eta is None else args.eta.detach().to(dtype) + 0.0
+    if eta is not None:
+        eta = (eta if eta.ndim == x.ndim else eta.reshape(-1)).expand(x.shape).contiguous()
     gain = None if args.gain is None else args.gain.detach().contiguous()
     wide = gain is not None and gain.dtype != dtype
     scale = None if args.scale is None else args.scale.contiguous()
     call = (ctypes.c_int64 * len(CALL))(
-        rows, hidden, args.n, args.m, chunk_rows, _INFINITY[dtype], rows_per_weight, centre, args.var, scale is not None,
-        0 if gain is None or wide else gain.numel() // hidden, wide, mask is not None, nu is not None,
+        rows, hidden, args.n, args.m, chunk_rows, args.rows_per_weight, args.stat == "median", args.var, eta is not None,
+        gain is not None, scale is not None, wide, mask is not None, nu is not None,
     )  # fmt: skip
     shared = (ctypes.c_int64 * 2)()  # the next chunk; channels kept
     tensors = (x, u, scale, None if wide else gain, gain if wide else None, weight, eta, mask, nu)
@@ -64,29 +66,12 @@ def prune(
     return u
 
 
-def _weight(args: Arguments, rows: int) -> tuple[Tensor, int]:
-    """Return the weight, fp32 [k, hidden], and how many rows of x share one of its rows."""
-    if args.weight is None:
-        return torch.ones(args.x.shape[-1]), rows
-    return args.weight.to(torch.float32).contiguous(), rows if args.weight.ndim == 1 else args.rows_per_weight
-
-
-def _centre(args: Arguments, x: Tensor) -> tuple[Tensor | None, int]:
-    """Return η in the dtype of x, [hidden] or a number for each token, and how the kernel takes it."""
-    if args.eta is None:
-        return None, CENTRES.index(args.stat)
-    eta = args.eta.detach().to(x.dtype) + 0.0
-    if eta.shape == (*x.shape[:-1], 1):
-        return eta.contiguous(), CENTRES.index("tokens")
-    return eta.reshape(-1).expand(x.shape[-1]).contiguous(), CENTRES.index("channels")
-
-
-def _as_float32(args: Arguments) -> Arguments:
-    """Return a call on float16 as one on float32; what has to be rounded to float16 is computed here."""
+def _prepared(args: Arguments) -> Arguments:
+    """Return a call without float16 and without the mean: torch makes x and η, rounded to float16, and they pass as float32."""
     x = reference.make(args.x, args.scale, args.gain)
-    eta = reference.centre(x, args.stat, args.eta) if args.stat == "mean" or args.eta is not None else None
-    stat = "median" if args.stat == "median" else "none"
-    return Arguments(x.float(), args.n, args.m, args.weight, args.rows_per_weight, stat, eta, args.var)
+    stat, eta = ("median", None) if args.stat == "median" else ("none", reference.centre(x, args.stat, args.eta))
+    x = x.float() if x.dtype == torch.float16 else x
+    return Arguments(x, args.n, args.m, args.weight, args.rows_per_weight, stat, eta, args.var)
 
 
 def _run(function: Any, pointers: Any, n_threads: int) -> None:

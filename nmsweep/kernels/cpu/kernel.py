@@ -25,17 +25,11 @@ POINTERS = ("call", "next_chunk", "kept", "x", "u", "scale", "gain", "wide_gain"
 _CALL, _NEXT_CHUNK, _KEPT, _X, _U, _SCALE, _GAIN, _WIDE_GAIN, _WEIGHT, _ETA, _MASK, _NU = range(len(POINTERS))
 
 CALL = (
-    "rows", "hidden", "n", "m", "chunk_rows", "infinity", "rows_per_weight", "centre", "var", "has_scale", "gain_rows", "has_wide_gain",
+    "rows", "hidden", "n", "m", "chunk_rows", "rows_per_weight", "median", "var", "has_eta", "has_parts", "has_scale", "has_wide_gain",
     "has_mask", "has_nu",
 )  # fmt: skip
 """int64 numbers at the first address, in this order."""
 _RECORD = np.dtype([(name, np.int64) for name in CALL])
-
-CENTRES = ("none", "median", "mean", "channels", "tokens")
-"""Where η comes from: a statistic of the token, or given for each channel or token."""
-_NONE, _MEDIAN, _MEAN, _OF_CHANNELS, _OF_TOKENS = range(len(CENTRES))
-
-_EXPONENT = np.int64(0x7FF << 52)  # of a float64
 
 
 @cache
@@ -72,7 +66,7 @@ def _run(pointers, dtype, key_type):
     scale, gain = carray(pointers[_SCALE], (rows,), np.float32), carray(pointers[_GAIN], (rows, hidden), dtype)
     wide_gain = carray(pointers[_WIDE_GAIN], (hidden,), np.float32)
     weight = carray(pointers[_WEIGHT], (rows, hidden), np.float32)
-    eta = carray(pointers[_ETA], (rows + hidden,), dtype)
+    eta = carray(pointers[_ETA], (rows, hidden), dtype)
     mask, nu_out = carray(pointers[_MASK], (rows, hidden), np.uint8), carray(pointers[_NU], (rows,), np.float32)
 
     channels = 4 if m <= LARGEST_M else m  # of a group: filled up to a power of two
@@ -82,7 +76,7 @@ def _run(pointers, dtype, key_type):
     keys, keep = np.empty((2, channels * groups), key_type), np.empty((2, channels * groups), np.uint8)
     sorting, threshold = np.empty((channels, groups), key_type), np.empty(groups, key_type)
     taken, ordered = np.empty(groups, np.uint8), np.empty(hidden, dtype)
-    parts, centre = np.empty((chunk_rows, hidden), dtype), np.zeros((chunk_rows, hidden), dtype)
+    parts, medians = np.empty((chunk_rows, hidden), dtype), np.zeros((chunk_rows, hidden), dtype)
     nu = np.ones(chunk_rows, np.float32)
 
     kept, chunk = 0, _fetch_add(pointers[_NEXT_CHUNK], 1)
@@ -90,14 +84,15 @@ def _run(pointers, dtype, key_type):
         first, end = chunk * chunk_rows, min((chunk + 1) * chunk_rows, rows)
         count = end - first
         tokens = x[first:end]
-        if call.has_scale or call.gain_rows or call.has_wide_gain:
-            _make(call, tokens, scale[first:end], gain[first:end] if call.gain_rows > 1 else gain[:1], wide_gain, parts)
+        if call.has_parts:
+            _make(call, tokens, scale[first:end], gain if call.has_scale else gain[first:end], wide_gain, parts)
             tokens = parts[:count]
-        if call.centre != _NONE:
-            _set_centre(call, tokens, eta[first:] if call.centre == _OF_TOKENS else eta, ordered, centre)
+        if call.median:
+            _medians(tokens, ordered, medians)
+        centre = eta[first:end] if call.has_eta else medians
         token_keys = keys[0, : count * hidden].reshape(count, hidden)
         if keys.itemsize == 2:
-            _magnitudes(tokens, call.infinity, token_keys)
+            _magnitudes(tokens, token_keys)
         else:
             _scores(call, first, tokens, centre, weight, token_keys)
         if m <= LARGEST_M:
@@ -152,81 +147,44 @@ def _make(call, x, scale, gain, wide_gain, out):
     """Multiply tokens by scale and gain, with the roundings of `reference.make`."""
     nan = np.float32(np.nan)
     for r in range(x.shape[0]):
-        factor = scale[r] if call.has_scale else np.float32(1)
-        factor = factor if factor == factor else nan
-        row = r if call.gain_rows > 1 else 0
+        if not call.has_scale:
+            for i in range(x.shape[1]):
+                out[r, i] = _pattern(_value(x, r, i) * _value(gain, r, i), out)
+            continue
+        factor = scale[r] if scale[r] == scale[r] else nan
         if call.has_wide_gain:
             for i in range(x.shape[1]):
                 wide = wide_gain[i] if wide_gain[i] == wide_gain[i] else nan
                 out[r, i] = _pattern(_value(x, r, i) * factor * wide, out)
-        elif not call.gain_rows:
-            for i in range(x.shape[1]):
-                out[r, i] = _pattern(_value(x, r, i) * factor, out)
-        elif not call.has_scale:
-            for i in range(x.shape[1]):
-                out[r, i] = _pattern(_value(x, r, i) * _value(gain, row, i), out)
         else:
             for i in range(x.shape[1]):
                 scaled = np.int32(_rounded(_value(x, r, i) * factor, out)).view(np.float32)
-                out[r, i] = _pattern(scaled * _value(gain, row, i), out)
+                out[r, i] = _pattern(scaled * _value(gain, 0, i), out)
 
 
 @njit
-def _set_centre(call, x, eta, ordered, centre):
-    """Write η of each token and channel."""
-    for r in range(x.shape[0]):
-        if call.centre == _OF_CHANNELS:
-            for i in range(x.shape[1]):
-                centre[r, i] = eta[i]
-        else:
-            value = eta[r] if call.centre == _OF_TOKENS else eta.dtype.type(0)
-            if call.centre == _MEDIAN:
-                value = _median(x, r, ordered, call.infinity)
-            elif call.centre == _MEAN:
-                value = _mean(x, r)
-            for i in range(x.shape[1]):
-                centre[r, i] = value
-
-
-@njit
-def _median(x, r, ordered, infinity):
-    """Return the bit pattern of the lower of the two middle values; NaN if the token has one; never −0."""
+def _medians(x, ordered, medians):
+    """Write the bit pattern of each token's median, the lower of the two middle values, for all its channels; NaN if one is; never −0."""
     kind, hidden = x.dtype.type, x.shape[1]
-    sign, highest, nan = kind(1 << (8 * x.itemsize - 1)), kind(infinity), kind(0)
-    for i in range(hidden):
-        pattern = x[r, i]
-        nan = kind(nan | kind(kind(pattern & ~sign) > highest))
-        ordered[i] = kind(~pattern) if pattern & sign else kind(pattern | sign)
-    if nan:
-        return kind(infinity + 1 + (infinity & -infinity) // 2)
-    found = _nth_largest(ordered, hidden - (hidden - 1) // 2)
-    pattern = kind(found ^ sign) if found & sign else kind(~found)
-    return kind(0) if pattern == sign else pattern
+    sign, infinity, nan = (0x8000, 0x7F80, 0x7FC0) if x.itemsize == 2 else (0x80000000, 0x7F800000, 0x7FC00000)
+    sign, highest = kind(sign), kind(infinity)
+    for r in range(x.shape[0]):
+        has_nan = kind(0)
+        for i in range(hidden):
+            pattern = x[r, i]
+            has_nan = kind(has_nan | kind(kind(pattern & ~sign) > highest))
+            ordered[i] = kind(~pattern) if pattern & sign else kind(pattern | sign)
+        found = _nth_largest(ordered, hidden - (hidden - 1) // 2)
+        pattern = kind(found ^ sign) if found & sign else kind(~found)
+        median = kind(nan) if has_nan else kind(0) if pattern == sign else pattern
+        for i in range(hidden):
+            medians[r, i] = median
 
 
 @njit
-def _mean(x, r):
-    """Return the bit pattern of the mean in the order-free arithmetic of `reference.token_mean`, here with integers; never −0."""
-    peak, mean = np.int32(0), 0.0
-    for i in range(x.shape[1]):
-        peak = max(peak, np.int32(np.float32(_value(x, r, i)).view(np.int32) & 0x7FFFFFFF))
-    if peak >= 0x7F800000:
-        for i in range(x.shape[1]):
-            mean += np.float64(_value(x, r, i))
-    elif peak > 0:
-        power = np.int64(np.float64(np.int32(peak).view(np.float32)).view(np.int64) & _EXPONENT).view(np.float64)
-        scale, total = 2.0**35 / power, np.int64(0)
-        for i in range(x.shape[1]):
-            total += np.int64(np.rint(np.float64(_value(x, r, i)) * scale))
-        mean = np.float64(total) * (power * 2.0**-35)
-    rounded = np.int32(_rounded(np.float32(mean / x.shape[1]), x)).view(np.float32)
-    return _pattern(rounded if rounded != 0 else np.float32(0), x)
-
-
-@njit
-def _magnitudes(x, infinity, keys):
-    """Write |x| as keys; all NaNs are equal and highest."""
-    highest = np.uint16(infinity + 1)
+def _magnitudes(x, keys):
+    """Write |x| of bfloat16s as keys; all NaNs are equal and highest."""
+    highest = np.uint16(0x7F81)
     for r in range(x.shape[0]):
         for i in range(x.shape[1]):
             keys[r, i] = min(np.uint16(x[r, i] & 0x7FFF), highest)

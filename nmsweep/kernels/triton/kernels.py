@@ -10,7 +10,7 @@ import triton.language as tl
 
 from nmsweep.kernels.triton.network import keep_of_groups, load, sign, store, sum_of_squares
 from nmsweep.kernels.triton.numbers import from_float, magnitude, mean, median, ratio_of_sums, score, to_float
-from nmsweep.kernels.triton.parts import load_patterns
+from nmsweep.kernels.triton.parts import make_patterns
 from nmsweep.kernels.triton.select import count_numbers, kth_lowest, next_bits, part_of_keys
 
 
@@ -119,7 +119,12 @@ def flat_kernel(
     base = group.to(tl.int64) * M
     row = tl.minimum(group, n_groups - 1) // groups_per_row
     start = (group - row * groups_per_row) * M
-    x = load_patterns(x_ptr, scale_ptr, gain_ptr, base, row, start, valid, GAIN, KIND, M, P, PIECE)
+    x = load(x_ptr, base, valid, 0, M, P, PIECE)
+    if GAIN == 3:
+        x = make_patterns(x, 1.0, load(gain_ptr, base, valid, 0, M, P, PIECE), GAIN, KIND)
+    elif GAIN > 0:
+        gain = load(gain_ptr, start, valid, 0, M, P, PIECE)
+        x = make_patterns(x, tl.load(scale_ptr + row)[:, None], gain, GAIN, KIND)
     eta, fill = filling(eta_ptr, row[:, None], start, valid, ETA, KIND, M, P, PIECE)
     place = (row // rows_per_weight).to(tl.int64) * (groups_per_row * M) + start
     key = keys(x, to_float(x, KIND) - eta, weight_ptr, place, valid, ETA, KIND, M, P, PIECE)

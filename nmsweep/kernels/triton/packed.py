@@ -9,9 +9,9 @@ of the difference are the masks.
 import triton
 import triton.language as tl
 
-from nmsweep.kernels.triton.network import lower, reverse, running_sum, settle, sign, sort, store
+from nmsweep.kernels.triton.network import load, lower, reverse, running_sum, settle, sign, sort, store
 from nmsweep.kernels.triton.numbers import EMULATE
-from nmsweep.kernels.triton.parts import load_words, make_words
+from nmsweep.kernels.triton.parts import make_words
 from nmsweep.kernels.triton.select import count_numbers, kth_lowest
 
 
@@ -75,13 +75,21 @@ def packed_kernel(
 ):
     """Keep the N largest magnitudes of each group of M channels, lower channels first, and zero the others. G groups per program.
 
-    x and u are words. NAN is the key of every NaN, in both halves. The top bit of each half of `above`, `equal`, … is the flag.
+    x and u are words; a token has ROW groups. NAN is the key of every NaN, in both halves. The top bit of each half of `above`,
+    `equal`, … is the flag.
     """
     W: tl.constexpr = M // 2
     TOP: tl.constexpr = -0x7FFF8000  # the top bits of both halves
     group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     valid = group < n_groups
-    x = load_words(x_ptr, scale_ptr, gain_ptr, group, n_groups, ROW, GAIN, KIND, W)
+    x = load(x_ptr, group * W, valid, 0, W, W, 4)
+    if GAIN == 3:
+        x = make_words(x, 1.0, load(gain_ptr, group * W, valid, 0, W, W, 4), GAIN, KIND)
+    elif GAIN > 0:
+        number = tl.minimum(group, n_groups - 1).to(tl.int32)  # a 64-bit division would cost more than the rest
+        row = number // ROW
+        gain = load(gain_ptr, (number - row * ROW) * W, valid, 0, W, W, 4 if GAIN == 1 else 2)
+        x = make_words(x, tl.load(scale_ptr + row)[:, None], gain, GAIN, KIND)
     key = lower(x & 0x7FFF7FFF, tl.full(x.shape, NAN, tl.int32), True)
     threshold = _threshold(key, N, W) * 0x10001
     raised = key | TOP
@@ -124,16 +132,10 @@ def packed_row_kernel(
     word = tl.arange(0, T)
     inside = word < n_words
     x = tl.load(x_ptr + row * n_words + word, mask=inside, other=0)  # ranks after all others
-    if scale_ptr is not None or GAIN > 0:
-        scale = 1.0
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + row)
-        gain = 0
-        if GAIN == 1 or GAIN == 2:
-            gain = tl.load(gain_ptr + word, mask=inside, other=0)
-        elif GAIN == 3:
-            gain = tl.load(gain_ptr + row * n_words + word, mask=inside, other=0)
-        x = make_words(x, scale, gain, scale_ptr is not None, GAIN, KIND)
+    if GAIN > 0:
+        scale = 1.0 if GAIN == 3 else tl.load(scale_ptr + row)
+        gain = tl.load(gain_ptr + (row * n_words + word if GAIN == 3 else word), mask=inside, other=0)
+        x = make_words(x, scale, gain, GAIN, KIND)
         x = tl.where(inside, x, 0)  # 0 times a NaN scale is NaN
     size = x & 0x7FFF7FFF
     k = 2 * T - N

@@ -1,13 +1,12 @@
 """x · scale · gain on CUDA, with the roundings of `reference.make`.
 
-GAIN: 0 none, 1 [hidden] in the dtype of x, 2 [hidden] fp32, 3 in the shape and dtype of x.
+GAIN: 0 none; with scale [token] 1 [hidden] in the dtype of x, 2 [hidden] fp32; without scale 3 in the shape and dtype of x.
 """
 
 # triton's compiler reads no annotations of the future
 import triton
 import triton.language as tl
 
-from nmsweep.kernels.triton.network import load
 from nmsweep.kernels.triton.numbers import EMULATE, from_float, to_float
 from nmsweep.kernels.triton.select import half_floats
 
@@ -29,98 +28,32 @@ def _pack(low, high, KIND: tl.constexpr):
 
 
 @triton.jit
-def make_words(x, scale, gain, SCALED: tl.constexpr, GAIN: tl.constexpr, KIND: tl.constexpr):
+def make_words(x, scale, gain, GAIN: tl.constexpr, KIND: tl.constexpr):
     """Multiply words of x; for GAIN 2 the gain is two fp32 values in an int64."""
     low, high = half_floats(x, KIND)
-    if SCALED:
+    if GAIN != 3:
         low, high = low * scale, high * scale
-        if GAIN == 1 or GAIN == 3:
-            low, high = half_floats(_pack(low, high, KIND), KIND)
-    if GAIN == 1 or GAIN == 3:
-        gain_low, gain_high = half_floats(gain, KIND)
-        low, high = low * gain_low, high * gain_high
-    elif GAIN == 2:
+    if GAIN == 1:
+        low, high = half_floats(_pack(low, high, KIND), KIND)
+    if GAIN == 2:
         low = low * gain.to(tl.int32).to(tl.float32, bitcast=True)
         high = high * (gain >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        gain_low, gain_high = half_floats(gain, KIND)
+        low, high = low * gain_low, high * gain_high
     return _pack(low, high, KIND)
 
 
 @triton.jit
-def make_patterns(x, scale, gain, SCALED: tl.constexpr, GAIN: tl.constexpr, KIND: tl.constexpr):
+def make_patterns(x, scale, gain, GAIN: tl.constexpr, KIND: tl.constexpr):
     """Multiply bit patterns of x; for GAIN 2 the gain is fp32, else bit patterns."""
     value = to_float(x, KIND)
-    if SCALED:
+    if GAIN != 3:
         value = value * scale
-        if GAIN == 1 or GAIN == 3:
-            value = to_float(from_float(value, KIND), KIND)
-    if GAIN == 1 or GAIN == 3:
-        value = value * to_float(gain, KIND)
-    elif GAIN == 2:
-        value = value * gain
+    if GAIN == 1:
+        value = to_float(from_float(value, KIND), KIND)
+    value = value * (gain if GAIN == 2 else to_float(gain, KIND))
     return from_float(value, KIND)
-
-
-@triton.jit
-def load_words(
-    x_ptr,
-    scale_ptr,
-    gain_ptr,
-    group,
-    n_groups,
-    ROW: tl.constexpr,
-    GAIN: tl.constexpr,
-    KIND: tl.constexpr,
-    W: tl.constexpr,
-):
-    """Load the product as words [G, W], for groups [G] of one stream over all tokens, ROW groups per token."""
-    valid = group < n_groups
-    x = load(x_ptr, group * W, valid, 0, W, W, 4)
-    if scale_ptr is not None or GAIN > 0:
-        number = tl.minimum(group, n_groups - 1).to(tl.int32)  # a 64-bit division would cost more than the rest
-        row = number // ROW
-        start = (number - row * ROW) * W
-        scale = 1.0
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + row)[:, None]
-        gain = 0
-        if GAIN == 1:
-            gain = load(gain_ptr, start, valid, 0, W, W, 4)
-        elif GAIN == 2:
-            gain = load(gain_ptr, start, valid, 0, W, W, 2)
-        elif GAIN == 3:
-            gain = load(gain_ptr, group * W, valid, 0, W, W, 4)
-        x = make_words(x, scale, gain, scale_ptr is not None, GAIN, KIND)
-    return x
-
-
-@triton.jit
-def load_patterns(
-    x_ptr,
-    scale_ptr,
-    gain_ptr,
-    base,
-    row,
-    start,
-    valid,
-    GAIN: tl.constexpr,
-    KIND: tl.constexpr,
-    M: tl.constexpr,
-    P: tl.constexpr,
-    PIECE: tl.constexpr,
-):
-    """Load the product as bit patterns [G, P], for groups [G] that begin at `base`, channel `start` of token `row`."""
-    x = load(x_ptr, base, valid, 0, M, P, PIECE)
-    if scale_ptr is not None or GAIN > 0:
-        scale = 1.0
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + row)[:, None]
-        gain = 0
-        if GAIN == 1 or GAIN == 2:
-            gain = load(gain_ptr, start, valid, 0, M, P, PIECE)
-        elif GAIN == 3:
-            gain = load(gain_ptr, base, valid, 0, M, P, PIECE)
-        x = make_patterns(x, scale, gain, scale_ptr is not None, GAIN, KIND)
-    return x
 
 
 @triton.jit
@@ -131,12 +64,6 @@ def make_kernel(x_ptr, u_ptr, scale_ptr, gain_ptr, hidden, GAIN: tl.constexpr, K
     inside = channel < hidden
     place = row * hidden + channel
     x = tl.load(x_ptr + place, mask=inside, other=0)
-    scale = 1.0
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + row)
-    gain = 0
-    if GAIN == 1 or GAIN == 2:
-        gain = tl.load(gain_ptr + channel, mask=inside, other=0)
-    elif GAIN == 3:
-        gain = tl.load(gain_ptr + place, mask=inside, other=0)
-    tl.store(u_ptr + place, make_patterns(x, scale, gain, scale_ptr is not None, GAIN, KIND), mask=inside)
+    scale = 1.0 if GAIN == 3 else tl.load(scale_ptr + row)
+    gain = tl.load(gain_ptr + (place if GAIN == 3 else channel), mask=inside, other=0)
+    tl.store(u_ptr + place, make_patterns(x, scale, gain, GAIN, KIND), mask=inside)

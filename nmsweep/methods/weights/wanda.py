@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nmsweep.config.pattern import Pattern
-from nmsweep.kernels import prune
+from nmsweep.kernels import prune_with_mask
 from nmsweep.methods.base import Fitter, Layer, Slots, State, WeightCriterion
 from nmsweep.methods.fitters import RootMeanSquare
 
@@ -26,5 +26,5 @@ class Wanda(WeightCriterion):
 
     def pruned(self, layer: Layer, pattern: Pattern, state: State) -> tuple[Tensor, int]:
         rms = self.state_entry(layer, state, "rms")
-        weight, mask = prune(layer.weight, **pattern.budget(layer.weight.shape[1]), weight=rms, return_mask=True)
+        weight, mask = prune_with_mask(layer.weight, **pattern.budget(layer.weight.shape[1]), weight=rms)
         return weight, int(mask.sum())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nmsweep.config.pattern import Pattern
-from nmsweep.kernels import prune
+from nmsweep.kernels import prune_with_mask
 from nmsweep.methods.base import Layer, State, WeightCriterion
 
 
@@ -17,5 +17,5 @@ class Wt(WeightCriterion):
     """
 
     def pruned(self, layer: Layer, pattern: Pattern, state: State) -> tuple[Tensor, int]:
-        weight, mask = prune(layer.weight, **pattern.budget(layer.weight.shape[1]), return_mask=True)
+        weight, mask = prune_with_mask(layer.weight, **pattern.budget(layer.weight.shape[1]))
         return weight, int(mask.sum())
