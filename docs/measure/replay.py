@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nmsweep.evaluate.logits import decoder
+from nmsweep.kernels import reference
 from nmsweep.sparsity import formula
 from nmsweep.sparsity.install import SparseModel
 from nmsweep.sparsity.shared_input import Pruned, SharedInput
@@ -89,4 +90,6 @@ class Masks:
         everything = np.full(-(-width // 8), 255, dtype=np.uint8)
         bits = [[self._masks[at].get(key, everything) for key in keys] for keys in self._keys]
         mask = torch.from_numpy(np.unpackbits(np.array(bits), axis=-1, count=width).astype(bool)).to(x.device)
-        return Pruned(formula.filled(x, mask, self.shared[at].slots), None, None)
+        slots = self.shared[at].slots
+        u, _ = reference.filled(x, mask, formula.shift(x, slots), slots.nu)
+        return Pruned(u, None, None)
