@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault(name, value)
     warnings.showwarning = _show_warning
     name, rest = (words[0], words[1:]) if words and words[0] in COMMANDS else ("run", words)
+    if name == "report":  # its many small products are slower on the threads of a BLAS
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         code = int(import_module(f"nmsweep.commands.{name}").main(rest))
     except NmsweepError as error:
