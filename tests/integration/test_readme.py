@@ -145,3 +145,9 @@ def test_the_python_of_the_readme_runs() -> None:
     inputs = {"input_ids": torch.arange(32)[None] % 100}
     (code,) = blocks(ROOT / "README.md", "python")
     exec(compile(code, "README.md", "exec"), {"model": loaded.model, "inputs": inputs})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_named_files_of_the_package_exist(page: Path) -> None:
+    for file in re.findall(r"`(nmsweep/[\w/]+(?:\.py|/))`", page.read_text()):
+        assert (ROOT / file).exists(), file
