@@ -1,4 +1,4 @@
-"""What the cells of one process share: the loaded model and the display."""
+"""State shared by the cells of one process: the loaded model and the display."""
 
 import logging
 import secrets

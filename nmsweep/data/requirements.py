@@ -1,4 +1,4 @@
-"""What a task needs besides its items: a split for few-shot examples, optional packages, nltk data. No torch."""
+"""Requirements of a task besides its items: a split for few-shot examples, optional packages, nltk data. No torch."""
 
 from importlib.util import find_spec
 

@@ -115,7 +115,7 @@ def _read(logits: Tensor, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]
 
 
 Head = Callable[[Tensor], Tensor]
-"""What a model does to the output of its output embedding; does not change its argument."""
+"""A function that turns the output of the output embedding into logits, without changing its argument."""
 
 
 def _capped(cap: float, logits: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ _HEADS: Mapping[str, Sequence[Callable[[float, Tensor], Tensor]]] = {
     "logit_scale": [operator.mul],  # Cohere
     "lm_head_multiplier": [operator.mul],  # Falcon-H1
 }
-"""What a key of a config may mean for the logits."""
+"""How a key of a config may act on the logits."""
 
 _PROBE_STD = 20.0
 """Standard deviation of the logits on which heads are compared."""

@@ -1,4 +1,4 @@
-"""What interrupted runs leave in a results folder: find it, and remove it when its process is gone.
+"""Leftovers of interrupted runs in a results folder: find them, and remove them when their process is gone.
 
 Nothing outside the folder is touched: where a link stands in the place of one of its folders, its target is left alone.
 """

@@ -1,4 +1,4 @@
-"""What executors share: giving a sweep's missing cells to jobs, watching the results folder, reading the outcomes off it.
+"""The base of executors: give missing cells to jobs, watch the results folder, read the outcomes from it.
 
 A job runs a `Batch` of cells (`nmsweep.sweep.work.run_batch`), perhaps on another machine. It returns nothing: what counts
 are the records in the results folder. Modules of this package import no torch before a batch runs, so that a job can still

@@ -52,7 +52,7 @@ class JobLostError(Exception):
 
 
 class SubmititJob:
-    """What a job calls: picklable, and with submitit's checkpoint protocol, so that it is queued again on time-out."""
+    """The callable of a job: picklable, with submitit's checkpoint protocol, so that Slurm requeues it on time-out."""
 
     def __call__(self, batch: Batch) -> None:
         see_gpus()
